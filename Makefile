@@ -1,0 +1,84 @@
+# make help lists what there is. Every target prints the command it runs, so that it can be run by hand as well.
+#   make PYTHON=python3 ...   uses that environment as it is; otherwise .venv is set up on first use.
+
+RECIPE ?= seed
+FOLD ?= 0
+STAGE ?= 1
+GPUS ?= 1
+SET ?=
+FOLDS ?= all
+
+ifdef PYTHON
+READY :=
+else
+PYTHON := .venv/bin/python
+READY := .venv/installed
+endif
+
+OPTIONS = --recipe $(RECIPE) $(if $(SET),--set $(SET))
+LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format verify pack folds phantom train cv submit report score clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@echo; echo '  variables: RECIPE=seed FOLD=0 STAGE=1 GPUS=1 FOLDS=all SET="stage.2.epochs=1 data.root=/data/siim" PYTHON=python3'
+
+setup: $(READY)  ## install everything into .venv
+
+.venv/installed: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet --editable '.[dicom,test]'
+	touch $@
+
+demo: $(READY)  ## the whole recipe on synthetic X-rays, minutes on a CPU
+	$(PYTHON) -m pneumo phantom --recipe demo $(if $(SET),--set $(SET))
+	$(PYTHON) -m pneumo verify --recipe demo $(if $(SET),--set $(SET))
+	$(PYTHON) -m pneumo cv --recipe demo $(if $(SET),--set $(SET))
+	$(PYTHON) predict.py --recipe demo $(if $(SET),--set $(SET))
+	$(PYTHON) -m pneumo report --recipe demo $(if $(SET),--set $(SET))
+	$(PYTHON) -m pneumo score --recipe demo runs/demo/submission.csv runs/demo/data/test-truth.csv $(if $(SET),--set $(SET))
+
+test: $(READY)  ## the tests, but for the slow ones
+	$(PYTHON) -m pytest
+
+test-slow: $(READY)  ## the slow tests
+	$(PYTHON) -m pytest -m slow
+
+lint: $(READY)  ## ruff's checks and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: $(READY)  ## let ruff format the code
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+verify: $(READY)  ## read every image and annotation once, list every problem
+	$(PYTHON) -m pneumo verify $(OPTIONS)
+
+pack: $(READY)  ## decode the images once
+	$(PYTHON) -m pneumo pack $(OPTIONS)
+
+folds: $(READY)  ## split the training images
+	$(PYTHON) -m pneumo folds $(OPTIONS)
+
+phantom: $(READY)  ## write synthetic X-rays
+	$(PYTHON) -m pneumo phantom $(OPTIONS)
+
+train: $(READY)  ## one stage of one fold: FOLD=0 STAGE=2 [GPUS=2]
+	$(LAUNCH) train.py --fold $(FOLD) --stage $(STAGE) $(OPTIONS)
+
+cv: $(READY)  ## all folds, all stages; skips what is done [GPUS=2]
+	$(LAUNCH) -m pneumo cv $(OPTIONS)
+
+submit: $(READY)  ## ensemble -> submission.csv [FOLDS=0,1] [GPUS=2]
+	$(LAUNCH) predict.py --folds $(FOLDS) $(OPTIONS)
+
+report: $(READY)  ## figures
+	$(PYTHON) -m pneumo report $(OPTIONS)
+
+clean:  ## remove the environment and caches; runs/ and data/ stay
+	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,148 @@
+"""The small commands: `python -m pneumo verify|pack|folds|cv|score|phantom|report --recipe NAME`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from pneumo import cli, dataset, dist, log, training
+from pneumo.errors import DataError
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Read every image and annotation once; list every problem by file and row."""
+    from pneumo.data import cases
+
+    recipe = cli.load_recipe(options)
+    data, root = recipe.data, Path(recipe.data.root)
+    found, problems = cases.load_train(
+        root,
+        train=data.train,
+        annotations=data.annotations,
+        patients=data.patients,
+        annotation_size=data.annotation_size,
+        allow_missing=data.allow_missing,
+    )
+    if (root / data.test).is_dir():
+        test, _, more = cases.load_test(root, test=data.test, sample=data.sample, allow_missing=data.allow_missing)
+        problems += more
+    else:
+        test = []
+        log.say(f"{root / data.test}: no such folder; only training images are verified")
+    problems += cases.verify([*found, *test], progress=log.bar)
+    for problem in problems:
+        log.say(f"{'ERROR' if problem.fatal else 'note '} {problem.message}")
+    positive = sum(case.positive for case in found)
+    log.say(
+        f"{len(found)} training images, {positive} with pneumothorax, {len(test)} test images; "
+        f"{sum(p.fatal for p in problems)} errors, {sum(not p.fatal for p in problems)} notes"
+    )
+    cases.raise_fatal(problems, recipe.folder / "data_report.csv")
+
+
+def pack(options: argparse.Namespace) -> None:
+    """Decode the training and test images for every stage, and check what was packed before."""
+    recipe = cli.load_recipe(options)
+    found = dataset.load_cases(recipe)
+    sides = {recipe.stage[1].image_size, *(recipe.stage[number].image_size for number in recipe.own_stages)}
+    for side in sorted(sides):
+        packed = dataset.open_pack(recipe, "train", found, side, check=True)
+        log.say(f"train, {side} px: {len(packed.image_ids)} images packed and checked, digest {packed.digest[:12]}")
+    if (Path(recipe.data.root) / recipe.data.test).is_dir():
+        test, _ = dataset.load_test_cases(recipe)
+        side = recipe.stage[recipe.stages].image_size
+        packed = dataset.open_pack(recipe, "test", test, side, check=True)
+        log.say(f"test, {side} px: {len(packed.image_ids)} images packed and checked, digest {packed.digest[:12]}")
+
+
+def folds(options: argparse.Namespace) -> None:
+    """Split the training images and write folds.csv with its audit."""
+    recipe = cli.load_recipe(options)
+    path = recipe.folder / "folds.csv"
+    if path.exists() and not options.force:
+        dataset.load(recipe)
+        log.say(f"{path} is there and fits the data; --force splits anew\n{(recipe.folder / 'audit.txt').read_text()}")
+        return
+    has_images = (Path(recipe.data.root) / recipe.data.train).is_dir()
+    found = dataset.load_cases(recipe, need_images=has_images)
+    packed = dataset.open_pack(recipe, "train", found, recipe.stage[1].image_size) if has_images else None
+    dataset.split(recipe, found, packed)
+
+
+def cv(options: argparse.Namespace) -> None:
+    """Train all folds and stages that are not done yet, in one process."""
+    recipe = cli.load_recipe(options)
+    with dist.launch(recipe.train.timeout_seconds) as device:
+        data = dataset.load(recipe)
+        for fold in range(recipe.folds.count):
+            for stage in recipe.own_stages:
+                training.train_stage(recipe, data, fold, stage, device)
+
+
+def score(options: argparse.Namespace) -> None:
+    """Score a submission against the truth; needs no images."""
+    from pneumo.decision.score import score_files
+
+    report = score_files(options.submission, options.truth, annotation_size=options.annotation_size)
+    if options.json:
+        print(json.dumps(report))
+        return
+    print(
+        f"{report['cases']} cases: mean Dice {report['dice']:.4f} (all empty {report['all_empty']:.4f}), on positives "
+        f"{report['dice_positive']:.4f}, true negatives {report['true_negative_rate']:.4f}"
+    )
+
+
+def phantom(options: argparse.Namespace) -> None:
+    """Write synthetic X-rays with annotations into the recipe's data folder."""
+    from pneumo.data import phantom as phantoms
+
+    recipe = cli.load_recipe(options)
+    root = Path(recipe.data.root)
+    if root.exists() and any(root.iterdir()):
+        if not (root / "SYNTHETIC.txt").exists():
+            raise DataError(f"{root} holds something that is no synthetic data; choose another with --set data.root=DIR")
+        log.say(f"{root}: there already")
+        return
+    settings = recipe.phantom
+    phantoms.write(
+        root,
+        train=settings.train,
+        test=settings.test,
+        side=settings.side,
+        positive_fraction=settings.positive_fraction,
+        seed=recipe.seed,
+    )
+    log.say(f"{root}: {settings.train} training and {settings.test} test images, all SYNTHETIC")
+
+
+def report(options: argparse.Namespace) -> None:
+    """Draw the recipe's figures, with their numbers as CSV."""
+    from pneumo import report as reports
+
+    recipe = cli.load_recipe(options)
+    reports.write(recipe)
+
+
+COMMANDS = (verify, pack, folds, cv, score, phantom, report)
+
+
+def main() -> int:
+    """Read the command line and run one command."""
+    parser = argparse.ArgumentParser(prog="python -m pneumo", description=__doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(c.__name__ for c in COMMANDS))
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
+        subparser.set_defaults(run=command)
+        cli.add_recipe_options(subparser)
+        if command is folds:
+            subparser.add_argument("--force", action="store_true", help="split anew though folds.csv is there")
+        if command is score:
+            subparser.add_argument("submission", type=Path, help="CSV file: ImageId,EncodedPixels")
+            subparser.add_argument("truth", type=Path, help="CSV file of annotations")
+            subparser.add_argument("--json", action="store_true", help="print one JSON object")
+    return cli.run(lambda options: options.run(options), parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

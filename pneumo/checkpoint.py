@@ -1,0 +1,198 @@
+"""Checkpoints that are never half-written, never silently damaged, and hold tensors and plain Python only.
+
+A run folder has one writer at a time. Imports errors.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import os
+import re
+import shutil
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pneumo.errors import DataError, NotFiniteError, UsageError, WriteError
+
+FORMAT = 1
+
+
+def save(state: dict[str, Any], path: Path, *, keep: Path | None = None) -> None:
+    """Write a checkpoint so that at every moment a whole one is on the disk.
+
+    Args:
+        state: tensors and plain Python, nested in dicts and lists.
+        path: written as `path`.tmp, made durable, then renamed.
+        keep: what was at `path` before is kept under this name.
+
+    Raises:
+        NotFiniteError: a floating-point tensor holds NaN or infinity; nothing is written.
+        WriteError: no space or no permission; what was there is intact.
+    """
+    for name, tensor in leaves(state):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NotFiniteError(f"{path} was not written: {name} is not finite. The previous one is intact.")
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_atomic(path, buffer.getbuffer(), keep=keep)
+
+
+def write_atomic(path: Path, content: bytes | memoryview, *, keep: Path | None = None) -> None:
+    """Replace a file's content, all or nothing, and durably.
+
+    Raises:
+        WriteError: no space or no permission; what was there is intact.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < len(content):
+            raise WriteError(
+                f"Cannot save {path}: {len(content) / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free on "
+                f"{path.parent}. What was there is intact. Free space, then run the same command."
+            )
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise WriteError(f"Cannot save {path}: {error.strerror or error}. What was there is intact.") from error
+
+
+def read(path: Path) -> Any:
+    """Read a file that torch.save wrote, onto the CPU, running nothing that is in it.
+
+    Raises:
+        DataError: missing, damaged (any flipped bit of a zip archive's content is found), or holds anything but tensors
+            and plain Python.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # files of torch before 1.6 are none
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+            if bad is not None:
+                raise DataError(f"{path} is damaged (CRC of {bad} differs).")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file.") from None
+    except Exception as error:  # zipfile, pickle and torch raise a dozen types on damaged or hostile files
+        text = " ".join(str(error).split())
+        if code := re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|global):? (\S+)", text):
+            reason = f"it asks for code ({code[1] or code[2]}), which was not run"
+        else:
+            reason = f"it is damaged or no such file ({type(error).__name__})"
+        raise DataError(f"{path} cannot be read: {reason}.") from None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        DataError: as `read` does, or it is of another format.
+    """
+    state = read(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise DataError(f"{path} is no checkpoint of this program's format {FORMAT} (found: {found!r}).")
+    return state
+
+
+def load_last(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
+    """Read the newest good checkpoint of a run folder: last.pt, else prev.pt.
+
+    Returns:
+        The state, the file it came from and warnings to print; None if the folder has neither file.
+
+    Raises:
+        DataError: there are files, but none is good: never start afresh silently.
+    """
+    complaints: list[str] = []
+    for path in (folder / "last.pt", folder / "prev.pt"):
+        if not path.exists():
+            continue
+        try:
+            return load(path), path, complaints
+        except DataError as error:
+            corrupt = path.with_name(path.name + ".corrupt")
+            os.replace(path, corrupt)
+            complaints.append(f"{error} Kept as {corrupt.name}.")
+    if complaints or any(folder.glob("*.pt.corrupt")):
+        raise DataError(
+            f"{folder}: no good checkpoint is left. {' '.join(complaints)} "
+            f"Delete the folder to start this stage anew, or restore last.pt."
+        )
+    return None
+
+
+def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested dicts and lists, with its dotted name."""
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else None
+    if items is None:
+        yield name, state
+    else:
+        for key, value in items:
+            yield from leaves(value, f"{name}.{key}" if name else str(key))
+
+
+def sha256(path: Path) -> str:
+    """The file's hash, 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a run folder against a second writer; released when the process ends, however it ends.
+
+    Raises:
+        UsageError: another process holds it; names that process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UsageError(
+                f"{folder} is in use by {holder}. Stop it, or choose another recipe or --set runs=DIR."
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} (since {time.strftime('%H:%M')})")
+        file.flush()
+        yield
+        file.seek(0)
+        file.truncate()
+
+
+@contextlib.contextmanager
+def wait_lock(path: Path) -> Iterator[None]:
+    """Hold a lock file while the processes that want it as well wait their turn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

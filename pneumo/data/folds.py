@@ -1,0 +1,253 @@
+"""Stratified folds that keep a patient, and near-duplicate images, on one side; and the audit that shows it.
+
+By image and never by annotation row; the order of the input does not matter. Imports errors.
+"""
+
+import csv
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pneumo.errors import DataError, UsageError
+
+
+def split(
+    image_ids: Sequence[str],
+    areas: Sequence[int],
+    groups: Sequence[str | None] | None = None,
+    *,
+    count: int = 5,
+    area_bins: int = 4,
+    seed: int = 0,
+) -> np.ndarray:
+    """Assign every image to a fold.
+
+    Strata are the negative images and `area_bins` quantiles of mask area. Groups are dealt out one by one, those that
+    hold most images first, each to the fold that it brings closest to an equal share of every stratum; single images
+    come last and level what is left. Where nothing is grouped, any two folds differ by at most one image in each
+    stratum.
+
+    Args:
+        image_ids: N different ids.
+        areas: N mask areas, pixels; 0 for an image without pneumothorax.
+        groups: N names; images of one name stay together. None is a group of its own.
+        count: how many folds.
+        area_bins: how many strata of positive images.
+        seed: another seed deals otherwise.
+
+    Returns:
+        (N,) int64, folds 0 .. count - 1, in the order of `image_ids`.
+
+    Raises:
+        UsageError: fewer groups than folds.
+        ValueError: ids repeat or lengths differ.
+    """
+    if len(set(image_ids)) != len(image_ids):
+        raise ValueError("image_ids must be different")
+    names = [None] * len(image_ids) if groups is None else groups
+    if not len(image_ids) == len(areas) == len(names):
+        raise ValueError(f"lengths differ: {len(image_ids)} ids, {len(areas)} areas, {len(names)} groups")
+    members: dict[tuple[bool, str], list[int]] = {}
+    for index, (image_id, name) in enumerate(zip(image_ids, names, strict=True)):
+        members.setdefault((name is None, image_id if name is None else name), []).append(index)
+    if len(members) < count:
+        raise UsageError(f"{len(members)} independent images or groups cannot fill folds.count = {count} folds")
+
+    strata = _strata(np.asarray(areas), area_bins, image_ids)
+    contents = {key: np.bincount(strata[rows], minlength=area_bins + 1) for key, rows in members.items()}
+    shuffled = sorted(members, key=lambda key: _hash(seed, *sorted(image_ids[row] for row in members[key])))
+    # large groups first while there is room to level them, rare strata (large areas) before common ones
+    order = sorted(shuffled, key=lambda key: (-len(members[key]), *(-contents[key][::-1])))
+
+    target = np.bincount(strata, minlength=area_bins + 1) / count
+    scale = 1 / np.maximum(target, 1e-9)
+    filled = np.zeros((count, area_bins + 1))
+    folds = np.empty(len(image_ids), dtype=np.int64)
+    for key in order:
+        content = contents[key]
+        # growth of sum over strata of (filled - target)^2 / target, from adding this group to each fold ...
+        growth = (content * (content + 2 * (filled - target)) * scale).sum(axis=1)
+        # ... then of the squared count of all images and of positives, so that strata's leftovers even out
+        sizes, positives = filled.sum(axis=1), filled[:, 1:].sum(axis=1)
+        best = min(range(count), key=lambda fold: (round(growth[fold], 9), positives[fold], sizes[fold], fold))
+        filled[best] += content
+        folds[members[key]] = best
+    return folds
+
+
+def find_duplicates(thumbnails: np.ndarray, correlation: float) -> list[tuple[int, int]]:
+    """Find pairs of images that are nearly the same picture.
+
+    Args:
+        thumbnails: (N, h, w) grey, small (16 x 16) versions of the images.
+        correlation: pairs whose thumbnails' Pearson correlation exceeds it are duplicates; at 1.0, equal ones only.
+
+    Returns:
+        Pairs (i, j), i < j.
+    """
+    flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
+    flat = flat - flat.mean(axis=1, keepdims=True)
+    norm = np.linalg.norm(flat, axis=1, keepdims=True)
+    flat = np.divide(flat, norm, out=np.zeros_like(flat), where=norm > 0)  # a constant picture resembles none
+    limit = min(correlation, 1 - 1e-6)  # float32 products of equal rows are not exactly 1
+    pairs: list[tuple[int, int]] = []
+    for start in range(0, len(flat), 1024):
+        similar = flat[start : start + 1024] @ flat[start:].T > limit
+        rows, columns = np.nonzero(np.triu(similar, k=1))
+        pairs += [(start + int(row), start + int(column)) for row, column in zip(rows, columns, strict=True)]
+    return pairs
+
+
+def join_groups(groups: Sequence[str | None], pairs: Sequence[tuple[int, int]]) -> list[str | None]:
+    """Join the groups of images that belong together.
+
+    Args:
+        groups: N names, None for an image on its own.
+        pairs: of indices whose images must stay together.
+
+    Returns:
+        N names; joined groups have the name of one of them.
+    """
+    parent = list(range(len(groups)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    first: dict[str, int] = {}
+    same_name = [(first.setdefault(name, i), i) for i, name in enumerate(groups) if name is not None]
+    for a, b in [*same_name, *pairs]:
+        parent[max(root(a), root(b))] = min(root(a), root(b))
+    sizes = Counter(map(root, range(len(groups))))
+    return [
+        None if name is None and sizes[root(index)] == 1 else groups[root(index)] or f"duplicate {root(index)}"
+        for index, name in enumerate(groups)
+    ]
+
+
+def audit(
+    folds: np.ndarray,
+    areas: Sequence[int],
+    patients: Sequence[str | None],
+    duplicates: Sequence[tuple[int, int]] | None,
+) -> dict[str, Any]:
+    """Count what each fold holds and what crosses folds.
+
+    Args:
+        folds: (N,) fold of each image.
+        areas: N mask areas.
+        patients: N patients, None where unknown.
+        duplicates: index pairs of near-duplicates; None if nobody looked.
+
+    Returns:
+        {"folds": [{"fold", "images", "positives", "positive_share", "patients"}], "patients_known",
+        "patients_crossing", "duplicate_pairs", "duplicates_crossing"}; the last two None if nobody looked.
+    """
+    positive = np.asarray(areas) > 0
+    where: dict[str, set[int]] = {}
+    for fold, patient in zip(folds.tolist(), patients, strict=True):
+        if patient is not None:
+            where.setdefault(patient, set()).add(fold)
+    rows = []
+    for fold in range(int(folds.max()) + 1):
+        inside = folds == fold
+        rows.append(
+            {
+                "fold": fold,
+                "images": int(inside.sum()),
+                "positives": int(positive[inside].sum()),
+                "positive_share": float(positive[inside].mean()) if inside.any() else 0.0,
+                "patients": sum(fold in places for places in where.values()),
+            }
+        )
+    crossing = None if duplicates is None else sum(int(folds[a] != folds[b]) for a, b in duplicates)
+    return {
+        "folds": rows,
+        "patients_known": len(where),
+        "patients_crossing": sum(len(places) > 1 for places in where.values()),
+        "duplicate_pairs": None if duplicates is None else len(duplicates),
+        "duplicates_crossing": crossing,
+    }
+
+
+def audit_text(report: dict[str, Any]) -> str:
+    """The audit as a small table."""
+    lines = ["fold  images  positives  share    patients"]
+    for row in report["folds"]:
+        lines.append(
+            f"{row['fold']:4d}  {row['images']:6d}  {row['positives']:9d}  "
+            f"{row['positive_share']:6.2%}  {row['patients']:8d}"
+        )
+    lines.append(f"patients known: {report['patients_known']}, in more than one fold: {report['patients_crossing']}")
+    if report["duplicate_pairs"] is None:
+        lines.append("near-duplicate images: not looked for (no images)")
+    else:
+        lines.append(
+            f"near-duplicate pairs: {report['duplicate_pairs']}, in more than one fold: {report['duplicates_crossing']}"
+        )
+    return "\n".join(lines)
+
+
+def dumps(image_ids: Sequence[str], folds: np.ndarray, groups: Sequence[str | None]) -> str:
+    """folds.csv's content: ImageId,fold,group."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["ImageId", "fold", "group"])
+    for image_id, fold, group in zip(image_ids, folds.tolist(), groups, strict=True):
+        writer.writerow([image_id, fold, "" if group is None else group])
+    return text.getvalue()
+
+
+def load(path: Path, image_ids: Sequence[str], count: int) -> np.ndarray:
+    """Read folds.csv for exactly these images.
+
+    Returns:
+        (N,) int64 in the order of `image_ids`.
+
+    Raises:
+        DataError: not a fold file, or of other images; names the first that differ and what to do.
+    """
+    redo = f"Delete {path} and run `python -m pneumo folds` to split anew; earlier runs belong to the old split."
+    folds: dict[str, int] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            image_id, fold = row.get("ImageId"), row.get("fold")
+            if image_id is None or fold is None or not fold.isdecimal() or int(fold) >= count:
+                raise DataError(f"{path} line {reader.line_num}: expected ImageId and a fold below {count}, got {row}")
+            if image_id in folds:
+                raise DataError(f"{path} line {reader.line_num}: {image_id} stands there twice")
+            folds[image_id] = int(fold)
+    for what, odd in (
+        ("images without a fold", [i for i in image_ids if i not in folds]),
+        ("folds of unknown images", sorted(folds.keys() - set(image_ids))),
+    ):
+        if odd:
+            raise DataError(f"{path}: {len(odd)} {what}, as {', '.join(odd[:5])}. {redo}")
+    return np.array([folds[image_id] for image_id in image_ids], dtype=np.int64)
+
+
+def fingerprint(image_ids: Sequence[str], folds: np.ndarray) -> str:
+    """A hash of who is in which fold, 64 hex digits, whatever the order."""
+    lines = sorted(f"{image_id} {fold}" for image_id, fold in zip(image_ids, folds.tolist(), strict=True))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _strata(areas: np.ndarray, bins: int, image_ids: Sequence[str]) -> np.ndarray:
+    """0 for empty masks, 1 .. bins by rank of area, so that strata of positives are of equal size."""
+    strata = np.zeros(len(areas), dtype=np.int64)
+    positive = sorted(np.flatnonzero(areas > 0).tolist(), key=lambda i: (areas[i], image_ids[i]))
+    for rank, index in enumerate(positive):
+        strata[index] = 1 + rank * bins // len(positive)
+    return strata
+
+
+def _hash(seed: int, *words: str) -> bytes:
+    return hashlib.sha256("\0".join([str(seed), *words]).encode()).digest()

@@ -1,0 +1,278 @@
+"""PNG, JPEG and DICOM files to (H, W) uint8, and the square that the network sees of them.
+
+Files come from anywhere: every limit is checked before memory is spent, and whatever a decoder raises becomes
+an error that names the file. Imports dicom, errors.
+"""
+
+import contextlib
+import io
+import stat
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pneumo.data import dicom
+from pneumo.errors import DataError, OutOfMemory
+
+MAX_PIXELS = 64 * 2**20
+MAX_SIDE = 16_384  # images are padded to squares: 32 x 2,000,000 pixels would become 4e12
+MIN_SIDE = 32
+MAX_BYTES = 256 * 2**20
+
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".dcm": "DICOM", ".dicom": "DICOM"}
+
+_COLOURS = "the red, green and blue channels differ: a colour photograph, or something drawn on it?"
+
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # as Pillow advises; MAX_PIXELS is lower
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scan:
+    """A radiograph.
+
+    Attributes:
+        pixels: (H, W) uint8; bright is dense.
+        spacing: millimetres from row to row and from column to column; None where the file does not say.
+        warnings: what is odd about the file, a line each, without its name.
+    """
+
+    pixels: np.ndarray
+    spacing: tuple[float, float] | None
+    warnings: tuple[str, ...]
+
+
+def is_image(path: Path) -> bool:
+    """Whether a name says PNG, JPEG or DICOM, or the content DICOM, whose files often have no suffix."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def read(path: str | Path) -> Scan:
+    """Read a radiograph, whose format is that of its content.
+
+    PNG and JPEG: 16 bits are shifted down, so that the smallest of 8, 10, 12, 14 and 16 bits that holds the
+    largest value becomes 8. Transparency is dropped, colours become luma.
+    DICOM: rescaled, then seen through the first window or lookup table. Where there is none, 8 unsigned bits
+    stay as they are, and others are stretched from their smallest to their largest value. MONOCHROME1 is
+    inverted last.
+
+    Raises:
+        DataError: missing, damaged, too large, too small, or not one grey image; names the path.
+        OutOfMemory: it does not fit in what memory is left.
+    """
+    with _naming(path):
+        data = _load(path)
+        kind = _kind(data)
+        spacing = None
+        if kind == "DICOM":
+            known = dicom.outline(data)
+            _check_size(known.height, known.width)
+            pixels, spacing, remarks = dicom.decode(data, known)
+        else:
+            pixels, remarks = _to_grey(_decode(data, kind))
+        suffix = Path(path).suffix.lower()
+        if SUFFIXES.get(suffix, kind) != kind:
+            remarks.append(f"named {suffix}, but its content is {kind}")
+        if pixels.min() == pixels.max():
+            remarks.append(f"a constant image: every pixel is {pixels[0, 0]}")
+        return Scan(pixels, spacing, tuple(remarks))
+
+
+def size(path: str | Path) -> tuple[int, int]:
+    """Read the height and width of an image without decoding it.
+
+    Raises:
+        DataError: as `read`, as far as that shows.
+    """
+    with _naming(path):
+        data = _load(path)
+        kind = _kind(data)
+        if kind == "DICOM":
+            known = dicom.outline(data)
+            height, width = known.height, known.width
+        else:
+            width, height = Image.open(io.BytesIO(data), formats=(kind,)).size
+        _check_size(height, width)
+        return height, width
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Read a mask: PNG or JPEG, of 0 and 255 or of 0 and 1.
+
+    Returns:
+        (H, W) bool.
+
+    Raises:
+        DataError: as `read`; or it has colours, or other values, which are named.
+    """
+    with _naming(path):
+        data = _load(path)
+        kind = _kind(data)
+        if kind == "DICOM":
+            raise DataError("a DICOM; a mask must be a PNG of 0 and 255")
+        image = _decode(data, kind)
+        pixels, remarks = (np.array(image), []) if image.mode.startswith("I;16") else _to_grey(image)
+        if _COLOURS in remarks:
+            raise DataError("a mask must be grey, of 0 and 255; this one has colours")
+        high = pixels.max()
+        mask = pixels == high
+        if high not in (0, 1, 255) or not (mask | (pixels == 0)).all():
+            values = np.unique(pixels)
+            shown = ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
+            raise DataError(
+                f"a mask must hold nothing but 0 and 255, or 0 and 1; found {len(values)} values: {shown}. "
+                f"Save it as PNG, resized without smoothing."
+            )
+        return mask if high else np.zeros_like(mask)
+
+
+def to_square(pixels: np.ndarray) -> np.ndarray:
+    """Pad the shorter side with zeros, equally on both sides; an odd pixel goes to the right or the bottom.
+
+    Args:
+        pixels: (H, W) of any type.
+
+    Returns:
+        (L, L) of the same type, with L = max(H, W); the array itself if it is square.
+    """
+    height, width = pixels.shape
+    if height == width:
+        return pixels
+    square = np.zeros((max(height, width),) * 2, dtype=pixels.dtype)
+    from_square(square, height, width)[...] = pixels
+    return square
+
+
+def from_square(square: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Cut out of a square what `to_square` had put there: (height, width), a view.
+
+    Raises:
+        ValueError: `square` is not (L, L) with L = max(height, width).
+    """
+    side = max(height, width)
+    if square.shape != (side, side):
+        raise ValueError(f"the square of ({height}, {width}) is {(side, side)}, got {square.shape}")
+    top, left = (side - height) // 2, (side - width) // 2
+    return square[top : top + height, left : left + width]
+
+
+def resize(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Resize a square image, smoothing where it shrinks.
+
+    Args:
+        pixels: (L, L) uint8.
+        side: pixels.
+
+    Returns:
+        (side, side) uint8; the array itself if it has that size.
+    """
+    if pixels.shape == (side, side):
+        return pixels
+    return np.array(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR))
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Turn whatever is raised inside into an error that names the file."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except MemoryError:
+        raise OutOfMemory(f"{path}: not enough memory to decode it. Close other programs.") from None
+    except UnidentifiedImageError:  # its text is the address of a buffer
+        raise DataError(f"{path}: the header is damaged. Copy it again.") from None
+    except (
+        Exception
+    ) as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{path}: {reason}. Copy it again.") from error
+
+
+def _load(path: str | Path) -> bytes:
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # to open a pipe is to wait for ever
+            raise DataError("not a file")
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise DataError("no such file") from None
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from None
+    if len(data) > MAX_BYTES:
+        raise DataError(f"larger than {MAX_BYTES // 2**20} MB")
+    return data
+
+
+def _kind(data: bytes) -> str:
+    """PNG, JPEG or DICOM, by the first bytes; what else is found in downloads is refused by name."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data[128:132] == b"DICM":
+        return "DICOM"
+    if not data:
+        raise DataError("the file is empty. Copy it again.")
+    if data.startswith(b"version https://git-lfs"):
+        raise DataError("a git-LFS pointer, not the image. Run: git lfs pull")
+    if data[:1024].lstrip()[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+        raise DataError("an HTML page, not an image. Did the download need a login?")
+    raise DataError("not a PNG, JPEG or DICOM file")
+
+
+def _check_size(height: int, width: int) -> None:
+    shape = f"{width:,} x {height:,} pixels"
+    if min(height, width) < MIN_SIDE:
+        raise DataError(f"{shape}; at least {MIN_SIDE} a side are needed")
+    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
+        raise DataError(f"{shape}; {MAX_PIXELS // 2**20} Mpx and {MAX_SIDE:,} pixels a side are the limit")
+
+
+def _decode(data: bytes, kind: str) -> Image.Image:
+    """Decode a PNG or JPEG of acceptable size."""
+    if kind == "PNG" and b"IEND" not in data[-1024:]:  # Pillow is content once it has all rows
+        raise DataError(f"truncated: no end marker in its {len(data):,} bytes. Copy it again.")
+    image = Image.open(io.BytesIO(data), formats=(kind,))  # the header only
+    width, height = image.size
+    _check_size(height, width)
+    image.load()
+    return image
+
+
+def _to_grey(image: Image.Image) -> tuple[np.ndarray, list[str]]:
+    """Make (H, W) uint8 of a decoded image; and what is odd about it."""
+    if image.mode == "L":
+        return np.array(image), []
+    if image.mode == "1":
+        return np.array(image.convert("L")), []
+    if image.mode.startswith("I;16"):
+        stored = np.array(image)
+        high = int(stored.max())
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 1 << bits)
+        return (stored >> (bits - 8)).astype(np.uint8), []
+    if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if image.mode not in ("LA", "RGB", "RGBA"):
+        raise DataError(f"pixels of mode {image.mode}; grey or RGB is needed. Convert it to 8-bit grey.")
+    remarks = []
+    channels = image.split()
+    if image.mode in ("LA", "RGBA"):
+        *channels, alpha = channels
+        if alpha.getextrema()[0] < 255:
+            remarks.append("it has transparent pixels; the transparency was ignored")
+    first = channels[0].tobytes()
+    if any(channel.tobytes() != first for channel in channels[1:]):
+        return np.array(Image.merge("RGB", channels).convert("L")), [*remarks, _COLOURS]
+    return np.array(channels[0]), remarks

@@ -1,0 +1,228 @@
+"""Images decoded once into a memory-mapped uint8 array, their masks into bits beside it.
+
+A pack is a folder named by the content of what is in it, so a changed image, mask or list of images makes another one.
+Packing can be interrupted at any point and goes on where it was. Imports cases, images, kernels, checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pneumo import checkpoint
+from pneumo.data import images
+from pneumo.data.cases import Case
+from pneumo.errors import DataError, WriteError
+from pneumo.kernels.runs import runs_to_mask
+
+FORMAT = 1  # change it when the same files would give other pixels
+UNDONE = 0  # as a new file is
+FLUSH_EVERY = 256  # rows between two moments at which finished rows are made durable
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The decoded images of a list of cases, by row.
+
+    Attributes:
+        image_ids: N ids; row i of the arrays is case i.
+        images: (N, S, S) uint8, memory-mapped.
+        masks: (N, S, S // 8) uint8, memory-mapped; 8 pixels of a row a byte, the leftmost in the highest bit.
+        digest: hash of the files and annotations it was made from, the same for every side.
+    """
+
+    image_ids: tuple[str, ...]
+    images: np.ndarray
+    masks: np.ndarray
+    digest: str
+
+    @property
+    def side(self) -> int:
+        return self.images.shape[1]
+
+
+def open_pack(
+    folder: Path,
+    name: str,
+    cases: Sequence[Case],
+    side: int,
+    *,
+    annotation_size: int,
+    progress: Callable[..., object],
+    check: bool = False,
+) -> Pack:
+    """Open the pack of these cases at this side, making what is missing of it first.
+
+    Several processes may call this at once: one works, the others wait for it.
+
+    Args:
+        folder: holds packs, and the hashes of files seen before.
+        name: for people, the first part of the pack's folder name.
+        side: of the square images, pixels; a multiple of 32.
+        annotation_size: side of the grid that the cases' runs live on.
+        progress: makes a bar, as `log.bar`; called with an iterable, total= and title=.
+        check: compare every finished row with its checksum, and make anew what differs.
+
+    Raises:
+        DataError: an image cannot be read; names it. What was decoded so far is kept.
+        WriteError: the disk is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with checkpoint.wait_lock(folder / "lock"):
+        hashes = file_hashes(folder / "files.json", [case.path for case in cases], progress=progress)
+        digest = content_digest(cases, hashes, annotation_size)
+        place = folder / f"{name}-{side}-{digest[:12]}"
+        place.mkdir(exist_ok=True)
+        count = len(cases)
+        rows = _array(place / "rows.npy", np.int64, (count,))
+        pictures = _array(place / "images.npy", np.uint8, (count, side, side))
+        masks = _array(place / "masks.npy", np.uint8, (count, side, side // 8))
+        todo = [i for i in range(count) if rows[i] == UNDONE or (check and rows[i] != _crc(pictures[i], masks[i]))]
+        if todo:
+            rows[todo] = UNDONE
+            _fill(cases, todo, side, annotation_size, pictures, masks, rows, progress)
+        index = {"format": FORMAT, "digest": digest, "image_ids": [case.image_id for case in cases]}
+        checkpoint.write_atomic(place / "index.json", json.dumps(index).encode())
+    return Pack(
+        tuple(case.image_id for case in cases),
+        np.load(place / "images.npy", mmap_mode="r"),
+        np.load(place / "masks.npy", mmap_mode="r"),
+        digest,
+    )
+
+
+def content_digest(cases: Sequence[Case], hashes: dict[str, str], annotation_size: int) -> str:
+    """Hash what a pack is made from: every file's content and every mask, by id.
+
+    Args:
+        hashes: sha256 of each file, by path, from `file_hashes`.
+
+    Returns:
+        64 hex digits; the order of the cases does not matter.
+    """
+    lines = [
+        f"{case.image_id} {hashes[str(case.path)]} {hashlib.sha256(case.runs.astype('<i8').tobytes()).hexdigest()}"
+        for case in cases
+    ]
+    text = "\n".join([f"pack {FORMAT} {annotation_size}", *sorted(lines)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hashes(cache: Path, paths: Sequence[Path], *, progress: Callable[..., object]) -> dict[str, str]:
+    """The sha256 of every file, read only where its size or time changed since the cache was written.
+
+    Returns:
+        Hashes by path as text.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    try:
+        known = json.loads(cache.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        known = {}  # only a cache: a damaged one costs time
+
+    def entry(path: Path) -> list:
+        try:
+            stat = path.stat()
+            old = known.get(os.path.abspath(path))
+            if old is not None and old[:2] == [stat.st_size, stat.st_mtime_ns]:
+                return old
+            with open(path, "rb") as file:
+                return [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        entries = list(progress(pool.map(entry, paths), total=len(paths), title="hash"))
+    fresh = {os.path.abspath(path): value for path, value in zip(paths, entries, strict=True)}
+    if any(known.get(path) != value for path, value in fresh.items()):
+        checkpoint.write_atomic(cache, json.dumps({**known, **fresh}).encode())
+    return {str(path): value[2] for path, value in zip(paths, entries, strict=True)}
+
+
+def pack_image(pixels: np.ndarray, side: int) -> np.ndarray:
+    """One image as the network sees it: (H, W) uint8, padded to a square and resized to (side, side)."""
+    return images.resize(images.to_square(pixels), side)
+
+
+def pack_mask(runs: np.ndarray, annotation_size: int, side: int) -> np.ndarray:
+    """One mask: runs on the annotation grid to (side, side // 8) uint8 bits, nearest pixel."""
+    centres = (np.arange(side) * 2 + 1) * annotation_size // (2 * side)
+    mask = runs_to_mask(runs, annotation_size, annotation_size)[np.ix_(centres, centres)]
+    return np.packbits(mask, axis=1)
+
+
+def thumbnails(pack: Pack, side: int = 16) -> np.ndarray:
+    """Block means of the packed images: (N, side, side) float32, for finding near-duplicates."""
+    block = pack.side // side
+    blocks = pack.images.reshape(len(pack.images), side, block, side, block)
+    return np.stack([image.mean(axis=(1, 3), dtype=np.float32) for image in blocks])
+
+
+def _fill(
+    cases: Sequence[Case],
+    todo: Sequence[int],
+    side: int,
+    annotation_size: int,
+    pictures: np.ndarray,
+    masks: np.ndarray,
+    rows: np.ndarray,
+    progress: Callable[..., object],
+) -> None:
+    """Decode rows `todo`; a row counts as done only after its pixels are on the disk."""
+
+    def decode(row: int) -> int:
+        pictures[row] = pack_image(images.read(cases[row].path).pixels, side)
+        masks[row] = pack_mask(cases[row].runs, annotation_size, side)
+        return row
+
+    finished: list[int] = []
+
+    def make_durable() -> None:
+        pictures.flush()
+        masks.flush()
+        for row in finished:
+            rows[row] = _crc(pictures[row], masks[row])
+        rows.flush()
+        finished.clear()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and zlib release the interpreter's lock
+        try:
+            for row in progress(pool.map(decode, todo), total=len(todo), title=f"pack {side} px"):
+                finished.append(row)
+                if len(finished) == FLUSH_EVERY:
+                    make_durable()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            make_durable()
+
+
+def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """Open, or create full of zeros with its space reserved, a memory-mapped array."""
+    try:
+        array = np.load(path, mmap_mode="r+")
+        if array.dtype == dtype and array.shape == shape:
+            return array
+    except (FileNotFoundError, ValueError, EOFError):
+        pass  # not there, or a creation that was cut off
+    try:
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)  # a full disk says so here, not as a bus error
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        need = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        raise WriteError(f"Cannot make {path}: {need / 1e6:.0f} MB needed; {error.strerror}.") from None
+    return array
+
+
+def _crc(picture: np.ndarray, mask: np.ndarray) -> int:
+    return 1 + zlib.crc32(mask.tobytes(), zlib.crc32(picture.tobytes()))  # never UNDONE
+

@@ -1,0 +1,301 @@
+"""One optimizer step, and one evaluation: where feed, model and decision meet on the device.
+
+Nothing here waits for the device in a training step: what the host must know it reads two steps late. Imports data,
+model, decision, dist.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pneumo import dist
+from pneumo.data.feed import Feed
+from pneumo.decision import metrics
+from pneumo.decision.rule import Rule, decide, resize_quantise
+from pneumo.model import losses
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Which loss, and its numbers; see `pneumo.model.losses`."""
+
+    kind: str
+    focal_weight: float
+    gamma: float
+    smooth: float
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype:
+    """The type in which convolutions compute.
+
+    Args:
+        amp: "bf16", "fp16", "off", or "auto" for bf16 where the device's units compute in it, else fp16 on CUDA.
+    """
+    if amp == "auto":
+        if device.type == "cuda":
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            amp = "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+
+
+class RunningStatistics:
+    """Batch-norm statistics that do not depend on which process saw which micro-batch.
+
+    During training every forward pass leaves the statistics of its own micro-batch in the buffers. `fold` gathers
+    them over processes and folds them into the running ones in the order of the plan, as one process would have; so
+    the buffers of all processes are equal after every step.
+
+    Args:
+        model: its batch norms are taken over; their momentum is kept here.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self.buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+        self.counts = [norm.num_batches_tracked for norm in norms]
+        self.count = self.counts[0].clone()  # micro-batches of all processes
+        self.sizes = [len(buffer) for buffer in self.buffers]
+        self.running = torch.cat([buffer.clone() for buffer in self.buffers])
+        rates = [norm.momentum for norm in norms for _ in range(2)]
+        self.momentum = torch.cat(
+            [torch.full_like(buffer, rate) for buffer, rate in zip(self.buffers, rates, strict=True)]
+        )
+        for norm in norms:
+            norm.momentum = 1.0  # a forward pass writes its own statistics
+
+    def before_forward(self) -> None:
+        """Clear the buffers: 0 * NaN, left by a bad micro-batch, would be NaN again."""
+        torch._foreach_zero_(self.buffers)
+
+    def captured(self) -> Tensor:
+        """(K,) statistics that the last forward pass left."""
+        return torch.cat(self.buffers)
+
+    def fold(self, slots: Tensor, finite: Tensor) -> None:
+        """Fold in one step's statistics.
+
+        Args:
+            slots: (M, K), one row for each micro-batch of the step in plan order; rows of other processes are 0.
+            finite: () bool; where False the step is as if it had not been.
+        """
+        folded = self.running
+        for slot in dist.sum_over_processes(slots):
+            folded = folded.lerp(slot, self.momentum)
+        self.running = torch.where(finite, folded, self.running)
+        torch._foreach_copy_(self.buffers, list(self.running.split(self.sizes)))
+        self.count = self.count + len(slots) * finite
+        torch._foreach_copy_(self.counts, [self.count] * len(self.counts))
+
+
+class Late:
+    """Small device vectors, read on the host two steps after they were made, so that no step waits.
+
+    All processes read the same step at the same time, whatever the speed of each.
+    """
+
+    LAG = 2
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(self, vector: Tensor) -> list[list[float]]:
+        """Add the newest vector; return those that have become old enough to read."""
+        event = None
+        if vector.device.type == "cuda":
+            vector = torch.empty_like(vector, device="cpu", pin_memory=True).copy_(vector, non_blocking=True)
+            event = torch.cuda.current_stream().record_event()
+        self._waiting.append((vector, event))
+        return self._read(self.LAG)
+
+    def drain(self) -> list[list[float]]:
+        """Wait for and return all that is left."""
+        return self._read(0)
+
+    def _read(self, leave: int) -> list[list[float]]:
+        ready = []
+        while len(self._waiting) > leave:
+            vector, event = self._waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            ready.append(vector.tolist())
+        return ready
+
+
+def share(micro_batches: Sequence[np.ndarray]) -> list[int]:
+    """Which micro-batches of a step this process computes, by place in the step.
+
+    A process for which none is left computes the first once more; `train_step` gives it no weight.
+    """
+    return list(range(dist.rank(), len(micro_batches), dist.world())) or [0]
+
+
+def train_step(
+    model: nn.Module,
+    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    running: RunningStatistics,
+    loss: LossSettings,
+    dtype: torch.dtype,
+    *,
+    count: int,
+    flags: Sequence[float] = (),
+) -> Tensor:
+    """Take one optimizer step, without waiting for the device.
+
+    The gradient is the mean over the step's micro-batches, each of which pools its own pixels in batch norm and
+    Dice; so the step is the same whichever process computes which. A step whose loss or gradient is not finite
+    changes nothing.
+
+    Args:
+        model: maps (B, 1, H, W) to logits (B, 1, H, W); wrapped by `dist.wrap`.
+        micro_batches: (image, mask) pairs on the model's device, those that `share` gave this process.
+        optimizer: fused, so that it can skip a step on the device.
+        scaler: enabled only if `dtype`, the autocast type, is float16.
+        count: micro-batches of the step over all processes.
+        flags: numbers of this process to be summed over processes.
+
+    Returns:
+        (3 + len(flags),) float32 on the device: mean loss, 1 if the step was taken, gradient norm, flag sums.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    own = range(dist.rank(), count, dist.world())
+    slots = running.running.new_zeros(count, len(running.running))
+    total = running.running.new_zeros(())
+    passes = max(len(own), 1)
+    for i, (image, mask) in enumerate(micro_batches):
+        running.before_forward()
+        with dist.sync_gradients(model, i == passes - 1):
+            with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(image)
+            value, _ = losses.loss(
+                logits, mask, loss.kind, focal_weight=loss.focal_weight, gamma=loss.gamma, smooth=loss.smooth
+            )
+            weight = dist.world() / count if own else 0.0  # gradients are averaged over processes
+            scaler.scale(value * weight).backward()
+        if own:
+            slots[own[i]] = running.captured()
+            total = total + value.detach()
+    scaler.unscale_(optimizer)
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    sums = torch.cat([total.float()[None] / count, _to_device(flags, total.device)])
+    sums = dist.sum_over_processes(sums)
+    finite = norm.isfinite() & sums[0].isfinite()
+    optimizer.found_inf = (~finite).float()
+    optimizer.grad_scale = None
+    optimizer.step()
+    if scaler.is_enabled():
+        scaler.update()
+    running.fold(slots, finite)
+    return torch.cat([sums[:1], finite.float()[None], norm.float()[None], sums[1:]])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over a fold gives.
+
+    Attributes:
+        rows: (N,) the evaluated row numbers, each once.
+        dice: (N,) float64, the challenge's Dice of each under the rule.
+        loss: one value over all pixels of the fold.
+    """
+
+    rows: np.ndarray
+    dice: np.ndarray
+    loss: float
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    feed: Feed,
+    rows: np.ndarray,
+    truth: Callable[[int], np.ndarray],
+    rule: Rule,
+    loss: LossSettings,
+    dtype: torch.dtype,
+    *,
+    annotation_size: int,
+    batch_size: int,
+    progress: Callable[..., Iterable],
+) -> Evaluation:
+    """Score every image once, whatever the number of processes, by the code that writes a submission.
+
+    Batches are the same for any number of processes, so per-image values are, too.
+
+    Args:
+        model: not wrapped for distribution; is set to evaluation and back to training.
+        rows: (N,) row numbers of the feed.
+        truth: gives a row's runs on the annotation grid.
+        progress: makes a bar, as `log.bar`.
+
+    Returns:
+        The same on every process.
+    """
+    model.eval()
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    mine = list(range(dist.rank(), len(batches), dist.world()))
+    scores: list[tuple[int, list[float], list[float]]] = []  # batch number, loss sums, Dice of each image
+
+    def score(row: int, q: np.ndarray) -> float:
+        return metrics.dice_runs(decide(q, rule), truth(row))
+
+    with ThreadPoolExecutor(1) as pool:  # the host decides on one batch while the device computes the next
+        pending: deque = deque()
+        for number, (image, mask) in zip(progress(mine), feed.batches([batches[i] for i in mine]), strict=True):
+            logits = predict_logits(model, image, dtype)
+            sums = losses.loss_sums(logits, mask, loss.kind, gamma=loss.gamma).double().tolist()
+            maps = resize_quantise(logits.sigmoid(), annotation_size).cpu().numpy()
+            pending.append((number, sums, pool.map(score, batches[number].tolist(), maps)))
+            while len(pending) > 2:
+                number, sums, dice = pending.popleft()
+                scores.append((number, sums, list(dice)))
+        scores += [(number, sums, list(dice)) for number, sums, dice in pending]
+    model.train()
+    everyone = sorted(item for part in dist.gather(scores) for item in part)  # adds up in one order everywhere
+    total = np.sum([sums for _, sums, _ in everyone], axis=0)
+    value, _ = losses.loss_from_sums(
+        torch.from_numpy(total), loss.kind, focal_weight=loss.focal_weight, smooth=loss.smooth
+    )
+    dice = np.array([value for _, _, values in everyone for value in values])
+    return Evaluation(np.concatenate(batches), dice, float(value))
+
+
+def predict_logits(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits of uint8 images, as float32.
+
+    Args:
+        image: (B, 1, S, S) uint8.
+    """
+    with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
+        return model(to_input(image)).float()
+
+
+def to_input(image: Tensor) -> Tensor:
+    """uint8 grey levels as the model takes them: float32 in [0, 1], in channels_last memory."""
+    return (image.float() / 255).contiguous(memory_format=torch.channels_last)
+
+
+def cosine(step: int, steps: int) -> float:
+    """Factor of the learning rate at `step` of `steps`: from 1 down to 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def own_steps(plan: Sequence[Sequence[np.ndarray]], start: int) -> Iterator[np.ndarray]:
+    """This process's micro-batches from step `start` on, in order."""
+    for micro_batches in plan[start:]:
+        yield from (micro_batches[i] for i in share(micro_batches))
+
+
+def _to_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    vector = torch.tensor(numbers, dtype=torch.float32)
+    return vector.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else vector

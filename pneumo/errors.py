@@ -1,0 +1,41 @@
+"""What a user can do wrong or a machine can run out of; each error knows the program's exit code.
+
+Every message is one line: what, where, why, and what to do. Each class takes that one string, so that an error keeps
+its text when it crosses a thread or process. Imports nothing from pneumo.
+"""
+
+
+class PneumoError(ValueError):
+    """Base of all errors that a command prints as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(PneumoError):
+    """A command line or recipe that cannot be meant."""
+
+    exit_code = 2
+
+
+class DataError(PneumoError):
+    """An image, annotation, fold file or checkpoint that cannot be trusted."""
+
+    exit_code = 3
+
+
+class NotFiniteError(PneumoError):
+    """A loss, weight or probability that is not a number."""
+
+    exit_code = 4
+
+
+class WriteError(PneumoError):
+    """A file that could not be written; what was there before is intact."""
+
+    exit_code = 5
+
+
+class OutOfMemory(PneumoError):
+    """The device or the host ran out of memory."""
+
+    exit_code = 6

@@ -1,0 +1,1 @@
+"""Device code, each with a plain reference beside it; shared by data, model and decision."""

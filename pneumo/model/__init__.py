@@ -1,0 +1,1 @@
+"""A uint8 batch to a loss: network, augmentation, losses."""

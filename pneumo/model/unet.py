@@ -1,0 +1,211 @@
+"""UNet: a decoder written out over any timm encoder with five feature levels.
+
+The model takes grey images in [0, 1]; the encoder's own normalization belongs to it. Imports checkpoint,
+errors.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pneumo import checkpoint
+from pneumo.errors import DataError, UsageError
+
+
+class DecoderBlock(nn.Module):
+    """Double the resolution, join the encoder's features of that resolution, convolve twice."""
+
+    def __init__(self, below: int, skip: int, out: int) -> None:
+        super().__init__()
+        self.conv1 = conv_bn_relu(below + skip, out)
+        self.conv2 = conv_bn_relu(out, out)
+
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """Map (B, below, H, W) and (B, skip, 2H, 2W), or None, to (B, out, 2H, 2W)."""
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
+        return self.conv2(self.conv1(x))
+
+
+def conv_bn_relu(inside: int, out: int) -> nn.Sequential:
+    """3x3 convolution without bias, batch norm, ReLU."""
+    conv = nn.Conv2d(inside, out, 3, padding=1, bias=False)
+    nn.init.kaiming_uniform_(conv.weight, mode="fan_in", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU(inplace=True))
+
+
+class UNet(nn.Module):
+    """UNet over a timm encoder.
+
+    Args:
+        encoder: a timm model name with features at 1/2, 1/4, ..., 1/32 of the input.
+        pretrained: True for timm's weights, a path to a local file of the encoder's weights, False for random ones.
+        decoder_channels: of the five decoder blocks, coarsest first; the last has no skip.
+
+    Raises:
+        UsageError: no such encoder, one without five such levels, or weights that cannot be had.
+        DataError: the file of weights does not hold exactly this encoder.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "resnet34",
+        pretrained: bool | str = False,
+        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
+    ) -> None:
+        super().__init__()
+        self.encoder = _create_encoder(encoder, pretrained)
+        channels = self.encoder.feature_info.channels()
+        if self.encoder.feature_info.reduction() != [2, 4, 8, 16, 32]:
+            raise UsageError(
+                f"model.encoder: {encoder} has features at {self.encoder.feature_info.reduction()}; "
+                f"the decoder needs [2, 4, 8, 16, 32], as resnet34 has"
+            )
+        config = self.encoder.default_cfg if hasattr(self.encoder, "default_cfg") else self.encoder.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
+        below = [channels[-1], *decoder_channels[:-1]]
+        skips = [*reversed(channels[:-1]), 0]
+        self.blocks = nn.ModuleList(map(DecoderBlock, below, skips, decoder_channels))
+        self.head = nn.Conv2d(decoder_channels[-1], 1, 3, padding=1)
+        nn.init.xavier_uniform_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Predict.
+
+        Args:
+            image: (B, 1, H, W) float in [0, 1]; H and W multiples of 32.
+
+        Returns:
+            (B, 1, H, W) logits.
+        """
+        *skips, x = self.encoder((image - self.mean) / self.std)  # grey to the encoder's three channels
+        for block, skip in zip(self.blocks, [*reversed(skips), None], strict=True):
+            x = block(x, skip)
+        return self.head(x)
+
+
+def load_smp(model: UNet, state: Mapping[str, Tensor]) -> None:
+    """Load a checkpoint of segmentation_models.pytorch's `Unet` with the same encoder.
+
+    On a grey image repeated over three channels and normalized by the encoder's mean and std, that model's logits
+    and this one's agree. Grey images stay three channels inside, so nothing is lost.
+
+    Args:
+        state: a `state_dict` of smp.Unet(encoder, decoder_attention_type=None, classes=1); "module." prefixes and a
+            classifier's leftovers ("encoder.fc.", "classification_head.") are allowed.
+
+    Raises:
+        DataError: names the first keys that are missing, left over or of another shape.
+    """
+    parts = {
+        "encoder.": "encoder.",
+        "decoder.blocks.": "blocks.",
+        "segmentation_head.0.": "head.",
+    }
+    leftovers = ("encoder.fc.", "encoder.last_linear.", "encoder.classifier.", "classification_head.")
+    renamed = {}
+    for key, tensor in state.items():
+        key = key.removeprefix("module.")
+        if key.startswith(leftovers):
+            continue
+        old = next((part for part in parts if key.startswith(part)), None)
+        renamed[key if old is None else parts[old] + key.removeprefix(old)] = tensor
+    own = {"mean": model.mean, "std": model.std}  # smp normalizes outside
+    _load_exactly(model, {**renamed, **own}, "checkpoint of segmentation_models.pytorch")
+
+
+def _load_exactly(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    if complaint := _mismatch({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}, state):
+        raise DataError(f"{what} does not fit the model: {complaint}")
+    model.load_state_dict(dict(state), strict=False)  # num_batches_tracked may be missing, nothing else
+
+
+def _mismatch(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> str:
+    """Say how a state differs from what is wanted; "" if it does not."""
+    missing = [key for key in shapes if key not in state and not key.endswith("num_batches_tracked")]
+    unknown = [key for key in state if key not in shapes]
+    other = [key for key, shape in shapes.items() if key in state and tuple(state[key].shape) != shape]
+    found = {"missing": missing, "unknown": unknown, "of another shape": other}
+    return "; ".join(f"{len(keys)} {kind}, as {', '.join(keys[:3])}" for kind, keys in found.items() if keys)
+
+
+def _create_encoder(name: str, pretrained: bool | str) -> nn.Module:
+    """timm's feature extractor of that name, with weights."""
+    if not timm.is_model(name):
+        near = timm.list_models(f"{name[:6]}*")[:3]
+        raise UsageError(f"model.encoder: timm knows no {name!r}{f'; near: {near}' if near else ''}")
+    overlay: dict[str, Any] | None = None
+    if isinstance(pretrained, str):
+        _check_weights(name, Path(pretrained))
+        logging.getLogger("timm.models").setLevel(logging.ERROR)  # it warns of the head that was just checked
+        overlay = {"file": pretrained}
+    try:
+        return timm.create_model(
+            name, features_only=True, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay
+        )
+    except Exception as error:  # offline, hub and timm raise many types, some without a message
+        if not pretrained:
+            raise UsageError(f"model.encoder: timm cannot make features of {name}: {error}") from None
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UsageError(
+            f"weights of {name} could not be loaded through timm ({reason}). Download {name}'s weights on a machine "
+            f"with a network (huggingface.co/timm) and pass --set model.pretrained=FILE, or train from random weights "
+            f"with --set model.pretrained=false"
+        ) from None
+
+
+def _check_weights(name: str, path: Path) -> None:
+    """Refuse a file that does not hold exactly this encoder, but for a classifier's head."""
+    state = read_weights(path)
+    features = timm.create_model(name, features_only=True, pretrained=False)
+    with torch.device("meta"):
+        whole = timm.create_model(name, pretrained=False)
+    shapes = {key: tuple(tensor.shape) for key, tensor in whole.state_dict().items()}
+    head = _head_keys(whole, features)
+    body = {key: shape for key, shape in shapes.items() if key not in head}
+    if complaint := _mismatch(body, {key: tensor for key, tensor in state.items() if key not in head}):
+        raise DataError(f"{path} does not hold the weights of {name}: {complaint}")
+
+
+def _head_keys(whole: nn.Module, features: nn.Module) -> set[str]:
+    """Keys of a timm model that its feature extractor has no use for."""
+    used = {key.replace("_", ".") for key in features.state_dict()}  # feature lists flatten "stages.0" to "stages_0"
+    return {key for key in whole.state_dict() if key.replace("_", ".") not in used}
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a file of weights, safetensors or PyTorch, without running anything in it.
+
+    Returns:
+        A state dict; one wrapped under "state_dict" or "model" is unwrapped.
+
+    Raises:
+        UsageError: no such file.
+        DataError: not a file of weights.
+    """
+    if not path.is_file():
+        raise UsageError(f"model.pretrained: no file {path}. Put the encoder's weights there, or pass another path.")
+    if path.suffix == ".safetensors":
+        try:
+            state: Any = safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise DataError(f"{path} cannot be read as weights: {' '.join(str(error).split())[:200]}") from None
+    else:
+        state = checkpoint.read(path)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise DataError(f"{path} holds no state dict of tensors")
+    return state

@@ -1,0 +1,1 @@
+"""Figures, and their numbers as CSV, from the folders that runs leave behind."""

@@ -1,0 +1,35 @@
+"""Predict with all folds of a recipe's last stage.
+
+`python predict.py --recipe seed` writes <runs>/<recipe>/submission.csv for the test images of the data folder;
+`python predict.py a.dcm b.png --out masks/` writes a mask, an overlay and a line of predictions.jsonl for each file.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pneumo import cli, dist, ensemble, inference
+from pneumo.errors import UsageError
+
+
+def main(options: argparse.Namespace) -> None:
+    """Predict what the options name."""
+    recipe = cli.load_recipe(options)
+    folds = ensemble.parse_folds(options.folds, recipe.folds.count)
+    if options.files and options.out is None:
+        raise UsageError("say where the masks of the given files go: --out DIR")
+    with dist.launch(recipe.train.timeout_seconds) as device:
+        models = ensemble.load(recipe, folds, device)
+        if options.files:
+            inference.predict_files(recipe, models, options.files, options.out, device)
+        else:
+            inference.predict_test(recipe, models, device)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, help="X-rays (PNG, JPEG, DICOM); none: the data's test images")
+    parser.add_argument("--out", type=Path, help="folder for the masks of given files")
+    parser.add_argument("--folds", default="all", help="all (default), or some as 0,1")
+    cli.add_recipe_options(parser)
+    sys.exit(cli.run(main, parser))

@@ -1,0 +1,27 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: subprocesses of the tests inherit it
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The folder that holds train.py, predict.py and configs.toml."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def siim() -> Path:
+    """Real X-rays of the challenge, which may not be passed on: present on some machines only."""
+    folder = REPO.parent / "shared" / "data" / "siim"
+    if not folder.is_dir():
+        pytest.skip(f"no real X-rays at {folder}")
+    return folder

@@ -1,0 +1,173 @@
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from pneumo.errors import DataError, UsageError
+from pneumo.model import unet
+from pneumo.model.unet import UNet
+
+NARROW = (16, 8, 8, 8, 4)
+
+
+@pytest.fixture(scope="module")
+def resnet() -> UNet:
+    torch.manual_seed(0)
+    return UNet("resnet34").eval()
+
+
+def test_size_and_shape(resnet):
+    assert sum(p.numel() for p in resnet.parameters()) == 24_436_369
+    assert resnet(torch.rand(2, 1, 64, 96)).shape == (2, 1, 64, 96)
+
+
+def test_normalization_is_the_encoders_own(resnet):
+    assert resnet.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert resnet.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
+    lite = UNet("tf_efficientnet_lite0", decoder_channels=NARROW)
+    assert lite.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    assert "mean" in lite.state_dict()  # a checkpoint carries it
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "mobilenetv3_small_050", "tf_efficientnet_lite0"])
+def test_any_encoder_with_five_levels(encoder):
+    model = UNet(encoder, decoder_channels=NARROW)
+    logits = model(torch.rand(2, 1, 64, 64))
+    assert logits.shape == (2, 1, 64, 64)
+    logits.mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def smp_forward(state: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+    """That library's Unet("resnet34") in evaluation, written with plain functions from its state dict alone."""
+    from torch.nn import functional as F
+
+    def bn(x, name):
+        return F.batch_norm(x, *(state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")))
+
+    def conv(x, name, **options):
+        return F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), **options)
+
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = (image.repeat(1, 3, 1, 1) - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    x = bn(conv(x, "encoder.conv1", stride=2, padding=3), "encoder.bn1").relu()
+    features = [x]
+    x = F.max_pool2d(x, 3, 2, 1)
+    for layer, blocks in enumerate([3, 4, 6, 3], start=1):
+        for block in range(blocks):
+            name = f"encoder.layer{layer}.{block}"
+            stride = 2 if layer > 1 and block == 0 else 1
+            y = bn(conv(x, f"{name}.conv1", stride=stride, padding=1), f"{name}.bn1").relu()
+            y = bn(conv(y, f"{name}.conv2", padding=1), f"{name}.bn2")
+            if f"{name}.downsample.0.weight" in state:
+                x = bn(conv(x, f"{name}.downsample.0", stride=stride), f"{name}.downsample.1")
+            x = (x + y).relu()
+        features.append(x)
+    *skips, x = features
+    for block, skip in enumerate([*reversed(skips), None]):
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = x if skip is None else torch.cat([x, skip], dim=1)
+        for number in (1, 2):
+            name = f"decoder.blocks.{block}.conv{number}"
+            x = bn(conv(x, f"{name}.0", padding=1), f"{name}.1").relu()
+    return conv(x, "segmentation_head.0", padding=1)
+
+
+def smp_state(model: UNet) -> dict[str, torch.Tensor]:
+    """A state dict with that library's keys and random weights and statistics."""
+    torch.manual_seed(1)
+    renamed = {}
+    for key, tensor in model.state_dict().items():
+        key = key.replace("blocks.", "decoder.blocks.").replace("head.", "segmentation_head.0.")
+        if key in ("mean", "std"):
+            continue
+        if key.endswith("running_var"):
+            renamed[key] = torch.rand_like(tensor) + 0.5
+        elif tensor.is_floating_point():
+            renamed[key] = tensor + 0.02 * torch.randn_like(tensor)
+        else:
+            renamed[key] = tensor
+    return renamed
+
+
+def test_a_checkpoint_of_segmentation_models_pytorch_gives_the_same_logits(resnet):
+    state = smp_state(resnet)
+    mine = UNet("resnet34").eval()
+    leftovers = {"encoder.fc.weight": torch.zeros(1000, 512), "encoder.fc.bias": torch.zeros(1000)}
+    unet.load_smp(mine, {f"module.{key}": tensor for key, tensor in {**state, **leftovers}.items()})
+    image = torch.rand(2, 1, 96, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(mine(image), smp_forward(state, image), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("decoder.blocks.0.conv1.0.weight"), "1 missing, as blocks.0.conv1.0.weight"),
+        (lambda s: s.update({"decoder.extra": torch.zeros(1)}), "1 unknown, as decoder.extra"),
+        (lambda s: s.update({"segmentation_head.0.bias": torch.zeros(2)}), "1 of another shape, as head.bias"),
+    ],
+)
+def test_another_checkpoint_is_refused(resnet, change, message):
+    state = smp_state(resnet)
+    change(state)
+    with pytest.raises(DataError, match=message):
+        unet.load_smp(UNet("resnet34"), state)
+
+
+def test_encoder_weights_from_a_local_file(tmp_path):
+    torch.manual_seed(3)
+    whole = timm.create_model("resnet18", pretrained=False)
+    safetensors.torch.save_file(whole.state_dict(), tmp_path / "w.safetensors")
+    torch.save({"state_dict": whole.state_dict()}, tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        model = UNet("resnet18", str(tmp_path / name), NARROW)
+        for key, tensor in model.encoder.state_dict().items():
+            assert torch.equal(tensor, whole.state_dict()[key]), key
+
+
+def test_a_file_of_another_network_is_refused(tmp_path):
+    torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(DataError, match=r"does not hold the weights of resnet34: \d+ missing"):
+        UNet("resnet34", str(tmp_path / "w.pth"))
+
+
+def test_a_missing_key_is_not_filled_with_random_numbers(tmp_path):
+    state = timm.create_model("resnet18", pretrained=False).state_dict()
+    del state["layer3.0.conv1.weight"]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(DataError, match=r"1 missing, as layer3\.0\.conv1\.weight"):
+        UNet("resnet18", str(tmp_path / "w.pth"), NARROW)
+
+
+@pytest.mark.parametrize("content", [b"<html>404</html>", b"", b"version https://git-lfs.github.com/spec/v1"])
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_a_file_that_is_no_weights_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=name):
+        UNet("resnet18", str(tmp_path / name), NARROW)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UsageError, match=r"no file /no/such/w\.pth"):
+        UNet("resnet18", "/no/such/w.pth", NARROW)
+
+
+def test_offline_without_a_file_the_error_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match=r"model\.pretrained=FILE"):
+        UNet("resnet26d", pretrained=True)
+
+
+def test_other_encoders_are_refused():
+    with pytest.raises(UsageError, match="knows no 'resnet34x'"):
+        UNet("resnet34x")
+    with pytest.raises(UsageError, match=r"features at \[16, 16, 16\]"):
+        UNet("vit_tiny_patch16_224")
+
+
+def test_real_pretrained_weights(siim):
+    path = siim.parents[1] / "weights" / "tf_efficientnet_lite0.safetensors"
+    model = UNet("tf_efficientnet_lite0", str(path), NARROW)
+    stored = safetensors.torch.load_file(path)
+    assert torch.equal(model.encoder.conv_stem.weight, stored["conv_stem.weight"].float())

@@ -1,0 +1,140 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pneumo import checkpoint
+from pneumo.errors import DataError, NotFiniteError, UsageError, WriteError
+
+
+def state(value: float = 1.0) -> dict:
+    return {"model": {"w": torch.full((300,), value)}, "position": {"epoch": 2, "history": [{"dice": 0.5}]}}
+
+
+def test_round_trip(tmp_path):
+    checkpoint.save(state(), tmp_path / "last.pt")
+    loaded = checkpoint.load(tmp_path / "last.pt")
+    assert loaded["format"] == checkpoint.FORMAT
+    assert torch.equal(loaded["model"]["w"], torch.ones(300))
+    assert loaded["position"] == state()["position"]
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]  # no temporary file stays
+
+
+def test_the_one_before_is_kept(tmp_path):
+    for value in (1.0, 2.0):
+        checkpoint.save(state(value), tmp_path / "last.pt", keep=tmp_path / "prev.pt")
+    assert checkpoint.load(tmp_path / "prev.pt")["model"]["w"][0] == 1
+    assert checkpoint.load(tmp_path / "last.pt")["model"]["w"][0] == 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_written(tmp_path, bad):
+    checkpoint.save(state(), tmp_path / "last.pt")
+    with pytest.raises(NotFiniteError, match=r"model\.w is not finite"):
+        checkpoint.save(state(bad), tmp_path / "last.pt")
+    assert checkpoint.load(tmp_path / "last.pt")["model"]["w"][0] == 1
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    checkpoint.save(state(), tmp_path / "last.pt")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WriteError, match="No space left"):
+        checkpoint.save(state(2.0), tmp_path / "last.pt", keep=tmp_path / "prev.pt")
+    assert checkpoint.load(tmp_path / "last.pt")["model"]["w"][0] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(state(), path)
+    good = path.read_bytes()
+    content = torch.Generator().manual_seed(0)
+    wrong = 0
+    for _ in range(60):
+        place = int(torch.randint(len(good) * 8, (1,), generator=content))
+        damaged = bytearray(good)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            loaded = checkpoint.load(path)
+        except DataError:
+            continue
+        wrong += not torch.equal(loaded["model"]["w"], torch.ones(300))  # zip padding may flip without harm
+    assert wrong == 0
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_put_aside_for_the_one_before(tmp_path, share):
+    for value in (1.0, 2.0):
+        checkpoint.save(state(value), tmp_path / "last.pt", keep=tmp_path / "prev.pt")
+    content = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(content[: int(len(content) * share)])
+    loaded, path, complaints = checkpoint.load_last(tmp_path)
+    assert loaded["model"]["w"][0] == 1
+    assert path.name == "prev.pt"
+    assert "last.pt" in complaints[0]
+    assert (tmp_path / "last.pt.corrupt").exists()
+
+
+def test_never_afresh_where_all_is_damaged(tmp_path):
+    assert checkpoint.load_last(tmp_path) is None
+    (tmp_path / "last.pt").write_bytes(b"x")
+    for _ in range(2):  # the second time as well, when only the corrupt file is left
+        with pytest.raises(DataError, match="no good checkpoint is left"):
+            checkpoint.load_last(tmp_path)
+
+
+class Hostile:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_a_hostile_file_runs_nothing(tmp_path):
+    torch.save({"format": 1, "x": Hostile(f"touch {tmp_path}/owned")}, tmp_path / "last.pt")
+    with pytest.raises(DataError, match="system"):
+        checkpoint.load(tmp_path / "last.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_other_formats_are_named(tmp_path):
+    torch.save({"format": 99}, tmp_path / "a.pt")
+    with pytest.raises(DataError, match="format 1 .found: 99"):
+        checkpoint.load(tmp_path / "a.pt")
+    torch.save([1], tmp_path / "a.pt")
+    with pytest.raises(DataError, match="found: 'list'"):
+        checkpoint.load(tmp_path / "a.pt")
+    with pytest.raises(DataError, match="no such file"):
+        checkpoint.load(tmp_path / "b.pt")
+
+
+def test_no_file_of_the_package_turns_safe_loading_off(repo: Path):
+    sources = [*repo.glob("*.py"), *repo.glob("pneumo/**/*.py")]
+    assert len(sources) > 10
+    assert [p for p in sources if "weights_only=False" in p.read_text()] == []
+
+
+def test_a_second_writer_is_refused_by_the_firsts_number(tmp_path):
+    hold = (
+        "import sys, time; from pathlib import Path; from pneumo import checkpoint\n"
+        f"with checkpoint.lock(Path({str(tmp_path)!r})):\n    print('held', flush=True); time.sleep(60)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match=f"in use by process {first.pid} "), checkpoint.lock(tmp_path):
+            pass
+    finally:
+        first.kill()
+        first.communicate()
+    with checkpoint.lock(tmp_path):  # killed, it holds nothing
+        pass

@@ -87,7 +87,7 @@ class StageConfig:
     """One training stage of one fold."""
 
     epochs: Annotated[int, Positive]
-    image_size: Annotated[int, "[32, 8192]"]
+    image_size: Annotated[int, "[64, 8192]"]  # at 32 a lone image would be one pixel to the deepest batch norm
     batch_size: Annotated[int, Positive]
     accumulation: Annotated[int, Positive]
     loss: Literal["focal_dice", "bce_dice", "lovasz"]
@@ -106,7 +106,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         if self.image_size % 32:
-            near = max(32, round(self.image_size / 32) * 32)
+            near = max(64, round(self.image_size / 32) * 32)
             raise UsageError(f"image_size must be a multiple of 32, got {self.image_size}; nearest: {near}")
 
 

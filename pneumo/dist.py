@@ -4,6 +4,7 @@ Started by torchrun (or with its environment variables), the processes form one 
 gloo on CPUs. Imports errors.
 """
 
+import inspect
 import os
 import threading
 import time
@@ -86,7 +87,9 @@ def wrap(model: nn.Module) -> nn.Module:
         return model
     device = next(model.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.15 renamed it
+    keep_buffers = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **keep_buffers)
 
 
 @contextmanager

@@ -54,6 +54,7 @@ NOT_IMAGE_MODALITIES = {"SR": "a structured report", "SEG": "a segmentation", "P
 LATERAL = {"LL", "RL", "LAT", "LATERAL"}
 FRONTAL = {"AP", "PA", "LLD", "RLD"}  # the last two: lying on one side, but seen from the front
 CHEST = ("CHEST", "THORA", "TORAX", "LUNG")
+NOT_RADIOGRAPHS = {"CT", "MG", "MR", "NM", "PT", "US"}
 
 _META_CLASS, _SYNTAX, _CLASS = 0x00020002, 0x00020010, 0x00080016
 _ROWS, _COLUMNS, _PIXELS = 0x00280010, 0x00280011, 0x7FE00010
@@ -296,7 +297,8 @@ def _unpack(pydicom: ModuleType, header: Any, known: Outline) -> np.ndarray:
     else:
         raise DataError("a transfer syntax that is not read. Convert it: dcmconv +te (DCMTK)")
     decoder = pydicom.pixels.get_decoder(known.syntax)
-    return decoder.as_array(header, index=0, raw=True, decoding_plugin=plugin)[0]
+    stored = decoder.as_array(header, index=0, raw=True, decoding_plugin=plugin)[0]
+    return stored.astype(stored.dtype.newbyteorder("="), copy=False)
 
 
 def _decode_jpeg(frame: bytes, known: Outline, *, signed: bool) -> np.ndarray:
@@ -397,4 +399,6 @@ def _odd_view(header: Any) -> list[str]:
         remarks.append("not a frontal view by its ViewPosition")
     if part and not any(word in part for word in CHEST):
         remarks.append("not a chest by its BodyPartExamined")
+    if header.get("Modality") in NOT_RADIOGRAPHS:
+        remarks.append(f"not a radiograph by its Modality {header.Modality}")
     return remarks

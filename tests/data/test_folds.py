@@ -118,7 +118,13 @@ def test_audit_sees_a_leak():
     report = folds.audit(np.array([0, 0, 1, 1]), [5, 0, 5, 0], ["p", "q", "p", None], [(0, 1), (1, 2)])
     assert report["patients_crossing"] == 1
     assert report["duplicates_crossing"] == 1
-    assert report["folds"][0] == {"fold": 0, "images": 2, "positives": 1, "positive_share": 0.5, "patients": 2}
+    assert report["folds"][0] == {
+        "fold": 0,
+        "images": 2,
+        "positives": 1,
+        "positive_share": 0.5,
+        "patients": 2,
+    }
     assert "in more than one fold: 1" in folds.audit_text(report)
 
 

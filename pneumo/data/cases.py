@@ -1,0 +1,676 @@
+"""A folder of images and an annotation file to a checked list of cases.
+
+Nothing is silently dropped: what is wrong or left out becomes a `Problem` that names file, line and id, and
+all of them are collected before anything stops. Imports rle, images, kernels, checkpoint, log, errors.
+"""
+
+import csv
+import gzip
+import io
+import os
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pneumo import checkpoint, log
+from pneumo.data import images, rle
+from pneumo.errors import DataError, PneumoError
+from pneumo.kernels.runs import mask_to_runs, union
+
+ANNOTATION_NAMES = ("train-rle", "train_rle", "stage_2_train", "stage_1_train", "train")  # .csv or .csv.gz
+SAMPLE_NAMES = (
+    "sample_submission",
+    "sample-submission",
+    "stage_2_sample_submission",
+    "stage_1_sample_submission",
+)
+PATIENT_NAMES = ("patients",)
+MASK_FOLDERS = ("mask", "masks")
+ALIASES = {"fname": "ImageId", "mask": "EncodedPixels"}
+MAX_BYTES = 256 * 2**20  # of a CSV, unpacked
+SHOWN = 5  # ids in a message; data_report.csv has all
+
+_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+_JUNK = {"thumbs.db", "desktop.ini"}
+_JUNK_FOLDERS = {"__MACOSX"}
+
+csv.field_size_limit(MAX_BYTES)  # its default of 128 KiB is less than a speckled mask can take
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """One X-ray.
+
+    Attributes:
+        image_id: the file's name without suffix.
+        path: None if images were not asked for.
+        runs: (R, 2) int64 on the annotation grid, the union of all annotations of the image.
+        patient: None if not known.
+    """
+
+    image_id: str
+    path: Path | None
+    runs: np.ndarray
+    patient: str | None = None
+
+    @property
+    def positive(self) -> bool:
+        return len(self.runs) > 0
+
+    @property
+    def area(self) -> int:
+        """Pixels of the annotation grid."""
+        return int((self.runs[:, 1] - self.runs[:, 0]).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong or odd, and where.
+
+    Attributes:
+        row: line of the file, the header's being 1; None if it is about all of it.
+        image_id: "" if it is about several.
+        message: one line that says all of it, file and line included.
+        fatal: whether nothing may be done with these data.
+        each: the single problems that this one sums up, for the report.
+    """
+
+    file: str
+    row: int | None
+    image_id: str
+    message: str
+    fatal: bool
+    each: tuple["Problem", ...] = ()
+
+
+def load_train(
+    root: Path,
+    *,
+    train: str = "train",
+    annotations: str = "",
+    patients: str = "",
+    annotation_size: int = 1024,
+    allow_missing: bool = False,
+    need_images: bool = True,
+) -> tuple[list[Case], list[Problem]]:
+    """Join images, annotations and patients into cases.
+
+    Args:
+        root: all other names are relative to it.
+        train: folder of images.
+        annotations: CSV file of codes, or folder of masks; "": under one of the usual names, CSV first.
+        patients: CSV file; "": patients.csv, if there is one.
+        annotation_size: side of the grid that codes live on, and that masks are brought to, pixels.
+        allow_missing: drop rows without an image with a warning.
+        need_images: False: go by the annotations alone; paths are None.
+
+    Returns:
+        Cases by id, and all problems. The cases are of use only if no problem is fatal.
+    """
+    root, problems, files = Path(root), [], {}
+    if not root.is_dir():
+        return [], [_problem(root, "no such folder. Set data.root.")]
+    if need_images:
+        files = _find_folder(root, train, "data.train", problems)
+    source = _find(root, annotations, ANNOTATION_NAMES, MASK_FOLDERS, "annotations", problems)
+    if source is None:
+        if not problems:
+            tables = _some(path.name for path in sorted(root.glob("*.csv*")))
+            problems.append(
+                _problem(
+                    root,
+                    f"no annotations: neither {', '.join(ANNOTATION_NAMES)} (.csv, .csv.gz) nor a folder "
+                    f"{' or '.join(MASK_FOLDERS)}. CSV files there: {tables or 'none'}. Set data.annotations.",
+                )
+            )
+        return [], problems
+    lines: dict[str, int] = {}
+    if source.is_dir():
+        runs_of = _read_masks(source, files if need_images else None, annotation_size, problems)
+    else:
+        runs_of, lines = _read_codes(source, annotation_size, problems)
+    patient_of = {}
+    table = _find(root, patients, PATIENT_NAMES, (), "patients", problems)
+    if table is not None:
+        patient_of, more = read_patients(table)
+        problems += more
+    ids = sorted(runs_of)
+    if need_images:
+        ids = _match(source, runs_of, lines, root / train, files, allow_missing, problems)
+        if not source.is_dir():
+            _check_square(source, ids, lines, runs_of, files, problems)
+    if table is not None:
+        unknown = [image_id for image_id in ids if image_id not in patient_of]
+        if unknown:
+            text = (
+                f"{len(unknown):,} of {len(ids):,} images have no patient there, each is taken for a patient"
+            )
+            problems.append(_summary(table, text, unknown, "no patient_id", fatal=False))
+    if not ids and not any(problem.fatal for problem in problems):
+        problems.append(_problem(source, "not a single case"))
+    cases = [
+        Case(image_id, files.get(image_id), runs_of[image_id], patient_of.get(image_id)) for image_id in ids
+    ]
+    return cases, problems
+
+
+def load_test(
+    root: Path, *, test: str = "test", sample: str = "", allow_missing: bool = False
+) -> tuple[list[Case], list[str], list[Problem]]:
+    """Join test images and the sample submission.
+
+    Args:
+        root: all other names are relative to it.
+        test: folder of images.
+        sample: CSV file; "": under one of the usual names, if there is one.
+        allow_missing: leave out ids without an image with a warning; they stay in the list of ids.
+
+    Returns:
+        Cases, without runs, in the order of the ids; the ids that a submission must have, in the sample's
+        order, or those of all images, sorted; and all problems.
+    """
+    root, problems = Path(root), []
+    if not root.is_dir():
+        return [], [], [_problem(root, "no such folder. Set data.root.")]
+    files = _find_folder(root, test, "data.test", problems)
+    source = _find(root, sample, SAMPLE_NAMES, (), "sample", problems)
+    ids = sorted(files)
+    if source is not None:
+        ids, more = read_sample(source)
+        problems += more
+        there = set(_match(source, dict.fromkeys(ids), {}, root / test, files, allow_missing, problems))
+    else:
+        there = set(ids)
+    nothing = np.zeros((0, 2), dtype=np.int64)
+    return [Case(image_id, files[image_id], nothing) for image_id in ids if image_id in there], ids, problems
+
+
+def find_images(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
+    """Find all images in a folder and the folders in it, by id.
+
+    An id is a file's name without .png, .jpg, .jpeg, .dcm or .dicom; DICOM files are found without a suffix
+    too. Hidden files and what operating systems leave behind are passed over.
+
+    Returns:
+        Paths by id, in order of the ids; problems: two files of one id, names that cannot be ids, other
+        files.
+    """
+    found: dict[str, Path] = {}
+    problems: list[Problem] = []
+    others: list[Path] = []
+    for path in _files(Path(folder), problems):
+        if not images.is_image(path):
+            others.append(path)
+            continue
+        image_id = path.stem if path.suffix.lower() in images.SUFFIXES else path.name
+        if not _ID.fullmatch(image_id):
+            problems.append(_problem(path, f"{_ID_RULE} Rename it."))
+        elif image_id in found:
+            text = f"the image of this id is there twice; the other is {found[image_id]}. Remove one."
+            problems.append(_problem(path, text, image_id=image_id))
+        else:
+            found[image_id] = path
+    if others:
+        text = f"{len(others):,} files are no PNG, JPEG or DICOM and were left out"
+        each = tuple(_problem(path, "not an image", fatal=False) for path in others)
+        message = f"{folder}: {text}: {_some(path.name for path in others)}"
+        problems.append(Problem(str(folder), None, "", message, False, each))
+    return dict(sorted(found.items())), problems
+
+
+def read_codes(path: Path, annotation_size: int) -> tuple[dict[str, np.ndarray], list[Problem]]:
+    """Read annotations: a CSV, perhaps gzipped, with columns ImageId and EncodedPixels (or fname and mask).
+
+    Returns:
+        Runs by id, in order of first appearance, the union of its rows, without the ids that have a fatal
+        problem; and all problems.
+    """
+    problems: list[Problem] = []
+    runs_of, _ = _read_codes(path, annotation_size, problems)
+    return runs_of, problems
+
+
+def read_patients(path: Path) -> tuple[dict[str, str], list[Problem]]:
+    """Read whose image is whose: a CSV, perhaps gzipped, with columns ImageId and patient_id.
+
+    Returns:
+        Patients by image id; problems: an image of two patients, an empty patient.
+    """
+    patient_of: dict[str, str] = {}
+    problems: list[Problem] = []
+    for line, (image_id, patient) in _rows(path, ("ImageId", "patient_id"), problems):
+        if not patient:
+            problems.append(_problem(path, "patient_id is empty", row=line, image_id=image_id))
+        elif patient_of.setdefault(image_id, patient) != patient:
+            text = "a second patient_id for this image"
+            problems.append(_problem(path, text, row=line, image_id=image_id))
+    return patient_of, problems
+
+
+def read_sample(path: Path) -> tuple[list[str], list[Problem]]:
+    """Read the ids that a submission must have: a CSV, perhaps gzipped, with a column ImageId.
+
+    Returns:
+        Each id once, in order of first appearance; problems: a warning if there were repetitions.
+    """
+    problems: list[Problem] = []
+    lines: dict[str, int] = {}
+    repeated: list[Problem] = []
+    count = 0
+    for line, (image_id,) in _rows(path, ("ImageId",), problems):
+        count += 1
+        if lines.setdefault(image_id, line) != line:
+            text = f"repeats line {lines[image_id]}"
+            repeated.append(_problem(path, text, row=line, image_id=image_id, fatal=False))
+    if repeated:
+        text = f"{path}: {count:,} rows have {len(lines):,} different ids; one row each is written"
+        problems.append(Problem(str(path), None, "", text, False, tuple(repeated)))
+    if not lines and not problems:
+        problems.append(_problem(path, "no rows"))
+    return list(lines), problems
+
+
+def verify(cases: Sequence[Case], *, progress: Callable[..., Iterable] = log.bar) -> list[Problem]:
+    """Read every image, as training will, and list all that cannot be read and all that is odd.
+
+    Args:
+        progress: makes a bar; called with an iterable, total= and title=.
+
+    Returns:
+        Problems in order of the cases.
+    """
+
+    def check(case: Case) -> list[Problem]:
+        if case.path is None:
+            return [Problem("", None, case.image_id, f"ImageId {case.image_id}: no image", True)]
+        try:
+            remarks = images.read(case.path).warnings
+        except PneumoError as error:
+            return [Problem(str(case.path), None, case.image_id, str(error), True)]
+        return [
+            Problem(str(case.path), None, case.image_id, f"{case.path}: {remark}", False)
+            for remark in remarks
+        ]
+
+    return [problem for found in _in_threads(check, cases, "verify", progress) for problem in found]
+
+
+def raise_fatal(problems: Sequence[Problem], report: Path | None) -> None:
+    """Stop if there is a fatal problem.
+
+    Args:
+        report: where to write all problems, fatal or not, as CSV; None: nowhere.
+
+    Raises:
+        DataError: the first fatal problem, how many others there are, and where they are listed.
+        WriteError: the report could not be written.
+    """
+    if report is not None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["file", "row", "image_id", "message", "fatal"])
+        for problem in problems:
+            for one in problem.each or (problem,):
+                writer.writerow([one.file, one.row, one.image_id, one.message, str(one.fatal).lower()])
+        checkpoint.write_atomic(report, text.getvalue().encode("utf-8", "surrogateescape"))
+    fatal = [problem for problem in problems if problem.fatal]
+    if fatal:
+        others = sum(len(problem.each) or 1 for problem in fatal[1:])
+        listed = f" listed in {report}" if report is not None else ""
+        message = fatal[0].message
+        if others:
+            message += f" {others:,} more problem{'s are' if others > 1 else ' is'}{listed or ' there'}."
+        elif fatal[0].each and listed:
+            message += f" All are{listed}."
+        raise DataError(message)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Problems
+# ------------------------------------------------------------------------------------------------------------
+
+_ID_RULE = "an ImageId is 1 to 128 of A-Z, a-z, 0-9, dot, underscore and hyphen, and begins with no dot."
+
+
+def _problem(
+    file: Path, text: str, *, row: int | None = None, image_id: str = "", fatal: bool = True
+) -> Problem:
+    where = str(file) + (f" line {row}" if row else "") + (f", ImageId {image_id}" if image_id else "")
+    return Problem(str(file), row, image_id, f"{where}: {text}", fatal)
+
+
+def _summary(
+    file: Path, text: str, ids: Sequence[str], each: str, *, fatal: bool, lines: dict[str, int] | None = None
+) -> Problem:
+    """One problem for many ids."""
+    lines = lines or {}
+    single = tuple(_problem(file, each, row=lines.get(i), image_id=i, fatal=fatal) for i in ids)
+    return Problem(str(file), None, "", f"{file}: {text}: {_some(ids)}.", fatal, single)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Folders
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _find(
+    root: Path, given: str, stems: Sequence[str], folders: Sequence[str], key: str, problems: list[Problem]
+) -> Path | None:
+    """The file or folder that the recipe names, else the only one of a usual name; None if there is none."""
+    if given:
+        if (root / given).exists():
+            return root / given
+        problems.append(_problem(root / given, f"not there. data.{key} is relative to data.root."))
+        return None
+    names = {stem + suffix for stem in stems for suffix in (".csv", ".csv.gz")}
+    entries = sorted(root.iterdir())
+    found = [path for path in entries if path.name.lower() in names and path.is_file()]
+    found = found or [path for path in entries if path.name.lower() in folders and path.is_dir()]
+    if len(found) > 1:
+        text = (
+            f"{' and '.join(path.name for path in found)} could all be meant. Set data.{key} to one of them."
+        )
+        problems.append(_problem(root, text))
+        return None
+    return found[0] if found else None
+
+
+def _find_folder(root: Path, name: str, key: str, problems: list[Problem]) -> dict[str, Path]:
+    """The images of a folder that must be there and have some."""
+    folder = root / name
+    if not folder.is_dir():
+        there = _some(path.name for path in sorted(root.iterdir()) if path.is_dir())
+        problems.append(_problem(folder, f"no such folder; {root} has: {there or 'none'}. Set {key}."))
+        return {}
+    found, more = find_images(folder)
+    problems += more
+    if not found and not any(problem.fatal for problem in more):
+        problems.append(_problem(folder, "no PNG, JPEG or DICOM file in it"))
+    return found
+
+
+def _files(folder: Path, problems: list[Problem]) -> Iterator[Path]:
+    """Every file of a folder and the folders in it but hidden ones, sorted; links are followed, once."""
+
+    def complain(error: OSError) -> None:
+        problems.append(_problem(Path(error.filename), f"cannot be read: {error.strerror}"))
+
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=complain):
+        stat = os.stat(place)
+        if (stat.st_dev, stat.st_ino) in seen:  # a link back up would go round for ever
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in _JUNK_FOLDERS)
+        for name in sorted(names):
+            if name[0] != "." and name.lower() not in _JUNK:
+                yield Path(place, name)
+
+
+def _match(
+    source: Path,
+    annotated: Collection[str],
+    lines: dict[str, int],
+    folder: Path,
+    files: dict[str, Path],
+    allow_missing: bool,
+    problems: list[Problem],
+) -> list[str]:
+    """Annotated ids that have an image, in their order sorted; what is without the other is a problem."""
+    if not files:
+        return []  # said already
+    missing = [image_id for image_id in annotated if image_id not in files]
+    if missing:
+        text = f"{len(missing):,} of {len(annotated):,} ids have no image in {folder}"
+        if len(missing) == len(annotated):
+            text += f" (which has {len(files):,}, the first being {next(iter(files))})"
+        text += ", they are left out" if allow_missing else "; copy them, or set data.allow_missing"
+        each = f"no image in {folder}"
+        problems.append(_summary(source, text, missing, each, fatal=not allow_missing, lines=lines))
+    extra = [image_id for image_id in files if image_id not in annotated]
+    if extra:
+        text = f"{len(extra):,} of {len(files):,} images are not in {source} and are left out"
+        problems.append(_summary(folder, text, extra, f"not in {source}", fatal=False))
+    return sorted(image_id for image_id in annotated if image_id in files)
+
+
+def _check_square(
+    source: Path,
+    ids: Sequence[str],
+    lines: dict[str, int],
+    runs_of: dict[str, np.ndarray],
+    files: dict[str, Path],
+    problems: list[Problem],
+) -> None:
+    """Codes live on a square grid: on an image of another shape nobody knows what they mean."""
+    for image_id in ids:
+        if len(runs_of[image_id]) == 0:
+            continue
+        try:
+            height, width = images.size(files[image_id])
+        except PneumoError:
+            continue  # who reads the image will say so
+        if height != width:
+            text = (
+                f"a code, but {files[image_id]} is {width} x {height} pixels and not square. "
+                f"Give its mask as a PNG of that size in a folder {MASK_FOLDERS[0]}."
+            )
+            problems.append(_problem(source, text, row=lines.get(image_id), image_id=image_id))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Annotations
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _read_codes(
+    path: Path, annotation_size: int, problems: list[Problem]
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Runs by id, and the line on which an id first appears."""
+    rows: dict[str, list[tuple[int, str, np.ndarray]]] = {}
+    bad = set()
+    for line, (image_id, code) in _rows(path, ("ImageId", "EncodedPixels"), problems):
+        try:
+            runs = rle.decode_runs(code, annotation_size, annotation_size)
+        except ValueError as error:
+            bad.add(image_id)
+            text = f"EncodedPixels: {error}"
+            problems.append(_problem(path, text, row=line, image_id=image_id))
+            continue
+        rows.setdefault(image_id, []).append((line, code, runs))
+
+    runs_of: dict[str, np.ndarray] = {}
+    overlaps: list[Problem] = []
+    twice = repeated = 0  # pixels, rows
+    for image_id, its in rows.items():
+        if image_id in bad:
+            continue
+        if len(its) == 1:
+            runs_of[image_id] = its[0][2]
+            continue
+        empty = [line for line, _, runs in its if len(runs) == 0]
+        if empty and len(empty) < len(its):
+            other = next(line for line, _, runs in its if len(runs))
+            text = f"empty here, but line {other} has a mask of it. Delete one of them."
+            problems.append(_problem(path, text, row=empty[0], image_id=image_id))
+            continue
+        runs_of[image_id] = union([runs for _, _, runs in its])
+        pixels = sum(_area(runs) for _, _, runs in its) - _area(runs_of[image_id])
+        same = len(its) - len({code for _, code, _ in its})
+        if pixels or same:
+            twice, repeated = twice + pixels, repeated + same
+            text = f"{pixels:,} pixels in more than one row, {same} rows repeated; united"
+            overlaps.append(_problem(path, text, row=its[0][0], image_id=image_id, fatal=False))
+    if overlaps:
+        message = (
+            f"{path}: {len(overlaps):,} images have rows that overlap ({twice:,} pixels) or repeat ({repeated:,} "
+            f"rows); they were united"
+        )
+        problems.append(Problem(str(path), None, "", message, False, tuple(overlaps)))
+    if not rows and not any(problem.fatal for problem in problems if problem.file == str(path)):
+        problems.append(_problem(path, "no rows"))
+    return runs_of, {image_id: its[0][0] for image_id, its in rows.items()}
+
+
+def _read_masks(
+    folder: Path, files: dict[str, Path] | None, annotation_size: int, problems: list[Problem]
+) -> dict[str, np.ndarray]:
+    """Runs on the annotation grid of every mask in a folder; of those with an image, if `files` is given.
+
+    A mask goes the way of its image: padded to a square, then brought to the grid, each pixel taking its
+    nearest.
+    """
+    masks, more = find_images(folder)
+    problems += more
+    if not masks:
+        problems.append(_problem(folder, "no masks in it"))
+
+    def read(image_id: str) -> np.ndarray | Problem:
+        path = masks[image_id]
+        if files is not None and image_id not in files:
+            return np.zeros((0, 2), dtype=np.int64)  # reported as such by `_match`
+        try:
+            mask = images.read_mask(path)
+        except PneumoError as error:
+            return Problem(str(path), None, image_id, str(error), True)
+        if files is not None:
+            try:
+                shape = images.size(files[image_id])
+            except PneumoError:
+                shape = mask.shape  # who reads the image will say so
+            if mask.shape != shape:
+                text = (
+                    f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, its image {files[image_id]} is "
+                    f"{shape[1]} x {shape[0]}. They must be of one size."
+                )
+                return _problem(path, text, image_id=image_id)
+        square = images.to_square(mask)
+        if len(square) != annotation_size:
+            nearest = (2 * np.arange(annotation_size) + 1) * len(square) // (2 * annotation_size)
+            square = square[np.ix_(nearest, nearest)]
+        return mask_to_runs(square)
+
+    runs_of = {}
+    for image_id, result in zip(masks, _in_threads(read, list(masks), "masks", log.bar), strict=True):
+        if isinstance(result, Problem):
+            problems.append(result)
+        else:
+            runs_of[image_id] = result
+    return runs_of
+
+
+def _area(runs: np.ndarray) -> int:
+    return int((runs[:, 1] - runs[:, 0]).sum())
+
+
+def _in_threads(
+    work: Callable[[Any], Any], items: Sequence[Any], title: str, progress: Callable[..., Iterable]
+) -> list[Any]:
+    """Results in order; Pillow and zlib release the interpreter's lock."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            return list(progress(pool.map(work, items), total=len(items), title=title))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# CSV
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _rows(
+    path: Path, columns: Sequence[str], problems: list[Problem]
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Line number and stripped values of the named columns of each row; the first is an id, and checked.
+
+    Every value is text, and a row must have as many fields as the header: nothing is guessed, padded or
+    shifted.
+    """
+    try:
+        reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+        header: list[str] | None = None
+        for fields in reader:
+            fields = [field.strip() for field in fields]
+            if not any(fields):
+                continue
+            if header is None:
+                header = [ALIASES.get(field, field) for field in fields]
+                places = _places(header, columns)
+                continue
+            if len(fields) != len(header):
+                text = f"{len(fields)} fields, the header has {len(header)}"
+                problems.append(_problem(path, text, row=reader.line_num))
+                continue
+            values = tuple(fields[place] for place in places)
+            if not _ID.fullmatch(values[0]):
+                shown = values[0] if len(values[0]) <= 40 else values[0][:37] + "..."
+                text = f"{columns[0]} {shown!a}: {_ID_RULE}"
+                problems.append(_problem(path, text, row=reader.line_num))
+                continue
+            yield reader.line_num, values
+        if header is None:
+            raise DataError("empty")
+    except csv.Error as error:
+        problems.append(_problem(path, f"not a CSV: {error}", row=reader.line_num))
+    except DataError as error:
+        problems.append(_problem(path, f"{error}. Expected: a CSV with columns {', '.join(columns)}."))
+
+
+def _places(header: list[str], columns: Sequence[str]) -> list[int]:
+    for column in columns:
+        if header.count(column) != 1:
+            shown = ", ".join(header)
+            hint = next(
+                (f"columns are separated by {name}" for mark, name in _SEPARATORS.items() if mark in shown),
+                "",
+            )
+            found = shown if len(shown) <= 100 else shown[:97] + "..."
+            what = "is there twice" if column in header else "is missing"
+            raise DataError(f"column {column} {what}; found {found!a}{', ' if hint else ''}{hint}")
+    return [header.index(column) for column in columns]
+
+
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+def _text(path: Path) -> str:
+    """The text of a UTF-8 file, perhaps gzipped; what else downloads turn out to be is refused by name."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if data.startswith(b"\x1f\x8b"):
+            with gzip.open(io.BytesIO(data)) as file:
+                data = file.read(MAX_BYTES + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"damaged gzip file ({error}); copy it again") from None
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from None
+    if len(data) > MAX_BYTES:
+        raise DataError(f"larger than {MAX_BYTES // 2**20} MB")
+    if not data.strip():
+        raise DataError("empty")
+    if data.startswith(b"version https://git-lfs"):
+        raise DataError("a git-LFS pointer, not the file itself; run: git lfs pull")
+    if data[:1024].lstrip().startswith(b"<"):
+        raise DataError("an HTML page; did the download need a login?")
+    if data.startswith(b"PK\x03\x04"):
+        raise DataError("a ZIP archive; unpack it")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:1024]:
+        raise DataError("UTF-16 or binary; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 at byte {error.start:,}; save it as UTF-8") from None

@@ -1,0 +1,175 @@
+"""The figures, each a pure function from numbers to a PNG with the same numbers beside it as CSV.
+
+matplotlib draws, scikit-image finds contours. Imports errors.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+matplotlib.use("Agg")  # before pyplot: there is no screen
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from skimage.measure import find_contours
+
+STAGE_COLOURS = ("#e8eef7", "#f7efe3", "#e9f4ea")
+PLAIN = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+
+
+def augmentations(
+    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], names: Sequence[str], note: str, path: Path
+) -> None:
+    """Originals in the first column, their augmentations to the right, the mask outlined.
+
+    Args:
+        images: rows of (1 + K, S, S) float in [0, 1].
+        masks: rows of (1 + K, S, S) bool.
+        names: one per row.
+        note: shown in the title, as "SYNTHETIC"; may be empty.
+    """
+    count = len(images[0])
+    with plt.rc_context(PLAIN):
+        figure, axes = plt.subplots(
+            len(images), count, figsize=(1.9 * count, 2.05 * len(images)), squeeze=False, layout="constrained"
+        )
+    records = []
+    for row, (pictures, outlines, name) in enumerate(zip(images, masks, names, strict=True)):
+        for column in range(count):
+            axis = axes[row, column]
+            outlined(axis, pictures[column], outlines[column])
+            if row == 0:
+                axis.set_title("original" if column == 0 else f"augmented {column}")
+            records.append(
+                {
+                    "image_id": name,
+                    "column": column,
+                    "mean": float(pictures[column].mean()),
+                    "mask_pixels": int(outlines[column].sum()),
+                }
+            )
+        axes[row, 0].set_ylabel(shorten(name), fontsize=7)
+    figure.suptitle(f"Originals and their augmentations {note}".strip())
+    _save(figure, pd.DataFrame(records), path)
+
+
+def outlined(axis: Axes, image: np.ndarray, mask: np.ndarray, colour: str = "#ff5050", label: str | None = None) -> None:
+    """Show an X-ray with a mask's outline: (H, W) and (H, W) bool."""
+    axis.imshow(image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1, interpolation="nearest")
+    for number, contour in enumerate(find_contours(np.pad(mask, 1).astype(np.float32), 0.5)):
+        axis.plot(contour[:, 1] - 1, contour[:, 0] - 1, color=colour, linewidth=1, label=label if number == 0 else None)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.grid(False)
+
+
+def curves(records: pd.DataFrame, title: str, path: Path) -> None:
+    """Loss and Dice against epoch: training and validation, all folds, stages side by side.
+
+    Args:
+        records: log lines with columns fold and stage added.
+    """
+    stages = sorted(records["stage"].unique())
+    with plt.rc_context(PLAIN):
+        figure, axes = plt.subplots(
+            2, len(stages), figsize=(3.6 * len(stages) + 1, 5.6), squeeze=False, layout="constrained", sharex="col"
+        )
+    for column, stage in enumerate(stages):
+        loss_axis, dice_axis = axes[:, column]
+        for axis in (loss_axis, dice_axis):
+            axis.set_facecolor(STAGE_COLOURS[column % len(STAGE_COLOURS)])
+        part = records[records["stage"] == stage]
+        for fold, lines in part.groupby("fold"):
+            colour = f"C{fold}"
+            loss_axis.plot(lines["epoch"], lines["loss"], color=colour, linestyle="--", linewidth=1)
+            loss_axis.plot(lines["epoch"], lines["val_loss"], color=colour, linewidth=1.4, label=f"fold {fold}")
+            dice_axis.plot(lines["epoch"], lines["dice"], color=colour, linewidth=1.4, label=f"fold {fold}")
+            dice_axis.plot(lines["epoch"], lines["dice_positive"], color=colour, linestyle=":", linewidth=1.2)
+        dice_axis.axhline(part["all_empty"].mean(), color="black", linewidth=0.8)
+        loss_axis.set_title(f"stage {stage}")
+        dice_axis.set_xlabel("epoch")
+        dice_axis.set_ylim(-0.02, 1.02)
+        # epochs are whole numbers
+        dice_axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_ylabel("loss\n(dashed: training, solid: validation)")
+    axes[1, 0].set_ylabel("validation Dice\n(solid: all, dotted: positives,\nblack: all masks empty)")
+    axes[0, -1].legend(fontsize=7, loc="upper right")
+    figure.suptitle(title)
+    _save(figure, records, path)
+
+
+def min_area(table: pd.DataFrame, chosen: int, title: str, path: Path) -> None:
+    """Mean Dice against the minimum component area, out of fold.
+
+    Args:
+        table: columns min_area, dice, dice_positive, true_negative_rate, all_empty.
+        chosen: the recipe's minimum area, pixels of the annotation grid.
+    """
+    with plt.rc_context(PLAIN):
+        figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    best = table.loc[table["dice"].idxmax()]
+    axis.plot(table["min_area"], table["dice"], color="C0", label="mean Dice")
+    axis.plot(table["min_area"], table["dice_positive"], color="C1", label="Dice on positives")
+    axis.plot(table["min_area"], table["true_negative_rate"], color="C2", label="true-negative rate")
+    axis.plot(table["min_area"], table["all_empty"], color="black", linewidth=0.8, label="all masks empty")
+    axis.axvline(chosen, color="gray", linestyle="--", linewidth=1, label=f"the recipe's {chosen:,} px")
+    axis.plot(best["min_area"], best["dice"], "o", color="C0", label=f"best {best['dice']:.4f} at {best['min_area']:,.0f} px")
+    axis.set_xlabel("components of this many pixels or fewer are dropped (annotation grid)")
+    axis.set_ylim(-0.02, 1.02)
+    axis.legend(fontsize=8, loc="center right")
+    axis.set_title(title)
+    _save(figure, table, path)
+
+
+def loss_comparison(records: Mapping[str, pd.DataFrame], losses: Mapping[str, str], stage: int, path: Path) -> None:
+    """Validation Dice of one stage under two losses: each fold's line, and the mean over folds.
+
+    Args:
+        records: log lines of the stage with column fold, by recipe.
+        losses: the loss of each recipe.
+        stage: its number.
+    """
+    with plt.rc_context(PLAIN):
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharex=True)
+    rows = []
+    for number, (recipe, lines) in enumerate(records.items()):
+        for axis, column in zip(axes, ("dice", "dice_positive"), strict=True):
+            for _, one in lines.groupby("fold"):
+                axis.plot(one["epoch"], one[column], color=f"C{number}", linewidth=0.7, alpha=0.4)
+            mean = lines.groupby("epoch")[column].mean()
+            axis.plot(mean.index, mean, color=f"C{number}", linewidth=2, label=f"{recipe}: {losses[recipe]}")
+        rows.append(lines.assign(recipe=recipe, loss_kind=losses[recipe]))
+    table = pd.concat(rows, ignore_index=True)
+    axes[0].axhline(table["all_empty"].mean(), color="black", linewidth=0.8, label="all masks empty")
+    for axis, label in zip(axes, ("validation Dice", "validation Dice on positives"), strict=True):
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"Loss of stage {stage}; thick: mean over folds")
+    _save(figure, table, path)
+
+
+def shorten(name: str) -> str:
+    """An id that fits under a picture."""
+    return name if len(name) <= 22 else f"{name[:8]}…{name[-12:]}"
+
+
+def _save(figure: Figure, table: pd.DataFrame, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    table.to_csv(path.with_suffix(".csv"), index=False)
+
+
+def frame(lines: Sequence[Mapping[str, Any]], **columns: Any) -> pd.DataFrame:
+    """Log lines as a table, with constant columns put first; null becomes NaN."""
+    table = pd.DataFrame(list(lines))
+    for place, (name, value) in enumerate(columns.items()):
+        table.insert(place, name, value)
+    return table

@@ -1,0 +1,430 @@
+import io
+import logging
+import random
+import struct
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pneumo.data import dicom, images
+from pneumo.errors import DataError
+
+pydicom = pytest.importorskip("pydicom")
+
+SECRET = "ROENTGEN^ANNA"
+JPEG_2000 = "1.2.840.10008.1.2.4.90"
+
+
+def ramp(height=48, width=40, high=255, dtype=np.uint8):
+    y, x = np.mgrid[:height, :width]
+    return ((7 * y + 11 * x) * high // (7 * 47 + 11 * 39)).astype(dtype)
+
+
+def jpeg(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def make(pixels, syntax=dicom.EXPLICIT_LITTLE, *, frame=None, drop=(), **elements):
+    """A DICOM file as bytes; `frame` is an encoded image to put in place of the pixels."""
+    header = pydicom.Dataset()
+    header.file_meta = pydicom.dataset.FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
+    header.file_meta.MediaStorageSOPClassUID = elements.get("SOPClassUID", "1.2.840.10008.5.1.4.1.1.7")
+    header.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    header.PatientName = header.PatientID = SECRET
+    header.PatientBirthDate = "18450327"
+    header.Rows, header.Columns = pixels.shape[:2]
+    header.SamplesPerPixel = 1
+    header.PhotometricInterpretation = "MONOCHROME2"
+    header.BitsAllocated = header.BitsStored = 8 * pixels.itemsize
+    header.PixelRepresentation = int(pixels.dtype.kind == "i")
+    for keyword, value in elements.items():
+        setattr(header, keyword, value)
+    header.HighBit = header.BitsStored - 1
+    if frame is not None:
+        header.PixelData = pydicom.encaps.encapsulate([frame])
+        header["PixelData"].is_undefined_length = True
+    else:
+        order = ">" if syntax == dicom.EXPLICIT_BIG else "<"
+        header.PixelData = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    header["PixelData"].VR = "OW" if pixels.itemsize == 2 else "OB"
+    for keyword in drop:
+        delattr(header, keyword)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom complains about what the tests break on purpose
+        header.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(content, name="case.dcm"):
+        (tmp_path / name).write_bytes(content)
+        return images.read(tmp_path / name)
+
+    return read
+
+
+@pytest.fixture
+def refusal(read, tmp_path):
+    """The text of the error, which must name the file and not the patient."""
+
+    def refusal(content):
+        with pytest.raises(DataError) as caught:
+            read(content)
+        text = str(caught.value)
+        assert text.startswith(f"{tmp_path / 'case.dcm'}: ") and "\n" not in text
+        assert "ROENTGEN" not in text and "1845" not in text
+        return text
+
+    return refusal
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("syntax", [dicom.EXPLICIT_LITTLE, dicom.IMPLICIT_LITTLE, dicom.EXPLICIT_BIG])
+@pytest.mark.parametrize("shape", [(48, 40), (33, 35)])
+def test_eight_bits_stay_as_they_are(read, tmp_path, syntax, shape):
+    pixels = ramp(*shape) // 2 + 20
+    scan = read(make(pixels, syntax, PixelSpacing=[0.2, 0.1], ViewPosition="PA", BodyPartExamined="CHEST"))
+    np.testing.assert_array_equal(scan.pixels, pixels)
+    assert scan.pixels.dtype == np.uint8 and scan.pixels.flags.writeable
+    assert scan.spacing == (0.2, 0.1) and scan.warnings == ()
+    assert images.size(tmp_path / "case.dcm") == shape
+
+
+def test_same_picture_as_png_and_dicom(read, tmp_path):
+    Image.fromarray(ramp()).save(tmp_path / "case.png")
+    np.testing.assert_array_equal(read(make(ramp())).pixels, images.read(tmp_path / "case.png").pixels)
+
+
+@pytest.mark.parametrize("syntax", [dicom.JPEG_BASELINE, dicom.JPEG_EXTENDED])
+def test_jpeg_is_decoded_as_pillow_does(read, syntax):
+    frame = jpeg(ramp())
+    expected = np.array(Image.open(io.BytesIO(frame)))
+    np.testing.assert_array_equal(read(make(ramp(), syntax, frame=frame)).pixels, expected)
+
+
+def test_suffix_and_name_do_not_matter(read):
+    assert read(make(ramp()), "1.2.840.1").warnings == ()
+    assert read(make(ramp()), "case.png").warnings == ("named .png, but its content is DICOM",)
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {},
+        {"WindowCenter": 100, "WindowWidth": 120},
+        {"RescaleSlope": -2, "RescaleIntercept": 700, "WindowCenter": 300, "WindowWidth": 400},
+    ],
+)
+def test_monochrome1_is_inverted_last(read, elements):
+    bright = read(make(ramp(), **elements)).pixels
+    dark = read(make(ramp(), PhotometricInterpretation="MONOCHROME1", **elements)).pixels
+    np.testing.assert_array_equal(dark, 255 - bright)
+
+
+def window(values, center, width, function):
+    """PS3.3 C.11.2.1.2 and C.11.2.1.3, as shares of the output range."""
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(-4 * (values - center) / width))
+    if function == "LINEAR":
+        center, width = center - 0.5, width - 1
+    return np.clip((values - center) / width + 0.5, 0, 1)
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID", None])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16])
+@pytest.mark.parametrize(("slope", "intercept"), [(None, None), (1, 0), (2.5, -1000), (-1, 4095)])
+def test_first_window_after_rescale(read, function, dtype, slope, intercept):
+    stored = ramp(high=4095).astype(np.int32) - (2000 if dtype is np.int16 else 0)
+    elements = {"WindowCenter": [900, 5], "WindowWidth": [1500, 10], "BitsStored": 13}
+    if function:
+        elements["VOILUTFunction"] = function
+    if slope is not None:
+        elements |= {"RescaleSlope": slope, "RescaleIntercept": intercept}
+    values = stored * (slope or 1) + (intercept or 0)
+    expected = np.rint(255 * window(values, 900, 1500, function or "LINEAR"))
+    np.testing.assert_array_equal(read(make(stored.astype(dtype), **elements)).pixels, expected)
+
+
+def test_window_of_width_one_is_a_threshold(read):
+    scan = read(make(ramp(), WindowCenter=100, WindowWidth=1))
+    np.testing.assert_array_equal(scan.pixels, 255 * (ramp() > 99.5))
+
+
+@pytest.mark.parametrize(("dtype", "low"), [(np.uint16, 300), (np.int16, -700)])
+def test_without_a_window_the_values_are_stretched(read, dtype, low):
+    stored = (ramp(high=1000).astype(np.int32) + low).astype(dtype)
+    expected = np.rint(ramp(high=1000, dtype=np.int32) * 255 / 1000)
+    np.testing.assert_array_equal(read(make(stored, BitsStored=12)).pixels, expected)
+
+
+def test_constant_without_a_window(read):
+    scan = read(make(np.full((40, 40), 900, np.uint16)))
+    assert not scan.pixels.any() and "constant" in scan.warnings[0]
+
+
+def test_padding_bits_are_not_pixels(read):
+    stored = ramp(high=4095, dtype=np.uint16)
+    dirty = stored | (ramp().astype(np.uint16) % 16 << 12)  # overlays were once kept there
+    expected = read(make(stored, BitsStored=12)).pixels
+    np.testing.assert_array_equal(read(make(dirty, BitsStored=12)).pixels, expected)
+
+
+def table(entries, first, bits):
+    item = pydicom.Dataset()
+    item.LUTDescriptor = [len(entries), first, bits]
+    item["LUTDescriptor"].VR = "US"
+    item.LUTData = np.asarray(entries, dtype="<u2").tobytes()
+    item["LUTData"].VR = "OW"
+    return pydicom.Sequence([item])
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_voi_table(read, bits):
+    entries = np.linspace(2**bits - 1, 0, 4096).astype(np.uint16)  # more entries than 8 bits can count
+    stored = ramp(high=4095, dtype=np.uint16)
+    expected = np.rint(entries[stored] * 255.0 / (2**bits - 1))
+    scan = read(make(stored, BitsStored=12, VOILUTSequence=table(entries, 0, bits)))
+    np.testing.assert_array_equal(scan.pixels, expected)
+
+
+def test_voi_table_holds_its_ends(read):
+    entries = np.arange(100, 200)
+    scan = read(make(ramp(), VOILUTSequence=table(entries, 50, 8)))
+    np.testing.assert_array_equal(scan.pixels, np.clip(ramp().astype(int) - 50, 0, 99) + 100)
+
+
+def test_modality_table_comes_before_the_window(read):
+    entries = np.arange(256) * 4
+    elements = {"ModalityLUTSequence": table(entries, 0, 12), "ModalityLUTType": "US"}
+    scan = read(make(ramp(), WindowCenter=400, WindowWidth=300, **elements))
+    expected = np.rint(255 * window(ramp() * 4.0, 400, 300, "LINEAR"))
+    np.testing.assert_array_equal(scan.pixels, expected)
+
+
+def test_threads_read_the_same(tmp_path):
+    paths = []
+    for i in range(24):
+        paths.append(tmp_path / f"{i}.dcm")
+        paths[-1].write_bytes(make(np.roll(ramp(), i), WindowCenter=100 + i, WindowWidth=90))
+    before = list(warnings.filters)
+    alone = [images.read(path).pixels for path in paths]
+    with ThreadPoolExecutor(8) as pool:
+        for pixels, scan in zip(alone, pool.map(images.read, paths), strict=True):
+            np.testing.assert_array_equal(scan.pixels, pixels)
+    assert warnings.filters == before
+
+
+# What else it says
+
+
+@pytest.mark.parametrize(
+    ("elements", "spacing"),
+    [
+        ({"ImagerPixelSpacing": [0.3, 0.4]}, (0.3, 0.4)),
+        ({"PixelSpacing": [0.1, 0.2], "ImagerPixelSpacing": [0.3, 0.4]}, (0.1, 0.2)),
+        ({"PixelSpacing": [0, 0]}, None),
+        ({"PixelSpacing": ""}, None),
+        ({}, None),
+    ],
+)
+def test_spacing(read, elements, spacing):
+    assert read(make(ramp(), **elements)).spacing == spacing
+
+
+@pytest.mark.parametrize(
+    ("elements", "warning"),
+    [
+        ({"ViewPosition": "LL"}, "lateral view (ViewPosition LL)"),
+        ({"ViewPosition": "ANNA"}, "not a frontal view"),
+        ({"BodyPartExamined": "KNEE"}, "not a chest"),
+        ({"Modality": "CT"}, "Modality CT"),
+    ],
+)
+def test_odd_views_warn_without_repeating_foreign_text(read, elements, warning):
+    (remark,) = read(make(ramp(), **elements)).warnings
+    assert warning in remark and "ANNA" not in remark and "KNEE" not in remark
+
+
+@pytest.mark.parametrize("view", ["PA", "ap ", "LLD", ""])
+def test_frontal_views_do_not(read, view):
+    assert read(make(ramp(), ViewPosition=view, BodyPartExamined="CHEST AP", Modality="DX")).warnings == ()
+
+
+def test_pydicom_says_nothing_itself(read, caplog):
+    caplog.set_level(logging.DEBUG)
+    content = bytearray(make(ramp(), PixelSpacing=[0.1, 0.1], SpecificCharacterSet="ISO_IR 100"))
+    at = content.index(b"ISO_IR 100")
+    content[at : at + 10] = b"ROENTGEN  "  # pydicom would warn of an unknown encoding, and quote it
+    content += bytes(6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(bytes(content))
+    assert not caplog.records
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options", "reason"),
+    [
+        (
+            np.zeros((40, 40, 3), np.uint8),
+            {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"},
+            "colour",
+        ),
+        (ramp(), {"PhotometricInterpretation": "PALETTE COLOR"}, "neither MONOCHROME1 nor MONOCHROME2"),
+        (np.zeros((80, 40), np.uint8), {"NumberOfFrames": 2, "Rows": 40}, "2 frames"),
+        (np.zeros((40, 40), np.uint32), {}, "32 bits in 32"),
+        (ramp(), {"BitsStored": 9}, "9 bits in 8"),
+        (ramp(), {"drop": ["PixelData"]}, "without pixels"),
+        (ramp(), {"drop": ["Rows"]}, "Rows is missing"),
+        (ramp(), {"drop": ["BitsStored"]}, "0 bits in 8"),
+        (ramp(20, 40), {}, "40 x 20 pixels; at least 32"),
+        (ramp(), {"Rows": 65535, "Columns": 65535}, "65,535 x 65,535 pixels; 64 Mpx"),
+        (ramp(), {"Rows": 100}, "truncated: 1,920 of 4,000 bytes of pixels"),
+        (ramp(), {"Modality": "SR"}, "a structured report, not an image"),
+        (ramp(), {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.66.4"}, "a segmentation or registration"),
+        (ramp(), {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.11.1"}, "a presentation state"),
+        (ramp(), {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.11"}, "a structured report"),
+        (ramp(), {"SOPClassUID": "1.2.840.10008.1.3.10"}, "a DICOMDIR"),
+        (ramp(), {"WindowCenter": 100, "WindowWidth": 0}, "in pydicom"),
+        (ramp(), {"syntax": dicom.DEFLATED}, "dcmconv"),
+        (
+            ramp(),
+            {"syntax": "1.2.840.10008.1.2.4.100", "frame": bytes(100)},
+            "a transfer syntax that is not read",
+        ),
+        (ramp(), {"syntax": dicom.JPEG_BASELINE, "frame": jpeg(ramp(50, 40))}, "JPEG inside 40 x 50"),
+        (ramp(), {"syntax": dicom.JPEG_BASELINE, "frame": jpeg(np.stack([ramp()] * 3, -1))}, "mode RGB"),
+        (
+            ramp(),
+            {"syntax": dicom.JPEG_BASELINE, "frame": b"\xff\xd8\xff" + bytes(50)},
+            "no 8-bit JPEG inside",
+        ),
+    ],
+)
+def test_what_is_not_one_grey_image_is_named(refusal, pixels, options, reason):
+    assert reason in refusal(make(pixels, **options))
+
+
+@pytest.mark.parametrize("syntax", sorted(dicom.PLUGINS))
+def test_missing_decoder_names_the_package(refusal, syntax):
+    name, plugin, packages = dicom.PLUGINS[syntax]
+    if plugin in pydicom.pixels.get_decoder(syntax).available_plugins:
+        pytest.skip(f"{plugin} is installed")
+    text = refusal(make(ramp(dtype=np.uint16), syntax, frame=bytes(100)))
+    assert f"transfer syntax {syntax} ({name}) needs a decoder: pip install {packages}" in text
+
+
+def test_without_pydicom_the_extra_is_named(refusal, monkeypatch):
+    content = make(ramp())
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    assert "pip install 'pneumo[dicom]'" in refusal(content)
+
+
+@pytest.mark.parametrize("syntax", [dicom.EXPLICIT_LITTLE, dicom.IMPLICIT_LITTLE, dicom.EXPLICIT_BIG])
+@pytest.mark.parametrize("marked", [True, False])
+def test_nesting_is_limited(read, refusal, syntax, marked):
+    def nested(depth):
+        inner = pydicom.Dataset()
+        inner.CodeValue = "X"
+        for _ in range(depth):
+            outer = pydicom.Dataset()
+            outer.ConceptCodeSequence = [inner]
+            outer["ConceptCodeSequence"].is_undefined_length = marked
+            inner.is_undefined_length_sequence_item = marked
+            inner = outer
+        return inner.ConceptCodeSequence
+
+    assert read(make(ramp(), syntax, ConceptCodeSequence=nested(dicom.MAX_DEPTH))).warnings == ()
+    content = make(ramp(), syntax, ConceptCodeSequence=nested(dicom.MAX_DEPTH + 1))
+    assert "nested more than 16 deep" in refusal(content)
+
+
+def test_bottomless_nesting_is_refused_at_once(refusal):
+    content = make(ramp())
+    sequence = struct.pack("<HH2sHL", 0x0040, 0xA168, b"SQ", 0, 0xFFFFFFFF) + struct.pack(
+        "<HHL", 0xFFFE, 0xE000, 0xFFFFFFFF
+    )
+    at = content.index(struct.pack("<HH2s", 0x0028, 0x0002, b"US"))
+    assert "nested more than 16" in refusal(content[:at] + sequence * 100_000 + content[at:])
+
+
+def test_countless_elements_are_refused(refusal):
+    element = struct.pack("<HH2sH", 0x0009, 0x1001, b"CS", 0)
+    assert "more than 100,000 elements" in refusal(make(ramp()) + element * 100_001)
+
+
+@pytest.mark.parametrize("syntax", [dicom.EXPLICIT_LITTLE, dicom.JPEG_BASELINE])
+def test_every_truncation_is_refused_with_its_place(refusal, syntax):
+    content = make(ramp(), syntax, frame=jpeg(ramp()) if syntax == dicom.JPEG_BASELINE else None)
+    for percent in range(100):
+        cut = len(content) * percent // 100
+        text = refusal(content[:cut])
+        assert f"byte {cut:,}" in text or percent < 40  # before its transfer syntax, the file is not known
+
+
+def test_element_beyond_its_sequence_is_refused(refusal):
+    item = pydicom.Dataset()
+    item.CodeMeaning = "meaning."
+    content = bytearray(make(ramp(), ConceptCodeSequence=[item]))
+    content[content.index(b"meaning.") - 2] = 90
+    assert "reaches beyond its sequence" in refusal(bytes(content))
+
+
+def test_damage_never_raises_anything_else(read, tmp_path):
+    rng = random.Random(0)
+    deep = ramp(high=4095, dtype=np.uint16)
+    item = pydicom.Dataset()
+    item.CodeValue = "X"
+    contents = [
+        make(ramp()),
+        make(ramp(), dicom.JPEG_BASELINE, frame=jpeg(ramp())),
+        make(
+            deep,
+            RescaleSlope=2,
+            RescaleIntercept=1,
+            WindowCenter=[9, 8],
+            WindowWidth=[99, 5],
+            PixelSpacing=[1, 1],
+        ),
+        make(deep.astype(np.int16), dicom.IMPLICIT_LITTLE, ConceptCodeSequence=[item], ViewPosition="PA"),
+        make(deep, dicom.EXPLICIT_BIG, VOILUTSequence=table(range(100), 0, 8)),
+    ]
+    refused = 0
+    for _ in range(300):
+        content = bytearray(rng.choice(contents))
+        for _ in range(rng.randint(1, 6)):
+            at = rng.randrange(100, rng.choice([len(content), 700]))
+            content[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+        try:
+            read(bytes(content))
+        except DataError as error:
+            assert str(error).startswith(str(tmp_path)) and "\n" not in str(error)
+            assert "ROENTGEN" not in str(error)
+            refused += 1
+    assert refused > 100
+
+
+# Real files
+
+
+def test_real_dicom_and_png_are_the_same(siim):
+    for part in ("train", "test"):
+        for path in sorted((siim / "gold-1024" / f"dicom-{part}").iterdir()):
+            scan = images.read(path)
+            png = images.read(siim / "gold-1024" / part / f"{path.stem}.png")
+            np.testing.assert_array_equal(scan.pixels, png.pixels)
+            assert scan.spacing is not None and scan.warnings == ()

@@ -1,0 +1,292 @@
+import io
+import os
+import random
+import re
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pneumo.data import images
+from pneumo.errors import DataError, OutOfMemory
+
+
+def ramp(height=48, width=40):
+    y, x = np.mgrid[:height, :width]
+    noise = np.random.default_rng(0).integers(0, 40, (height, width))
+    return ((3 * y + 5 * x + noise) % 256).astype(np.uint8)
+
+
+def encode(pixels, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content, name="case.png"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        return path
+
+    return write
+
+
+def refusal(path, reader=images.read):
+    """The text of the error, which must be one line that begins with the path."""
+    with pytest.raises(DataError) as caught:
+        reader(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ") and "\n" not in text
+    return text
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA"])
+def test_grey_in_any_mode_is_the_same(write, mode):
+    scan = images.read(write(encode(Image.fromarray(ramp()).convert(mode))))
+    np.testing.assert_array_equal(scan.pixels, ramp())
+    assert scan.pixels.dtype == np.uint8 and scan.pixels.flags.writeable
+    assert scan.warnings == () and scan.spacing is None
+
+
+def test_bilevel():
+    image = Image.fromarray(ramp() > 99)
+    assert image.mode == "1"
+    pixels, _ = images._to_grey(image)
+    np.testing.assert_array_equal(pixels, 255 * (ramp() > 99))
+
+
+def test_palette_gives_colours_and_not_indices(write):
+    image = Image.fromarray(ramp() % 2, mode=None).convert("P")
+    image.putpalette([200, 200, 200, 10, 10, 10])
+    np.testing.assert_array_equal(images.read(write(encode(image))).pixels, np.where(ramp() % 2, 10, 200))
+
+
+@pytest.mark.parametrize(("high", "shift"), [(200, 0), (256, 2), (1023, 2), (4095, 4), (9000, 6), (65535, 8)])
+def test_sixteen_bits_are_shifted_by_their_maximum(write, high, shift):
+    stored = np.linspace(0, high, 48 * 40).round().astype(np.uint16).reshape(48, 40)
+    np.testing.assert_array_equal(images.read(write(encode(stored))).pixels, stored >> shift)
+
+
+def test_colours_become_luma_with_a_warning(write):
+    rgb = np.stack([ramp(), ramp(), ramp()], axis=-1)
+    rgb[5, 7, 0] ^= 1  # one pixel is enough
+    scan = images.read(write(encode(rgb)))
+    assert "channels differ" in scan.warnings[0]
+    np.testing.assert_array_equal(scan.pixels, np.array(Image.fromarray(rgb).convert("L")))
+
+
+def test_transparency_is_dropped_with_a_warning(write):
+    alpha = np.full_like(ramp(), 255)
+    alpha[0, 0] = 0
+    scan = images.read(write(encode(np.stack([ramp(), alpha], axis=-1))))
+    assert "transparen" in scan.warnings[0]
+    np.testing.assert_array_equal(scan.pixels, ramp())
+
+
+def test_content_decides_and_a_wrong_suffix_warns(write):
+    content = encode(ramp(), "JPEG", quality=90)
+    right, wrong = images.read(write(content, "a.JPG")), images.read(write(content, "a.png"))
+    np.testing.assert_array_equal(right.pixels, wrong.pixels)
+    assert right.warnings == ()
+    assert wrong.warnings == ("named .png, but its content is JPEG",)
+
+
+def test_constant_image_warns(write):
+    assert "constant" in images.read(write(encode(np.full((40, 40), 7, np.uint8)))).warnings[0]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_size_from_the_header(write, kind):
+    assert images.size(write(encode(ramp(48, 40), kind))) == (48, 40)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"<!DOCTYPE html><html>Sign in</html>", "HTML"),
+        (b"\n <html>Sign in</html>", "HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"GIF89a" + bytes(200), "not a PNG, JPEG or DICOM"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50) + b"IEND", "Copy it again"),
+        (encode(ramp())[:100], "truncated"),
+        (encode(Image.new("CMYK", (40, 40)), "JPEG"), "mode CMYK"),
+        (encode(ramp(31, 40)), "40 x 31 pixels; at least 32"),
+        (encode(np.zeros((16_400, 33), np.uint8)), "33 x 16,400 pixels; 64 Mpx and 16,384"),
+    ],
+)
+def test_what_is_no_radiograph_is_named(write, content, reason):
+    path = write(content)
+    assert reason in refusal(path)
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(write):
+    def chunk(name, body):
+        return len(body).to_bytes(4) + name + body + zlib.crc32(name + body).to_bytes(4)
+
+    for side in (9_000, 12_000, 60_000):  # beyond our limit, Pillow's warning, Pillow's error
+        header = side.to_bytes(4) * 2 + bytes([8, 0, 0, 0, 0])
+        body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+        path = write(b"\x89PNG\r\n\x1a\n" + body)
+        assert re.search(r"limit|exceeds", refusal(path))
+        assert re.search(r"limit|exceeds", refusal(path, images.size))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_every_truncation_is_refused(write, kind):
+    content = encode(ramp(), kind)
+    for percent in range(100):
+        refusal(write(content[: len(content) * percent // 100]))
+
+
+def test_flipped_bit_in_a_png_is_refused(write):
+    content = bytearray(encode(ramp()))
+    content[len(content) // 2] ^= 16
+    assert "Copy it again" in refusal(write(content))
+
+
+def test_not_a_file(tmp_path):
+    assert "no such file" in refusal(tmp_path / "none.png")
+    assert "not a file" in refusal(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "not a file" in refusal(tmp_path / "pipe.png")
+    refusal(tmp_path / "nul\0.png")
+
+
+def test_large_file_is_not_read_whole(write, monkeypatch):
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    assert "larger than" in refusal(write(encode(ramp())))
+
+
+def test_no_memory_is_no_fault_of_the_file(write, monkeypatch):
+    def fail(data, kind):
+        raise MemoryError
+
+    monkeypatch.setattr(images, "_decode", fail)
+    with pytest.raises(OutOfMemory, match=r"case\.png"):
+        images.read(write(encode(ramp())))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_damage_never_raises_anything_else(write, kind):
+    rng = random.Random(0)
+    contents = [
+        encode(ramp(), kind),
+        encode(np.stack([ramp()] * 3, axis=-1), kind),
+        encode(ramp().astype(np.uint16) * 99) if kind == "PNG" else encode(ramp(), kind, progressive=True),
+    ]
+    refused = 0
+    for _ in range(150):
+        content = bytearray(rng.choice(contents))
+        for _ in range(rng.randint(1, 8)):
+            at = rng.randrange(len(content))
+            content[at : at + rng.randrange(2)] = rng.randbytes(rng.randrange(3))
+        path = write(content)
+        try:
+            images.read(path)
+            images.read_mask(path)
+        except DataError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+            refused += 1
+    assert refused > 50
+
+
+# Names
+
+
+def test_is_image(tmp_path, write):
+    for name in ("a.png", "b.JPG", "c.jpeg", "d.DCM", "e.dicom"):
+        assert images.is_image(tmp_path / name)
+    assert images.is_image(write(bytes(128) + b"DICM", "1.2.840.3"))
+    assert not images.is_image(write(encode(ramp()), "png"))
+    assert not images.is_image(tmp_path)
+    assert not images.is_image(tmp_path / "none.txt")
+
+
+# Masks
+
+
+@pytest.mark.parametrize("high", [1, 255])
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+def test_mask_of_two_values(write, high, mode):
+    mask = ramp() > 99
+    image = Image.fromarray((mask * high).astype(np.uint8)).convert(mode)
+    read = images.read_mask(write(encode(image)))
+    assert read.dtype == np.bool_
+    np.testing.assert_array_equal(read, mask)
+
+
+@pytest.mark.parametrize(("value", "count"), [(0, 0), (1, 1600), (255, 1600)])
+def test_mask_of_one_value(write, value, count):
+    assert images.read_mask(write(encode(np.full((40, 40), value, np.uint8)))).sum() == count
+
+
+def test_bilevel_mask(write):
+    np.testing.assert_array_equal(images.read_mask(write(encode(Image.fromarray(ramp() > 99)))), ramp() > 99)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (np.where(ramp() > 99, 255, 0).astype(np.uint8) // 2, "found 2 values: 0, 127"),
+        (ramp(), "found 256 values: 0, 1, 2, 3, 4, 5, 6, 7, ..."),
+        (np.where(ramp() > 99, 255, 0).astype(np.uint16) * 257, "found 2 values: 0, 65535"),
+        (np.stack([ramp(), 0 * ramp(), ramp()], axis=-1), "colours"),
+    ],
+)
+def test_mask_of_other_values_is_refused_with_them(write, pixels, reason):
+    assert reason in refusal(write(encode(pixels)), images.read_mask)
+
+
+# Squares
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (4, 7), (7, 4), (3, 8), (1, 6)])
+def test_square_and_back(shape):
+    pixels = np.arange(1, 1 + shape[0] * shape[1], dtype=np.uint16).reshape(shape)
+    square = images.to_square(pixels)
+    assert square.shape == (max(shape), max(shape)) and square.dtype == pixels.dtype
+    assert square.sum() == pixels.sum()  # padded with zeros
+    np.testing.assert_array_equal(images.from_square(square, *shape), pixels)
+
+
+def test_padding_is_equal_on_both_sides():
+    square = images.to_square(np.ones((2, 5), dtype=bool))
+    np.testing.assert_array_equal(square.any(axis=1), [False, True, True, False, False])
+
+
+def test_wrong_square_is_refused():
+    with pytest.raises(ValueError, match=r"\(5, 5\)"):
+        images.from_square(np.zeros((6, 6)), 5, 4)
+
+
+def test_resize_smooths_and_keeps_the_identity():
+    pixels = np.zeros((64, 64), dtype=np.uint8)
+    pixels[::2] = 200
+    assert images.resize(pixels, 64) is pixels
+    small = images.resize(pixels, 16)
+    assert small.shape == (16, 16) and small.dtype == np.uint8
+    assert np.abs(small.astype(int) - 100).max() < 20  # picking pixels would give 0 or 200
+    assert images.resize(pixels, 96).shape == (96, 96)
+
+
+# Real files
+
+
+def test_real_masks_and_images(siim):
+    folder = siim / "gold-1024"
+    for path in sorted((folder / "mask").iterdir())[:3]:
+        assert images.read_mask(path).shape == images.size(folder / "train" / path.name) == (1024, 1024)
+        scan = images.read(folder / "train" / path.name)
+        np.testing.assert_array_equal(scan.pixels, np.array(Image.open(folder / "train" / path.name)))
+        assert scan.warnings == ()

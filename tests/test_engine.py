@@ -1,0 +1,159 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import two_processes
+from torch import nn
+
+from pneumo import engine
+from pneumo.engine import Late, RunningStatistics
+
+
+def run_processes(mode: str, world: int, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Start a launch without torchrun, which is slow, and load what each process wrote."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = Path(two_processes.__file__)
+    processes = []
+    for rank in range(world):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(script.parents[1])]), "OMP_NUM_THREADS": "1"}
+        environment |= {key: str(value) for key, value in place.items()}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-W", "error", str(script), mode, str(folder)],
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    return [torch.load(folder / f"{mode}-{rank}-of-{world}.pt", weights_only=True) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launches")
+    return {
+        (mode, world): run_processes(mode, world, folder)
+        for mode in ("float64", "float32", "evaluate")
+        for world in (1, 2)
+    }
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], only: str = "") -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[key].double() - b[key].double()).abs().max()) for key in a if key.startswith(only))
+
+
+def test_two_processes_compute_what_one_computes_that_accumulates(results):
+    (one,), (first, second) = results["float64", 1], results["float64", 2]
+    assert len(one["losses"]) >= 20
+    assert one["losses"][-3:].mean() < one["losses"][:3].mean()  # it does train
+    assert largest_difference(one, first) < 1e-10
+    assert largest_difference(first, second) == 0  # batch-norm statistics as well
+
+
+def test_float32_gradients_of_the_first_step_agree(results):
+    (one,), (first, _) = results["float32", 1], results["float32", 2]
+    scale = max(float(one[key].abs().max()) for key in one if key.startswith("grad "))
+    assert largest_difference(one, first, "grad ") / scale < 1e-6
+
+
+def test_validation_gives_every_image_once_and_the_same_values(results):
+    (one,), two = results["evaluate", 1], results["evaluate", 2]
+    assert sorted(one["rows"].tolist()) == list(range(13))
+    assert 0 < one["dice"].mean() < 1
+    for other in two:
+        assert largest_difference(one, other) == 0
+
+
+def small_step(image: torch.Tensor, model: nn.Module, optimizer, running: RunningStatistics) -> torch.Tensor:
+    mask = (image > 0.5).to(torch.uint8)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return engine.train_step(
+        model, [(image, mask)], optimizer, scaler, running, two_processes.LOSS, torch.float32, count=1
+    )
+
+
+def small_model() -> tuple[nn.Module, torch.optim.Optimizer, RunningStatistics]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 1))
+    return model, torch.optim.Adam(model.parameters(), lr=1e-2, fused=True), RunningStatistics(model)
+
+
+def test_running_statistics_are_what_batch_norm_keeps():
+    model, optimizer, running = small_model()
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4))
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k[0] in "01"})
+    image = torch.rand(3, 1, 16, 16)
+    plain(image)
+    small_step(image, model, optimizer, running)
+    for key in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
+        torch.testing.assert_close(model.state_dict()[key], plain.state_dict()[key])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(bad):
+    model, optimizer, running = small_model()
+    good = torch.rand(2, 1, 16, 16)
+    assert small_step(good, model, optimizer, running)[1] == 1
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    moments = {key: tensor.clone() for key, tensor in optimizer.state[model[0].weight].items()}
+    image = good.clone()
+    image[0, 0, 3, 3] = bad
+    assert small_step(image, model, optimizer, running)[1] == 0
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    assert all(torch.equal(moments[key], tensor) for key, tensor in optimizer.state[model[0].weight].items())
+    assert small_step(good, model, optimizer, running)[1] == 1  # and the next one trains on
+    assert not torch.equal(before["0.weight"], model[0].weight)
+    assert model[1].running_var.isfinite().all()
+
+
+def test_late_numbers_come_two_steps_late_and_none_is_lost():
+    late = Late()
+    seen = [late.push(torch.tensor([float(i)])) for i in range(5)]
+    assert seen == [[], [], [[0.0]], [[1.0]], [[2.0]]]
+    assert late.drain() == [[3.0], [4.0]]
+
+
+def test_cosine_goes_from_one_to_zero():
+    values = [engine.cosine(step, 10) for step in range(11)]
+    assert values[0] == 1
+    assert values[-1] == pytest.approx(0)
+    assert np.all(np.diff(values) < 0)
+
+
+def test_auto_precision_is_bf16_only_where_the_device_computes_in_it(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
+        assert engine.autocast_dtype("auto", cpu) == dtype
+    assert engine.autocast_dtype("fp16", cpu) == torch.float16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_step_does_not_wait_for_the_gpu():
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    model = two_processes.UNet("resnet18").to(device)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    running, scaler = RunningStatistics(model), torch.amp.GradScaler("cuda", enabled=False)
+    batch = (torch.rand(2, 1, 64, 64, device=device), torch.ones(2, 1, 64, 64, device=device))
+    for mode in ("default", "error"):  # the first step sets the optimizer's state up
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            engine.train_step(
+                model, [batch], optimizer, scaler, running, two_processes.LOSS, torch.bfloat16, count=1, flags=(0.0,)
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

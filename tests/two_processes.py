@@ -1,0 +1,100 @@
+"""What one process of a launch does in test_engine.py: `python two_processes.py MODE OUT`, placed by environment.
+
+Every mode trains a small net on made-up images and writes what test_engine compares.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+from pneumo import dist, engine
+from pneumo.data import feed as feeds
+from pneumo.data.feed import Feed
+from pneumo.data.pack import Pack
+from pneumo.decision.rule import Rule
+from pneumo.engine import LossSettings, RunningStatistics
+from pneumo.kernels.runs import mask_to_runs
+from pneumo.model.unet import UNet
+
+LOSS = LossSettings("focal_dice", 10.0, 2.0, 1.0)
+CPU = torch.device("cpu")
+
+
+def made_up(count: int, side: int) -> tuple[Pack, np.ndarray]:
+    rng = np.random.default_rng(3)
+    images = rng.integers(0, 120, (count, side, side), dtype=np.uint8)
+    masks = np.zeros((count, side, side), dtype=bool)
+    masks[::3, 8:20, 4:24] = True
+    images[masks] += 100
+    return Pack(tuple(map(str, range(count))), images, np.packbits(masks, axis=2), "digest"), masks
+
+
+def train(dtype: torch.dtype, step_count: int) -> dict[str, torch.Tensor]:
+    """Train; 13 images in micro-batches of 2, 3 micro-batches a step: the last step leaves a process idle."""
+    pack, _ = made_up(13, 64)
+    torch.manual_seed(0)
+    model = UNet("resnet18", decoder_channels=(8, 8, 8, 4, 4)).to(dtype)
+    running = RunningStatistics(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    wrapped = dist.wrap(model)
+    feed, late, read, gradients = Feed(pack, CPU, np.arange(13)), engine.Late(), [], None
+    epoch = 0
+    while len(read) + late.LAG < step_count:
+        epoch += 1
+        order = np.random.default_rng(epoch).permutation(13)
+        plan = feeds.steps(order, batch_size=2, accumulation=3)
+        batches = iter(feed.batches(list(engine.own_steps(plan, 0))))
+        for step in plan:
+            micro_batches = ((image.to(dtype) / 255, mask) for image, mask in (next(batches) for _ in engine.share(step)))
+            stats = engine.train_step(
+                wrapped, micro_batches, optimizer, scaler, running, LOSS, torch.float32, count=len(step)
+            )
+            if gradients is None:
+                gradients = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters()}
+            read += late.push(stats)
+    read += late.drain()
+    losses = torch.tensor([stats[0] for stats in read], dtype=torch.float64)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    return {**state, **gradients, "losses": losses}
+
+
+def evaluate() -> dict[str, torch.Tensor]:
+    """Validate 13 images in batches of 2."""
+    pack, masks = made_up(13, 64)
+    torch.manual_seed(0)
+    model = UNet("resnet18", decoder_channels=(8, 8, 8, 4, 4))
+    result = engine.evaluate(
+        model,
+        Feed(pack, CPU, np.arange(13)),
+        np.arange(13),
+        lambda row: mask_to_runs(masks[row]),
+        Rule(threshold=0.5, min_area=5),
+        LOSS,
+        torch.float32,
+        annotation_size=64,
+        batch_size=2,
+        progress=lambda items: items,
+    )
+    return {
+        "rows": torch.from_numpy(result.rows),
+        "dice": torch.from_numpy(result.dice),
+        "loss": torch.tensor([result.loss], dtype=torch.float64),
+    }
+
+
+if __name__ == "__main__":
+    mode, out = sys.argv[1:]
+    torch.set_num_threads(1)
+    with dist.launch(60.0):
+        result = {
+            "float64": lambda: train(torch.float64, 20),
+            "float32": lambda: train(torch.float32, 3),
+            "evaluate": evaluate,
+        }[mode]()
+        torch.save(result, Path(out) / f"{mode}-{dist.rank()}-of-{dist.world()}.pt")

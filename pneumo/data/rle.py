@@ -1,0 +1,110 @@
+"""Run-length codec of the SIIM-ACR pneumothorax challenge.
+
+A mask is read column by column, top to bottom, left to right. Its code is pairs "gap length": `gap` background pixels
+since the end of the previous run (since the start, for the first), then `length` foreground pixels. "-1" codes the
+empty mask. Imports kernels.
+"""
+
+import numpy as np
+
+from pneumo.kernels.runs import mask_to_runs, runs_to_mask
+
+EMPTY = "-1"
+
+
+def encode(mask: np.ndarray) -> str:
+    """Encode a mask.
+
+    Args:
+        mask: (H, W) bool.
+
+    Returns:
+        "gap length gap length ...", or "-1" if no pixel is set.
+
+    Raises:
+        TypeError: `mask` is not bool: a 0/255 mask must be compared by the caller.
+        ValueError: `mask` is not two-dimensional.
+    """
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if mask.ndim != 2:
+        raise ValueError(f"mask must be (H, W), got {mask.shape}")
+    return encode_runs(mask_to_runs(mask))
+
+
+def decode(code: str, height: int, width: int) -> np.ndarray:
+    """Decode a mask; the inverse of `encode`.
+
+    Args:
+        code: "gap length ...", or "-1"; surrounding spaces are ignored, as train-rle.csv has them.
+        height, width: size of the mask, in pixels.
+
+    Returns:
+        (H, W) bool.
+
+    Raises:
+        ValueError: as `decode_runs`.
+    """
+    return runs_to_mask(decode_runs(code, height, width), height, width)
+
+
+def encode_runs(runs: np.ndarray) -> str:
+    """Encode runs: (R, 2) int64, sorted, disjoint and maximal, to a code."""
+    if len(runs) == 0:
+        return EMPTY
+    edges = runs.reshape(-1)
+    return " ".join(map(str, np.diff(edges, prepend=0).tolist()))
+
+
+def decode_runs(code: str, height: int, width: int) -> np.ndarray:
+    """Decode to runs.
+
+    A later gap of 0, which no encoder needs, is accepted; its two runs stay apart.
+
+    Returns:
+        (R, 2) int64, sorted and disjoint.
+
+    Raises:
+        ValueError: the code has an odd count of numbers, a token that is no whole number, a negative gap, an empty
+            run, or does not fit in height * width pixels; says which token or run.
+    """
+    if code.strip() == EMPTY:
+        return np.empty((0, 2), dtype=np.int64)
+    tokens = code.split()
+    try:
+        counts = np.array(list(map(int, tokens)), dtype=np.int64)
+    except (ValueError, OverflowError):
+        raise ValueError(_not_whole(tokens)) from None
+    if counts.size == 0:
+        raise ValueError(f'an empty code; an empty mask is "{EMPTY}"')
+    if counts.size % 2:
+        raise ValueError(
+            f'{counts.size} numbers; gap/length pairs need an even count (last token "{tokens[-1]}")'
+        )
+    size = height * width
+    if (bad := np.flatnonzero((counts < 0) | (counts > size))).size:
+        what = "negative" if counts[bad[0]] < 0 else f"larger than {height}×{width} = {size:,} pixels"
+        raise ValueError(f'token {bad[0] + 1} is {what}: "{tokens[bad[0]]}"; the runs do not fit')
+    if (bad := np.flatnonzero(counts[1::2] == 0)).size:
+        raise ValueError(f'run {bad[0] + 1} has length 0 (token {2 * bad[0] + 2}: "{tokens[2 * bad[0] + 1]}"); '
+                         f"not pairs of gap and length")
+    edges = np.cumsum(counts)
+    if edges[-1] > size:
+        run = int(np.flatnonzero(edges[1::2] > size)[0])
+        raise ValueError(
+            f"run {run + 1} ends at pixel {edges[2 * run + 1]:,}, past {height}×{width} = {size:,}; it does not fit. "
+            f"Was the mask made for another size? Set data.annotation_size"
+        )
+    return edges.reshape(-1, 2)
+
+
+def _not_whole(tokens: list[str]) -> str:
+    """Name the first token that is no whole number of at most 18 digits."""
+    for number, token in enumerate(tokens, start=1):
+        try:
+            if abs(int(token)) < 10**18:
+                continue
+        except ValueError:
+            pass
+        return f'token {number} is no whole number that can be meant: "{token[:40]}"'
+    raise AssertionError("all tokens are whole numbers")

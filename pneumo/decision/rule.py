@@ -1,0 +1,90 @@
+"""The decision rule: probabilities on the annotation grid to the runs of a mask.
+
+Probabilities are quantised once to 256 levels, q = clip(ceil(256 p) - 1, 0, 255), so that p > k / 256 exactly where
+q >= k for every k of 1 .. 255; validation, tuning and submission all see q. Imports components, kernels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pneumo.decision.components import drop_small_runs
+from pneumo.kernels.runs import threshold_to_runs
+
+LEVELS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """When a pixel is pneumothorax; areas are pixels of the annotation grid.
+
+    Attributes:
+        threshold: mask = probs > threshold, a multiple of 1/256 ...
+        min_area: ... without 8-connected components of this many pixels or fewer.
+        top_threshold, top_area: an image is positive only if more than `top_area` pixels exceed `top_threshold`.
+    """
+
+    threshold: float = 0.5
+    min_area: int = 0
+    top_threshold: float = 0.0
+    top_area: int = 0
+
+    def __post_init__(self) -> None:
+        level(self.threshold)
+        level(self.top_threshold)
+        if self.min_area < 0 or self.top_area < 0:
+            raise ValueError(f"areas must be at least 0, got {self.min_area} and {self.top_area}")
+
+
+def level(threshold: float) -> int:
+    """The k of threshold = k / 256.
+
+    Raises:
+        ValueError: not a multiple of 1/256 in [0, 1].
+    """
+    if not 0 <= threshold <= 1 or threshold * LEVELS % 1:
+        raise ValueError(f"a threshold must be a multiple of 1/{LEVELS} in [0, 1], got {threshold}")
+    return int(threshold * LEVELS)
+
+
+def quantise(probs: Tensor) -> Tensor:
+    """Quantise probabilities, any shape, float in [0, 1], to uint8 of the same shape."""
+    return ((probs.float() * LEVELS).ceil() - 1).clamp(0, LEVELS - 1).to(torch.uint8)
+
+
+def resize_quantise(probs: Tensor, size: int) -> Tensor:
+    """Bring probabilities to the annotation grid and quantise them.
+
+    Args:
+        probs: (B, 1, S, S) float32.
+        size: side of the annotation grid, A.
+
+    Returns:
+        (B, A, A) uint8, on the same device.
+    """
+    if probs.shape[-1] != size:
+        probs = F.interpolate(probs, size=(size, size), mode="bilinear", align_corners=False)
+    return quantise(probs[:, 0])
+
+
+def decide(q: np.ndarray, rule: Rule) -> np.ndarray:
+    """Apply the rule to one image.
+
+    Args:
+        q: (A, A) uint8 quantised probabilities.
+
+    Returns:
+        (R, 2) int64 runs of the mask; none if the image is decided negative.
+    """
+    # q >= 0 holds everywhere, but p > 0 only where a probability is above 0, which q cannot tell from 0: take all
+    if rule.top_area > 0 and np.count_nonzero(q >= level(rule.top_threshold)) <= rule.top_area:
+        return np.empty((0, 2), dtype=np.int64)
+    return drop_small_runs(threshold_to_runs(q, level(rule.threshold)), q.shape[0], rule.min_area)
+
+
+def image_score(q: np.ndarray) -> float:
+    """How sure the networks are that an image has pneumothorax, in [0, 1]: its highest probability."""
+    return float(q.max()) / (LEVELS - 1)

@@ -101,7 +101,9 @@ def phantom(options: argparse.Namespace) -> None:
     root = Path(recipe.data.root)
     if root.exists() and any(root.iterdir()):
         if not (root / "SYNTHETIC.txt").exists():
-            raise DataError(f"{root} holds something that is no synthetic data; choose another with --set data.root=DIR")
+            raise DataError(
+                f"{root} holds something that is no synthetic data; choose another with --set data.root=DIR"
+            )
         log.say(f"{root}: there already")
         return
     settings = recipe.phantom

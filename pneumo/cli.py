@@ -24,7 +24,12 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", default="seed", metavar="NAME", help="table of configs.toml (default: seed)")
     parser.add_argument("--config", type=Path, default=None, metavar="FILE", help="another file of recipes")
     parser.add_argument(
-        "--set", action="append", default=[], nargs="+", metavar="KEY=VALUE", help="override, as stage.2.lr=1e-4"
+        "--set",
+        action="append",
+        default=[],
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="override, as stage.2.lr=1e-4",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -36,7 +41,11 @@ def load_recipe(options: argparse.Namespace) -> Recipe:
     return config.load(path, options.recipe, [item for group in options.set for item in group])
 
 
-def run(command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
+def run(
+    command: Callable[[argparse.Namespace], None],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> int:
     """Run a command; print an error as one line and return its exit code.
 
     Exit codes: 0 done, 2 usage or recipe, 3 data, 4 not finite, 5 cannot write, 6 out of memory, 130 or 143 stopped.

@@ -70,7 +70,9 @@ def load_test_cases(recipe: Recipe) -> tuple[list[Case], list[str]]:
     return found, sample_ids
 
 
-def open_pack(recipe: Recipe, name: str, found: list[Case] | tuple[Case, ...], side: int, *, check: bool = False) -> Pack:
+def open_pack(
+    recipe: Recipe, name: str, found: list[Case] | tuple[Case, ...], side: int, *, check: bool = False
+) -> Pack:
     """The packed images of these cases at this side, made first where they are not there."""
     return pack.open_pack(
         Path(recipe.runs) / "pack",
@@ -115,9 +117,7 @@ def split(recipe: Recipe, found: list[Case], packed: Pack | None) -> None:
     if packed is not None:
         duplicates = folds.find_duplicates(pack.thumbnails(packed), settings.duplicate_correlation)
         groups = folds.join_groups(groups, duplicates)
-    fold_of = folds.split(
-        ids, areas, groups, count=settings.count, area_bins=settings.area_bins, seed=recipe.seed
-    )
+    fold_of = folds.split(ids, areas, groups, count=settings.count, area_bins=settings.area_bins, seed=recipe.seed)
     report = folds.audit(fold_of, areas, patients, duplicates)
     text = folds.audit_text(report)
     checkpoint.write_atomic(recipe.folder / "audit.json", json.dumps(report, indent=1).encode() + b"\n")

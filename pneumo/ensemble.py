@@ -60,7 +60,8 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
                 f"now says stage.{stage}.image_size={recipe.stage[stage].image_size}"
             )
         model = UNet(
-            state["settings"]["model.encoder"], pretrained=False,
+            state["settings"]["model.encoder"],
+            pretrained=False,
             decoder_channels=state["settings"]["model.decoder_channels"],
         )
         model.load_state_dict(state["model"])

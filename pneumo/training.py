@@ -128,7 +128,7 @@ def load_best(folder: Path, *, digest: str | None, split: str | None, fold: int,
     """
     status = log.read_status(folder)
     if status["state"] != "done":
-        where = f' at epoch {status["epoch"]} of {status["epochs"]}' if "epoch" in status else ""
+        where = f" at epoch {status['epoch']} of {status['epochs']}" if "epoch" in status else ""
         raise UsageError(f'{folder / "status.json"} says "{status["state"]}"{where}. Run: {command}')
     state = checkpoint.load(folder / "best.pt")
     for what, saved, wanted in (
@@ -264,8 +264,10 @@ class _Run:
         if found is not None:
             saved, path, complaints = found
             for complaint in complaints:
-                log.warn(f"{complaint} Continuing from {path.name}, epoch {saved['position']['epoch']}, "
-                         f"step {saved['position']['step']}.")
+                log.warn(
+                    f"{complaint} Continuing from {path.name}, epoch {saved['position']['epoch']}, "
+                    f"step {saved['position']['step']}."
+                )
             self._check_same(saved, path)
         return dist.broadcast(None if found is None else saved)
 
@@ -311,7 +313,10 @@ class _Run:
                 self.loss,
                 self.dtype,
                 count=len(plan[step]),
-                flags=(float(_signals.number > 0), float(dist.is_main() and minutes >= self.recipe.train.checkpoint_minutes)),
+                flags=(
+                    float(_signals.number > 0),
+                    float(dist.is_main() and minutes >= self.recipe.train.checkpoint_minutes),
+                ),
             )
             position.step = step + 1
             position.images += sum(map(len, plan[step]))
@@ -338,9 +343,7 @@ class _Run:
         """This process's micro-batches of a step, augmented by randomness keyed to their place in the plan."""
         for place in engine.share(micro_batches):
             image, mask = next(batches)
-            seed = feeds.key(
-                self.recipe.seed, self.fold, self.stage, epoch, step, place, "augment"
-            )
+            seed = feeds.key(self.recipe.seed, self.fold, self.stage, epoch, step, place, "augment")
             generator = torch.Generator(self.device).manual_seed(seed)
             yield augmented(image, mask, self.recipe.augment, generator)
 
@@ -485,7 +488,9 @@ class _Run:
         )
 
 
-def augmented(image: Tensor, mask: Tensor, settings: AugmentConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def augmented(
+    image: Tensor, mask: Tensor, settings: AugmentConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Augment a batch as a recipe says.
 
     Args:
@@ -516,5 +521,7 @@ def _true_status(folder: Path) -> Iterator[None]:
     except BaseException as error:
         old = log.read_status(folder)
         if old["state"] == "running":
-            log.write_status(folder, "failed", **{k: v for k, v in old.items() if k != "state"}, reason=str(error)[:500])
+            log.write_status(
+                folder, "failed", **{k: v for k, v in old.items() if k != "state"}, reason=str(error)[:500]
+            )
         raise

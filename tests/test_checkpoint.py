@@ -108,7 +108,7 @@ def test_a_hostile_file_runs_nothing(tmp_path):
 
 def test_other_formats_are_named(tmp_path):
     torch.save({"format": 99}, tmp_path / "a.pt")
-    with pytest.raises(DataError, match="format 1 .found: 99"):
+    with pytest.raises(DataError, match=r"format 1 .found: 99"):
         checkpoint.load(tmp_path / "a.pt")
     torch.save([1], tmp_path / "a.pt")
     with pytest.raises(DataError, match="found: 'list'"):

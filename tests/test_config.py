@@ -117,7 +117,7 @@ def test_mistakes_in_the_file_are_named(repo, tmp_path, old, new, message):
 
 
 def test_an_unreadable_file_is_named(tmp_path):
-    with pytest.raises(UsageError, match="no-such.toml"):
+    with pytest.raises(UsageError, match=r"no-such\.toml"):
         config.load(tmp_path / "no-such.toml", "seed")
 
 

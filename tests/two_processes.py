@@ -1,6 +1,6 @@
-"""What one process of a launch does in test_engine.py: `python two_processes.py MODE OUT`, placed by environment.
+"""What one process of a launch does in test_engine.py: `python two_processes.py OUT`, placed by its environment.
 
-Every mode trains a small net on made-up images and writes what test_engine compares.
+Trains and validates a small net on made-up images and writes what test_engine compares.
 """
 
 import os
@@ -51,7 +51,9 @@ def train(dtype: torch.dtype, step_count: int) -> dict[str, torch.Tensor]:
         plan = feeds.steps(order, batch_size=2, accumulation=3)
         batches = iter(feed.batches(list(engine.own_steps(plan, 0))))
         for step in plan:
-            micro_batches = ((image.to(dtype) / 255, mask) for image, mask in (next(batches) for _ in engine.share(step)))
+            micro_batches = (
+                (image.to(dtype) / 255, mask) for image, mask in (next(batches) for _ in engine.share(step))
+            )
             stats = engine.train_step(
                 wrapped, micro_batches, optimizer, scaler, running, LOSS, torch.float32, count=len(step)
             )
@@ -89,12 +91,11 @@ def evaluate() -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    mode, out = sys.argv[1:]
     torch.set_num_threads(1)
     with dist.launch(60.0):
-        result = {
-            "float64": lambda: train(torch.float64, 20),
-            "float32": lambda: train(torch.float32, 3),
-            "evaluate": evaluate,
-        }[mode]()
-        torch.save(result, Path(out) / f"{mode}-{dist.rank()}-of-{dist.world()}.pt")
+        results = {
+            "float64": train(torch.float64, 20),
+            "float32": train(torch.float32, 3),
+            "evaluate": evaluate(),
+        }
+        torch.save(results, Path(sys.argv[1]) / f"{dist.rank()}-of-{dist.world()}.pt")

@@ -148,15 +148,11 @@ def load_train(
     if table is not None:
         unknown = [image_id for image_id in ids if image_id not in patient_of]
         if unknown:
-            text = (
-                f"{len(unknown):,} of {len(ids):,} images have no patient there, each is taken for a patient"
-            )
+            text = f"{len(unknown):,} of {len(ids):,} images have no patient there, each is taken for a patient"
             problems.append(_summary(table, text, unknown, "no patient_id", fatal=False))
     if not ids and not any(problem.fatal for problem in problems):
         problems.append(_problem(source, "not a single case"))
-    cases = [
-        Case(image_id, files.get(image_id), runs_of[image_id], patient_of.get(image_id)) for image_id in ids
-    ]
+    cases = [Case(image_id, files.get(image_id), runs_of[image_id], patient_of.get(image_id)) for image_id in ids]
     return cases, problems
 
 
@@ -293,10 +289,7 @@ def verify(cases: Sequence[Case], *, progress: Callable[..., Iterable] = log.bar
             remarks = images.read(case.path).warnings
         except PneumoError as error:
             return [Problem(str(case.path), None, case.image_id, str(error), True)]
-        return [
-            Problem(str(case.path), None, case.image_id, f"{case.path}: {remark}", False)
-            for remark in remarks
-        ]
+        return [Problem(str(case.path), None, case.image_id, f"{case.path}: {remark}", False) for remark in remarks]
 
     return [problem for found in _in_threads(check, cases, "verify", progress) for problem in found]
 
@@ -338,9 +331,7 @@ def raise_fatal(problems: Sequence[Problem], report: Path | None) -> None:
 _ID_RULE = "an ImageId is 1 to 128 of A-Z, a-z, 0-9, dot, underscore and hyphen, and begins with no dot."
 
 
-def _problem(
-    file: Path, text: str, *, row: int | None = None, image_id: str = "", fatal: bool = True
-) -> Problem:
+def _problem(file: Path, text: str, *, row: int | None = None, image_id: str = "", fatal: bool = True) -> Problem:
     where = str(file) + (f" line {row}" if row else "") + (f", ImageId {image_id}" if image_id else "")
     return Problem(str(file), row, image_id, f"{where}: {text}", fatal)
 
@@ -378,9 +369,7 @@ def _find(
     found = [path for path in entries if path.name.lower() in names and path.is_file()]
     found = found or [path for path in entries if path.name.lower() in folders and path.is_dir()]
     if len(found) > 1:
-        text = (
-            f"{' and '.join(path.name for path in found)} could all be meant. Set data.{key} to one of them."
-        )
+        text = f"{' and '.join(path.name for path in found)} could all be meant. Set data.{key} to one of them."
         problems.append(_problem(root, text))
         return None
     return found[0] if found else None
@@ -591,9 +580,7 @@ def _in_threads(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(
-    path: Path, columns: Sequence[str], problems: list[Problem]
-) -> Iterator[tuple[int, tuple[str, ...]]]:
+def _rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Line number and stripped values of the named columns of each row; the first is an id, and checked.
 
     Every value is text, and a row must have as many fields as the header: nothing is guessed, padded or

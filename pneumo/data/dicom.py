@@ -116,9 +116,7 @@ def decode(data: bytes, known: Outline) -> tuple[np.ndarray, tuple[float, float]
         header = pydicom.dcmread(io.BytesIO(data))
         _check_header(header)
         spacing, remarks = _spacing(header), _odd_view(header)
-        with_pillow = known.syntax == JPEG_BASELINE or (
-            known.syntax == JPEG_EXTENDED and header.BitsStored == 8
-        )
+        with_pillow = known.syntax == JPEG_BASELINE or (known.syntax == JPEG_EXTENDED and header.BitsStored == 8)
         if with_pillow:
             frame = pydicom.encaps.get_frame(header.PixelData, 0, number_of_frames=1)
         else:
@@ -182,9 +180,7 @@ def _elements(data: bytes, position: int, order: str) -> dict[int, bytes]:
         end, marked, holds, implicit = levels[-1]
         if position == end or (len(levels) == 1 and end - position < 8):
             if marked:
-                raise DataError(
-                    f"truncated: the file ends at byte {len(data):,}, in a sequence. Copy it again."
-                )
+                raise DataError(f"truncated: the file ends at byte {len(data):,}, in a sequence. Copy it again.")
             levels.pop()
             if not levels:
                 return found
@@ -291,9 +287,7 @@ def _unpack(pydicom: ModuleType, header: Any, known: Outline) -> np.ndarray:
     elif known.syntax in PLUGINS:
         name, plugin, packages = PLUGINS[known.syntax]
         if plugin not in pydicom.pixels.get_decoder(known.syntax).available_plugins:
-            raise DataError(
-                f"transfer syntax {known.syntax} ({name}) needs a decoder: pip install {packages}"
-            )
+            raise DataError(f"transfer syntax {known.syntax} ({name}) needs a decoder: pip install {packages}")
     else:
         raise DataError("a transfer syntax that is not read. Convert it: dcmconv +te (DCMTK)")
     decoder = pydicom.pixels.get_decoder(known.syntax)

@@ -106,7 +106,10 @@ class Feed:
                 index = torch.from_numpy(self._place[rows]).pin_memory().to(self.device, non_blocking=True)
                 images, bits = (part.index_select(0, index) for part in self._resident)
             else:
-                images, bits = torch.from_numpy(self.pack.images[rows]), torch.from_numpy(self.pack.masks[rows])
+                images, bits = (
+                    torch.from_numpy(self.pack.images[rows]),
+                    torch.from_numpy(self.pack.masks[rows]),
+                )
             yield self._unpack(images, bits)
 
     def _streamed(self, plan: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:

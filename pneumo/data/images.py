@@ -193,9 +193,7 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise OutOfMemory(f"{path}: not enough memory to decode it. Close other programs.") from None
     except UnidentifiedImageError:  # its text is the address of a buffer
         raise DataError(f"{path}: the header is damaged. Copy it again.") from None
-    except (
-        Exception
-    ) as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"{path}: {reason}. Copy it again.") from error
 

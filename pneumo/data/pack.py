@@ -225,4 +225,3 @@ def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
 
 def _crc(picture: np.ndarray, mask: np.ndarray) -> int:
     return 1 + zlib.crc32(mask.tobytes(), zlib.crc32(picture.tobytes()))  # never UNDONE
-

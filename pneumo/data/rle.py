@@ -78,16 +78,16 @@ def decode_runs(code: str, height: int, width: int) -> np.ndarray:
     if counts.size == 0:
         raise ValueError(f'an empty code; an empty mask is "{EMPTY}"')
     if counts.size % 2:
-        raise ValueError(
-            f'{counts.size} numbers; gap/length pairs need an even count (last token "{tokens[-1]}")'
-        )
+        raise ValueError(f'{counts.size} numbers; gap/length pairs need an even count (last token "{tokens[-1]}")')
     size = height * width
     if (bad := np.flatnonzero((counts < 0) | (counts > size))).size:
         what = "negative" if counts[bad[0]] < 0 else f"larger than {height}×{width} = {size:,} pixels"
         raise ValueError(f'token {bad[0] + 1} is {what}: "{tokens[bad[0]]}"; the runs do not fit')
     if (bad := np.flatnonzero(counts[1::2] == 0)).size:
-        raise ValueError(f'run {bad[0] + 1} has length 0 (token {2 * bad[0] + 2}: "{tokens[2 * bad[0] + 1]}"); '
-                         f"not pairs of gap and length")
+        raise ValueError(
+            f'run {bad[0] + 1} has length 0 (token {2 * bad[0] + 2}: "{tokens[2 * bad[0] + 1]}"); '
+            f"not pairs of gap and length"
+        )
     edges = np.cumsum(counts)
     if edges[-1] > size:
         run = int(np.flatnonzero(edges[1::2] > size)[0])

@@ -151,9 +151,7 @@ def _create_encoder(name: str, pretrained: bool | str) -> nn.Module:
         logging.getLogger("timm.models").setLevel(logging.ERROR)  # it warns of the head that was just checked
         overlay = {"file": pretrained}
     try:
-        return timm.create_model(
-            name, features_only=True, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay
-        )
+        return timm.create_model(name, features_only=True, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay)
     except Exception as error:  # offline, hub and timm raise many types, some without a message
         if not pretrained:
             raise UsageError(f"model.encoder: timm cannot make features of {name}: {error}") from None

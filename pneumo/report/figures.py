@@ -19,7 +19,13 @@ from matplotlib.figure import Figure
 from skimage.measure import find_contours
 
 STAGE_COLOURS = ("#e8eef7", "#f7efe3", "#e9f4ea")
-PLAIN = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+PLAIN = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
 
 
 def augmentations(
@@ -58,11 +64,19 @@ def augmentations(
     _save(figure, pd.DataFrame(records), path)
 
 
-def outlined(axis: Axes, image: np.ndarray, mask: np.ndarray, colour: str = "#ff5050", label: str | None = None) -> None:
+def outlined(
+    axis: Axes, image: np.ndarray, mask: np.ndarray, colour: str = "#ff5050", label: str | None = None
+) -> None:
     """Show an X-ray with a mask's outline: (H, W) and (H, W) bool."""
     axis.imshow(image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1, interpolation="nearest")
     for number, contour in enumerate(find_contours(np.pad(mask, 1).astype(np.float32), 0.5)):
-        axis.plot(contour[:, 1] - 1, contour[:, 0] - 1, color=colour, linewidth=1, label=label if number == 0 else None)
+        axis.plot(
+            contour[:, 1] - 1,
+            contour[:, 0] - 1,
+            color=colour,
+            linewidth=1,
+            label=label if number == 0 else None,
+        )
     axis.set_xticks([])
     axis.set_yticks([])
     axis.grid(False)
@@ -77,7 +91,12 @@ def curves(records: pd.DataFrame, title: str, path: Path) -> None:
     stages = sorted(records["stage"].unique())
     with plt.rc_context(PLAIN):
         figure, axes = plt.subplots(
-            2, len(stages), figsize=(3.6 * len(stages) + 1, 5.6), squeeze=False, layout="constrained", sharex="col"
+            2,
+            len(stages),
+            figsize=(3.6 * len(stages) + 1, 5.6),
+            squeeze=False,
+            layout="constrained",
+            sharex="col",
         )
     for column, stage in enumerate(stages):
         loss_axis, dice_axis = axes[:, column]
@@ -118,7 +137,13 @@ def min_area(table: pd.DataFrame, chosen: int, title: str, path: Path) -> None:
     axis.plot(table["min_area"], table["true_negative_rate"], color="C2", label="true-negative rate")
     axis.plot(table["min_area"], table["all_empty"], color="black", linewidth=0.8, label="all masks empty")
     axis.axvline(chosen, color="gray", linestyle="--", linewidth=1, label=f"the recipe's {chosen:,} px")
-    axis.plot(best["min_area"], best["dice"], "o", color="C0", label=f"best {best['dice']:.4f} at {best['min_area']:,.0f} px")
+    axis.plot(
+        best["min_area"],
+        best["dice"],
+        "o",
+        color="C0",
+        label=f"best {best['dice']:.4f} at {best['min_area']:,.0f} px",
+    )
     axis.set_xlabel("components of this many pixels or fewer are dropped (annotation grid)")
     axis.set_ylim(-0.02, 1.02)
     axis.legend(fontsize=8, loc="center right")

@@ -11,9 +11,7 @@ POSITIVES, NEGATIVES = np.arange(0, 40), np.arange(40, 200)
 
 def plan(epoch: int, draw: str, positive_fraction: float = 0.5, **changes: int) -> np.ndarray:
     place = {"seed": 0, "fold": 1, "stage": 2, **changes}
-    return feed.epoch_plan(
-        POSITIVES, NEGATIVES, positive_fraction=positive_fraction, draw=draw, epoch=epoch, **place
-    )
+    return feed.epoch_plan(POSITIVES, NEGATIVES, positive_fraction=positive_fraction, draw=draw, epoch=epoch, **place)
 
 
 @pytest.mark.parametrize("draw", ["fixed", "fresh"])

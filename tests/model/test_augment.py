@@ -207,6 +207,8 @@ def test_on_the_gpu_nothing_waits():
         out, mask = augment.apply(image, image > 99, warp)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    reference, _ = augment.apply(image.cpu(), image.cpu() > 99, Warp(*(getattr(warp, f.name).cpu() for f in fields(Warp))))
+    reference, _ = augment.apply(
+        image.cpu(), image.cpu() > 99, Warp(*(getattr(warp, f.name).cpu() for f in fields(Warp)))
+    )
     torch.testing.assert_close(out.cpu(), reference, atol=1e-3, rtol=0)
     assert mask.device.type == "cuda"

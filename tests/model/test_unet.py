@@ -105,7 +105,10 @@ def test_a_checkpoint_of_segmentation_models_pytorch_gives_the_same_logits(resne
     [
         (lambda s: s.pop("decoder.blocks.0.conv1.0.weight"), "1 missing, as blocks.0.conv1.0.weight"),
         (lambda s: s.update({"decoder.extra": torch.zeros(1)}), "1 unknown, as decoder.extra"),
-        (lambda s: s.update({"segmentation_head.0.bias": torch.zeros(2)}), "1 of another shape, as head.bias"),
+        (
+            lambda s: s.update({"segmentation_head.0.bias": torch.zeros(2)}),
+            "1 of another shape, as head.bias",
+        ),
     ],
 )
 def test_another_checkpoint_is_refused(resnet, change, message):

@@ -285,9 +285,9 @@ def to_input(image: Tensor) -> Tensor:
     return (image.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
-def cosine(step: int, steps: int) -> float:
-    """Factor of the learning rate at `step` of `steps`: from 1 down to 0."""
-    return 0.5 * (1 + math.cos(math.pi * step / steps))
+def cosine(done: float) -> float:
+    """Factor of the learning rate when a share `done` of all steps is taken: from 1 down to 0."""
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def own_steps(plan: Sequence[Sequence[np.ndarray]], start: int) -> Iterator[np.ndarray]:

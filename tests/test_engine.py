@@ -135,7 +135,7 @@ def test_late_numbers_come_two_steps_late_and_none_is_lost():
 
 
 def test_cosine_goes_from_one_to_zero():
-    values = [engine.cosine(step, 10) for step in range(11)]
+    values = [engine.cosine(step / 10) for step in range(11)]
     assert values[0] == 1
     assert values[-1] == pytest.approx(0)
     assert np.all(np.diff(values) < 0)

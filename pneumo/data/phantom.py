@@ -55,14 +55,14 @@ def draw(rng: np.random.Generator, side: int, positive: bool) -> Phantom:
         lung = _Lung(rng, direction)
         inside = lung.depth(x, y)  # > 0 within
         lit = _soft(inside, 0.015)
-        tissue = 0.07 + 0.17 * texture[number] * (0.75 + 0.25 * np.exp(-((x - lung.hilum[0]) ** 2) / 0.02))
+        tissue = 0.05 + 0.24 * texture[number] * (0.75 + 0.25 * np.exp(-((x - lung.hilum[0]) ** 2) / 0.02))
         if number == wanted:
             collapsed = lung.collapsed(rng, x, y)
             gone = (inside > 0) & (collapsed < 0)
             mask |= gone
             tissue = tissue * _soft(collapsed, 0.006) + 0.035 * (1 - _soft(collapsed, 0.006))
             pleura += 0.16 * np.exp(-((collapsed / 0.007) ** 2)) * (inside > 0)
-        elif rng.random() < 0.3:  # a skin fold: a line with vessels on both sides
+        elif rng.random() < 0.12:  # a skin fold: a line with vessels on both sides
             collapsed = lung.collapsed(rng, x, y)
             pleura += rng.uniform(0.05, 0.12) * np.exp(-((collapsed / 0.012) ** 2)) * (inside > 0)
         level = air * rng.uniform(0.94, 1.06) - 0.10
@@ -142,7 +142,7 @@ class _Lung:
             (self.centre[0] - 0.05 * self.direction, self.centre[1] + 0.25),
             (self.centre[0] - 0.08 * self.direction, self.centre[1] - 0.25),
         ][kind]
-        share = 1 - np.clip(rng.lognormal(np.log(0.17), 0.5), 0.06, 0.5)
+        share = 1 - np.clip(rng.lognormal(np.log(0.2), 0.4), 0.1, 0.5)
         bend = 0.012 * np.sin(rng.uniform(8, 16) * y + rng.uniform(0, 6)) * (1 - share) / 0.2
         return self.depth((x - target[0]) / share + target[0] + bend, (y - target[1]) / share + target[1])
 

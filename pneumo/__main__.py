@@ -81,15 +81,17 @@ def cv(options: argparse.Namespace) -> None:
 
 def score(options: argparse.Namespace) -> None:
     """Score a submission against the truth; needs no images."""
-    from pneumo.decision.score import score_files
+    from pneumo.score import score_files
 
-    report = score_files(options.submission, options.truth, annotation_size=options.annotation_size)
+    recipe = cli.load_recipe(options)
+    result = score_files(options.submission, options.truth, annotation_size=recipe.data.annotation_size)
     if options.json:
-        print(json.dumps(report))
+        print(json.dumps(result))
         return
+    shown = {key: "-" if value is None else f"{value:.4f}" for key, value in result.items()}
     print(
-        f"{report['cases']} cases: mean Dice {report['dice']:.4f} (all empty {report['all_empty']:.4f}), on positives "
-        f"{report['dice_positive']:.4f}, true negatives {report['true_negative_rate']:.4f}"
+        f"{result['cases']} cases, {result['positives']} positive: mean Dice {shown['dice']} (all masks empty: "
+        f"{shown['all_empty']}), on positives {shown['dice_positive']}, true negatives {shown['true_negative_rate']}"
     )
 
 

@@ -80,9 +80,11 @@ def open_pack(
         place = folder / f"{name}-{side}-{digest[:12]}"
         place.mkdir(exist_ok=True)
         count = len(cases)
-        rows = _array(place / "rows.npy", np.int64, (count,))
-        pictures = _array(place / "images.npy", np.uint8, (count, side, side))
-        masks = _array(place / "masks.npy", np.uint8, (count, side, side // 8))
+        rows, _ = _array(place / "rows.npy", np.int64, (count,))
+        pictures, new_pictures = _array(place / "images.npy", np.uint8, (count, side, side))
+        masks, new_masks = _array(place / "masks.npy", np.uint8, (count, side, side // 8))
+        if new_pictures or new_masks:
+            rows[:] = UNDONE
         todo = [i for i in range(count) if rows[i] == UNDONE or (check and rows[i] != _crc(pictures[i], masks[i]))]
         if todo:
             rows[todo] = UNDONE
@@ -204,12 +206,12 @@ def _fill(
             make_durable()
 
 
-def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """Open, or create full of zeros with its space reserved, a memory-mapped array."""
+def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> tuple[np.ndarray, bool]:
+    """Open, or create full of zeros with its space reserved, a memory-mapped array; says whether it is new."""
     try:
         array = np.load(path, mmap_mode="r+")
         if array.dtype == dtype and array.shape == shape:
-            return array
+            return array, False
     except (FileNotFoundError, ValueError, EOFError):
         pass  # not there, or a creation that was cut off
     try:
@@ -220,7 +222,7 @@ def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         path.unlink(missing_ok=True)
         need = int(np.prod(shape)) * np.dtype(dtype).itemsize
         raise WriteError(f"Cannot make {path}: {need / 1e6:.0f} MB needed; {error.strerror}.") from None
-    return array
+    return array, True
 
 
 def _crc(picture: np.ndarray, mask: np.ndarray) -> int:

@@ -55,14 +55,14 @@ def draw(rng: np.random.Generator, side: int, positive: bool) -> Phantom:
         lung = _Lung(rng, direction)
         inside = lung.depth(x, y)  # > 0 within
         lit = _soft(inside, 0.015)
-        tissue = 0.05 + 0.24 * texture[number] * (0.75 + 0.25 * np.exp(-((x - lung.hilum[0]) ** 2) / 0.02))
+        tissue = 0.04 + 0.28 * texture[number] * (0.75 + 0.25 * np.exp(-((np.abs(x) - 0.09) ** 2) / 0.02))
         if number == wanted:
             collapsed = lung.collapsed(rng, x, y)
             gone = (inside > 0) & (collapsed < 0)
             mask |= gone
             tissue = tissue * _soft(collapsed, 0.006) + 0.035 * (1 - _soft(collapsed, 0.006))
             pleura += 0.16 * np.exp(-((collapsed / 0.007) ** 2)) * (inside > 0)
-        elif rng.random() < 0.12:  # a skin fold: a line with vessels on both sides
+        elif rng.random() < 0.08:  # a skin fold: a line with vessels on both sides
             collapsed = lung.collapsed(rng, x, y)
             pleura += rng.uniform(0.05, 0.12) * np.exp(-((collapsed / 0.012) ** 2)) * (inside > 0)
         level = air * rng.uniform(0.94, 1.06) - 0.10
@@ -125,7 +125,6 @@ class _Lung:
         self.centre = (direction * rng.uniform(0.20, 0.215), rng.uniform(-0.05, -0.02))
         self.radii = (rng.uniform(0.155, 0.175), rng.uniform(0.32, 0.36))
         self.base = rng.uniform(0.19, 0.25)  # height of the diaphragm
-        self.hilum = (direction * 0.09, 0.02)
 
     def depth(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """About how far a place lies within the lung; negative outside."""
@@ -135,14 +134,15 @@ class _Lung:
         return np.minimum(wall, dome)
 
     def collapsed(self, rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """`depth` of the lung drawn together towards a point: the hilum, or the base for air at the apex."""
-        kind = rng.choice(3, p=[0.55, 0.38, 0.07])  # lateral, apical, basal
+        """`depth` of the lung drawn together towards a point of its edge, opposite to the air."""
+        kind = rng.choice(3, p=[0.6, 0.33, 0.07])  # lateral and apical, apical, basal
+        medial = self.centre[0] - self.direction * self.radii[0]
         target = [
-            (self.hilum[0], rng.uniform(0.0, 0.15)),
-            (self.centre[0] - 0.05 * self.direction, self.centre[1] + 0.25),
-            (self.centre[0] - 0.08 * self.direction, self.centre[1] - 0.25),
+            (medial, rng.uniform(0.12, 0.22)),
+            (self.centre[0] - 0.06 * self.direction, self.base),
+            (medial, self.centre[1] - 0.9 * self.radii[1]),
         ][kind]
-        share = 1 - np.clip(rng.lognormal(np.log(0.2), 0.4), 0.1, 0.5)
+        share = 1 - np.clip(rng.lognormal(np.log(0.25), 0.35), 0.13, 0.5)
         bend = 0.012 * np.sin(rng.uniform(8, 16) * y + rng.uniform(0, 6)) * (1 - share) / 0.2
         return self.depth((x - target[0]) / share + target[0] + bend, (y - target[1]) / share + target[1])
 

@@ -1,0 +1,149 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pneumo.data import images, pack
+from pneumo.data.cases import Case
+from pneumo.errors import DataError
+from pneumo.kernels.runs import mask_to_runs
+
+GRID = 128
+
+
+def silent(items, **_options):
+    return items
+
+
+def made_up(folder: Path, count: int = 5) -> list[Case]:
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    cases = []
+    for i in range(count):
+        path = folder / f"c{i}.png"
+        Image.fromarray(rng.integers(0, 256, (GRID, GRID), dtype=np.uint8)).save(path)
+        mask = np.zeros((GRID, GRID), dtype=bool)
+        if i % 2:
+            mask[10 * i : 60, 20:90] = True
+        cases.append(Case(f"c{i}", path, mask_to_runs(mask)))
+    return cases
+
+
+def open_it(folder: Path, cases: list[Case], side: int = 64, check: bool = False) -> pack.Pack:
+    return pack.open_pack(folder, "train", cases, side, annotation_size=GRID, progress=silent, check=check)
+
+
+def test_images_and_masks_by_row(tmp_path):
+    cases = made_up(tmp_path / "x")
+    packed = open_it(tmp_path / "p", cases)
+    assert packed.image_ids == ("c0", "c1", "c2", "c3", "c4")
+    assert packed.images.shape == (5, 64, 64)
+    assert packed.side == 64
+    for row, case in enumerate(cases):
+        wanted = images.resize(images.read(case.path).pixels, 64)
+        np.testing.assert_array_equal(packed.images[row], wanted)
+    mask = np.unpackbits(packed.masks[3], axis=1)
+    assert mask.sum() == (60 - 30) // 2 * 70 // 2
+    assert mask[15, 10] == 1 and mask[14, 10] == 0
+
+
+def test_masks_at_the_grids_own_size_are_exact():
+    mask = np.random.default_rng(0).random((GRID, GRID)) < 0.3
+    bits = pack.pack_mask(mask_to_runs(mask), GRID, GRID)
+    np.testing.assert_array_equal(np.unpackbits(bits, axis=1), mask)
+
+
+def test_a_mask_follows_its_image_through_the_resize():
+    mask = np.zeros((GRID, GRID), dtype=bool)
+    mask[32:96, 16:48] = True
+    small = np.unpackbits(pack.pack_mask(mask_to_runs(mask), GRID, 32), axis=1).astype(bool)
+    picture = pack.pack_image(mask.astype(np.uint8) * 255, 32) > 127
+    np.testing.assert_array_equal(small, picture)
+
+
+def test_a_second_call_decodes_nothing(tmp_path, monkeypatch):
+    cases = made_up(tmp_path / "x")
+    first = open_it(tmp_path / "p", cases)
+    monkeypatch.setattr(images, "read", None)
+    assert np.array_equal(open_it(tmp_path / "p", cases).images, first.images)
+
+
+def test_an_interrupted_pack_goes_on(tmp_path, monkeypatch):
+    cases = made_up(tmp_path / "x", 12)
+    read, asked = images.read, []
+
+    def dies(path):
+        asked.append(path.name)
+        if path.name == "c7.png":
+            raise KeyboardInterrupt
+        return read(path)
+
+    monkeypatch.setattr(images, "read", dies)
+    with pytest.raises(KeyboardInterrupt):
+        open_it(tmp_path / "p", cases)
+    asked.clear()
+    monkeypatch.setattr(images, "read", lambda path: asked.append(path.name) or read(path))
+    packed = open_it(tmp_path / "p", cases)
+    assert "c7.png" in asked
+    assert "c0.png" not in asked
+    monkeypatch.setattr(images, "read", read)
+    shutil.rmtree(tmp_path / "p")
+    assert np.array_equal(open_it(tmp_path / "p", cases).images, packed.images)
+
+
+def test_damage_is_found_and_made_good(tmp_path):
+    cases = made_up(tmp_path / "x")
+    wanted = np.array(open_it(tmp_path / "p", cases).images)
+    (file,) = (tmp_path / "p").glob("*/images.npy")
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    assert not np.array_equal(open_it(tmp_path / "p", cases).images, wanted)
+    assert np.array_equal(open_it(tmp_path / "p", cases, check=True).images, wanted)
+
+
+def test_the_pack_is_named_by_content(tmp_path):
+    cases = made_up(tmp_path / "x")
+    digest = open_it(tmp_path / "p", cases).digest
+    assert open_it(tmp_path / "p", cases[::-1]).digest == digest
+    assert open_it(tmp_path / "q", cases, side=32).digest == digest
+    moved = [Case(c.image_id, Path(shutil.copy(c.path, tmp_path / c.path.name)), c.runs) for c in cases]
+    assert open_it(tmp_path / "q", moved).digest == digest
+    mask_changed = [*cases[:1], Case("c1", cases[1].path, cases[1].runs[:-1]), *cases[2:]]
+    assert open_it(tmp_path / "p", mask_changed).digest != digest
+    Image.fromarray(np.zeros((GRID, GRID), np.uint8)).save(cases[0].path)
+    assert open_it(tmp_path / "p", cases).digest != digest
+
+
+def test_a_bad_image_is_named_and_the_rest_is_kept(tmp_path):
+    cases = made_up(tmp_path / "x")
+    cases[2].path.write_bytes(cases[2].path.read_bytes()[:500])
+    with pytest.raises(DataError, match=r"c2\.png"):
+        open_it(tmp_path / "p", cases)
+
+
+def test_a_missing_image_is_named(tmp_path):
+    cases = made_up(tmp_path / "x")
+    cases[2].path.unlink()
+    with pytest.raises(DataError, match=r"c2\.png: No such file"):
+        open_it(tmp_path / "p", cases)
+
+
+@pytest.mark.parametrize("name", ["images.npy", "masks.npy", "rows.npy"])
+def test_a_creation_that_was_cut_off_is_made_anew(tmp_path, name):
+    cases = made_up(tmp_path / "x")
+    first = open_it(tmp_path / "p", cases)
+    wanted = np.array(first.images), np.array(first.masks)
+    (file,) = (tmp_path / "p").glob(f"*/{name}")
+    file.write_bytes(file.read_bytes()[:50])
+    again = open_it(tmp_path / "p", cases)
+    assert np.array_equal(again.images, wanted[0]) and np.array_equal(again.masks, wanted[1])
+
+
+def test_thumbnails_are_block_means(tmp_path):
+    packed = open_it(tmp_path / "p", made_up(tmp_path / "x"))
+    small = pack.thumbnails(packed)
+    assert small.shape == (5, 16, 16)
+    assert small[1, 2, 3] == pytest.approx(packed.images[1, 8:12, 12:16].mean())

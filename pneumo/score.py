@@ -29,7 +29,7 @@ def score_files(submission: Path, truth: Path, *, annotation_size: int) -> dict[
     cases.raise_fatal(problems, None)
     if missing := [image_id for image_id in decided if image_id not in annotated]:
         raise DataError(
-            f"{truth}: no truth for {len(missing)} of the {len(decided)} ids of {submission}, as {', '.join(missing[:5])}"
+            f"{truth}: no truth for {len(missing)} of {len(decided)} ids of {submission}, as {', '.join(missing[:5])}"
         )
     dice = np.array([dice_runs(runs, annotated[image_id]) for image_id, runs in decided.items()])
     positive = np.array([len(annotated[image_id]) > 0 for image_id in decided])

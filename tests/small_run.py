@@ -1,0 +1,64 @@
+"""A data set and a recipe small enough to train within seconds, for the tests that train."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pneumo import config
+from pneumo.config import Recipe
+from pneumo.data import rle
+
+SIDE = 64
+
+
+def write_data(root: Path, train: int = 18, test: int = 4) -> None:
+    """Noise with a bright square where the mask is; every third image positive, one with two rows."""
+    rng = np.random.default_rng(0)
+    rows, sample = ["ImageId,EncodedPixels"], ["ImageId,EncodedPixels"]
+    for part, count in (("train", train), ("test", test)):
+        (root / part).mkdir(parents=True)
+        for i in range(count):
+            pixels = (rng.random((SIDE, SIDE)) * 120).astype(np.uint8)
+            mask = np.zeros((SIDE, SIDE), dtype=bool)
+            if i % 3 == 0:
+                y, x = rng.integers(5, 30, 2)
+                mask[y : y + 20, x : x + 18] = True
+                pixels[mask] += 100
+            image_id = f"{part}-{i:03d}"
+            Image.fromarray(pixels).save(root / part / f"{image_id}.png")
+            if part == "test":
+                sample.append(f"{image_id},-1")
+                continue
+            rows.append(f"{image_id},{rle.encode(mask)}")
+            if i == 3:
+                rows.append(rows[-1])
+    (root / "train-rle.csv").write_text("\n".join(rows) + "\n")
+    (root / "sample_submission.csv").write_text("\n".join(sample) + "\n")
+
+
+def settings(root: Path, runs: Path) -> list[str]:
+    """Overrides of [seed] for these data and a small net."""
+    stages = [
+        f"stage.{number}.{value}"
+        for number in (1, 2, 3)
+        for value in ("image_size=64", "epochs=2", "batch_size=3", "accumulation=2", "lr=1e-3")
+    ]
+    return [
+        f"data.root={root}",
+        f"runs={runs}",
+        f"data.annotation_size={SIDE}",
+        "model.encoder=resnet18",
+        "model.pretrained=false",
+        "model.decoder_channels=[8, 8, 8, 4, 4]",
+        "folds.count=3",
+        "rule.min_area=20",
+        "augment.elastic_alpha=10",
+        "augment.elastic_affine=1",
+        *stages,
+    ]
+
+
+def recipe(repo: Path, root: Path, runs: Path, *more: str, name: str = "seed") -> Recipe:
+    """The recipe that these overrides give."""
+    return config.load(repo / "configs.toml", name, [*settings(root, runs), *more])

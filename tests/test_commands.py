@@ -1,0 +1,156 @@
+"""The commands as a user types them, from PNG files to submission.csv."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_run
+from PIL import Image
+
+from pneumo.data import rle
+
+
+def run(repo: Path, *arguments: str, cwd: Path, code: int = 0) -> str:
+    """Run a script or module of the project in another folder; return what it printed."""
+    first, *rest = arguments
+    command = [str(repo / first), *rest] if first.endswith(".py") else ["-m", first, *rest]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a blank and an umlaut in its name, with data."""
+    folder = tmp_path_factory.mktemp("dät a")
+    small_run.write_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(place):
+    one_epoch = [f"stage.{number}.epochs=1" for number in (1, 2, 3)]
+    return ["--set", *small_run.settings(place / "data", place / "runs"), *one_epoch, "folds.count=2"]
+
+
+@pytest.fixture(scope="module")
+def trained(repo, place, options):
+    """All folds and stages trained, in one process."""
+    return run(repo, "pneumo", "cv", *options, cwd=place)
+
+
+def test_verify_pack_and_folds(repo, place, options):
+    assert "18 training images, 6 with pneumothorax, 4 test images; 0 errors" in run(
+        repo, "pneumo", "verify", *options, cwd=place
+    )
+    assert "train, 64 px: 18 images packed and checked" in run(repo, "pneumo", "pack", *options, cwd=place)
+    assert "18 images in 2 folds" in run(repo, "pneumo", "folds", *options, cwd=place)
+    assert "--force splits anew" in run(repo, "pneumo", "folds", *options, cwd=place)
+    audit = json.loads((place / "runs" / "seed" / "audit.json").read_text())
+    assert (audit["patients_crossing"], audit["duplicates_crossing"]) == (0, 0)
+
+
+def test_from_png_to_submission(repo, place, options, trained):
+    assert "fold 1 stage 3 epoch 1/1" in trained
+    printed = run(repo, "predict.py", *options, cwd=place)
+    assert "4 images" in printed and "2 folds" in printed
+    with open(place / "runs" / "seed" / "submission.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["ImageId"] for row in rows] == [f"test-{i:03d}" for i in range(4)]
+    for row in rows:
+        rle.decode(row["EncodedPixels"], 64, 64)
+    origin = json.loads((place / "runs" / "seed" / "submission.json").read_text())
+    assert len(origin["checkpoints"]) == 2
+    assert origin["rule"]["min_area"] == 20
+    # the same submission again, and with a part of the folds another one
+    first = (place / "runs" / "seed" / "submission.csv").read_bytes()
+    run(repo, "predict.py", *options, cwd=place)
+    assert (place / "runs" / "seed" / "submission.csv").read_bytes() == first
+    assert "1 folds" in run(repo, "predict.py", "--folds", "1", *options, cwd=place)
+    run(repo, "predict.py", *options, cwd=place)
+    scored = run(
+        repo, "pneumo", "score", "--json", str(place / "runs" / "seed" / "submission.csv"),
+        str(place / "runs" / "seed" / "submission.csv"), *options, cwd=place,
+    )  # fmt: skip
+    assert json.loads(scored)["dice"] == 1
+
+
+def test_given_files(repo, place, options, trained):
+    wide = np.random.default_rng(0).integers(0, 256, (50, 90), dtype=np.uint8)
+    Image.fromarray(wide).save(place / "wide one.png")
+    out = place / "masks"
+    files = [str(place / "data" / "test" / "test-000.png"), str(place / "wide one.png")]
+    run(repo, "predict.py", *files, "--out", str(out), *options, cwd=place)
+    with Image.open(out / "wide one_mask.png") as mask, Image.open(out / "wide one_overlay.png") as overlay:
+        assert mask.size == overlay.size == (90, 50)
+        assert set(np.unique(mask)) <= {0, 255}
+    records = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [Path(record["file"]).name for record in records] == ["test-000.png", "wide one.png"]
+    for record in records:
+        with Image.open(out / f"{Path(record['file']).stem}_mask.png") as mask:
+            assert record["area_pixels"] == (np.asarray(mask) > 0).sum()
+        assert 0 <= record["probability"] <= 1
+        assert record["area_cm2"] is None
+    assert "say where" in run(repo, "predict.py", files[0], *options, cwd=place, code=2)
+
+
+def test_a_bad_file_among_good_ones_is_named_and_the_others_are_done(repo, place, options, trained):
+    (place / "bad.png").write_bytes(b"<html>")
+    good = str(place / "data" / "test" / "test-001.png")
+    printed = run(repo, "predict.py", "bad.png", good, "--out", "some", *options, cwd=place, code=3)
+    assert "1 of 2 files could not be read: bad.png" in printed
+    assert (place / "some" / "test-001_mask.png").exists()
+
+
+def test_report(repo, place, options, trained):
+    printed = run(repo, "pneumo", "report", *options, cwd=place)
+    for name in ("augmentations", "curves", "min_area"):
+        assert f"{name}.png" in printed
+        with Image.open(place / "runs" / "seed" / "report" / f"{name}.png") as picture:
+            assert picture.width > 500
+        assert len((place / "runs" / "seed" / "report" / f"{name}.csv").read_text().splitlines()) > 4
+    run(repo, "pneumo", "cv", "--recipe", "seed-focal", *options, cwd=place)
+    printed = run(repo, "pneumo", "report", "--recipe", "seed-focal", *options, cwd=place)
+    assert "loss_comparison.png" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train.py", "--recipe", "sead"], 2, "did you mean 'seed'?"),
+        (["train.py", "--set", "stage.1.epoch=3"], 2, "did you mean 'epochs'?"),
+        (["train.py", "--fold", "9"], 2, "--fold 9: the recipe has folds 0 to 4"),
+        (["train.py", "--stage", "0"], 2, "--stage 0"),
+        (["train.py", "--set", "data.root=nowhere"], 3, "nowhere: no such folder. Set data.root."),
+        (["predict.py", "--folds", "0,7"], 2, "--folds 0,7"),
+        (["predict.py", "--folds", "0"], 2, "Run: make train FOLD=0 STAGE=3"),
+        (["pneumo", "report"], 3, "no log.jsonl yet"),
+    ],
+)
+def test_mistakes_are_one_line_with_an_exit_code(repo, tmp_path, arguments, code, message):
+    first, *rest = arguments
+    printed = run(repo, first, *rest, cwd=tmp_path, code=code)
+    assert message in printed
+    assert len(printed.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_plain_torchrun(repo, place, options):
+    command = ["--standalone", "--nproc_per_node=2", str(repo / "train.py"), *options, f"runs={place / 'two'}"]
+    printed = run(repo, "torch.distributed.run", *command, cwd=place)
+    assert "2 x cpu" in printed
+    assert (place / "two" / "seed" / "fold0" / "stage1" / "best.pt").exists()

@@ -1,0 +1,75 @@
+"""The house: imports point one way, every module says what it imports, and the root holds what it should."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+BASE = {"errors", "config", "dist", "log", "checkpoint"}
+ALLOWED = {
+    "kernels": set(),
+    "data": {"kernels"} | BASE,
+    "model": {"kernels"} | BASE,
+    "decision": {"kernels"} | BASE,
+    "errors": set(),
+    "config": {"errors"},
+    "dist": {"errors"},
+    "checkpoint": {"errors"},
+    "log": {"checkpoint", "dist", "errors"},
+    "cli": {"config", "errors", "log"},
+    "score": {"data", "decision", "errors"},
+    "submission": {"data", "checkpoint", "errors"},
+    "dataset": {"data"} | BASE,
+    "engine": {"data", "model", "decision"} | BASE,
+    "training": {"data", "model", "decision", "dataset", "engine"} | BASE,
+    "ensemble": {"model", "engine", "training"} | BASE,
+    "inference": {"data", "decision", "kernels", "dataset", "ensemble", "submission"} | BASE,
+    "report": {"data", "decision", "dataset", "engine", "training", "ensemble", "inference"} | BASE,
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of pneumo that a file imports, also inside functions."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pneumo":
+            parts = node.module.split(".")
+            rooms |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pneumo.")}
+    return rooms
+
+
+def modules(repo: Path) -> list[tuple[str, Path]]:
+    files = sorted((repo / "pneumo").rglob("*.py"))
+    return [(path.relative_to(repo / "pneumo").parts[0].removesuffix(".py"), path) for path in files]
+
+
+def test_imports_point_one_way(repo):
+    checked = 0
+    for room, path in modules(repo):
+        if room in ("__init__", "__main__"):
+            continue
+        assert imported(path) - {room} <= ALLOWED[room], path
+        checked += 1
+    assert checked > 25
+
+
+def test_scripts_alone_stand_at_the_top(repo):
+    assert sorted(path.name for path in repo.glob("*.py")) == ["predict.py", "train.py"]
+
+
+def test_every_module_and_public_function_says_what_it_is_for(repo):
+    for _, path in modules(repo):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), path
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+@pytest.mark.parametrize("banned", ["LOAD_TRUNCATED_IMAGES = True", "weights_only=False", "exec(", "eval("])
+def test_what_is_never_done(repo, banned):
+    for _, path in modules(repo):
+        text = path.read_text(encoding="utf-8").replace(".eval(", "")
+        assert banned not in text, path

@@ -1,0 +1,241 @@
+import json
+import os
+import signal
+
+import pytest
+import small_run
+import torch
+
+from pneumo import checkpoint, dataset, engine, log, training
+from pneumo.errors import DataError, NotFiniteError, UsageError
+from pneumo.training import Stopped
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    small_run.write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(recipe, fold: int = 0, stage: int = 1):
+    training.train_stage(recipe, dataset.load(recipe), fold, stage, CPU)
+    return recipe.stage_folder(fold, stage)
+
+
+@pytest.fixture(scope="module")
+def straight(repo, root, tmp_path_factory):
+    """Stages 1 and 2 of fold 0, trained without a break."""
+    recipe = small_run.recipe(repo, root, tmp_path_factory.mktemp("straight"))
+    for stage in (1, 2):
+        train(recipe, stage=stage)
+    return recipe
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    """Leaves of two checkpoints that are not bit for bit the same, but for times."""
+    first, second = (dict(checkpoint.leaves(state)) for state in (a, b))
+    assert first.keys() == second.keys()
+    timed = ("seconds", "images_per_second")
+    return [
+        key
+        for key in first
+        if not key.endswith(timed)
+        and not (
+            torch.equal(first[key], second[key]) if isinstance(first[key], torch.Tensor) else first[key] == second[key]
+        )
+    ]
+
+
+def test_a_run_folder_holds_what_it_promises(straight):
+    folder = straight.stage_folder(0, 1)
+    assert {"last.pt", "best.pt", "log.jsonl", "config.toml", "status.json"} <= {p.name for p in folder.iterdir()}
+    lines = log.read_jsonl(folder / "log.jsonl")
+    assert [line["epoch"] for line in lines] == [1, 2]
+    wanted = "epoch loss val_loss dice dice_positive true_negative_rate all_empty lr seconds images_per_second"
+    assert set(wanted.split()) <= lines[0].keys()
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "done"
+    assert (folder / "config.toml").read_text().startswith('["seed"]\n')
+    best = max(lines, key=lambda line: (line["dice"], line["epoch"]))
+    assert checkpoint.load(folder / "best.pt")["record"]["epoch"] == best["epoch"] == status["best_epoch"]
+
+
+def test_epochs_differ(straight):
+    first, second = log.read_jsonl(straight.stage_folder(0, 1) / "log.jsonl")
+    assert first["loss"] != second["loss"]
+    assert first["val_loss"] != second["val_loss"]
+
+
+def test_a_stage_starts_from_the_best_of_the_one_before(straight, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(training._Run, "_train_epoch", lambda self, *_: seen.update(self.model.state_dict()) or 1 / 0)
+    recipe = straight
+    with pytest.raises(ZeroDivisionError):
+        train(recipe, stage=3)
+    best = checkpoint.load(recipe.stage_folder(0, 2) / "best.pt")["model"]
+    assert all(torch.equal(best[key], seen[key]) for key in best)
+    assert log.read_status(recipe.stage_folder(0, 3))["state"] == "failed"
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def straight_float32(repo, root, tmp_path_factory):
+    """Stage 1 of fold 0 without autocast."""
+    recipe = small_run.recipe(repo, root, tmp_path_factory.mktemp("float32"), "train.amp=off")
+    train(recipe)
+    return recipe
+
+
+@pytest.mark.parametrize("amp", ["off", "auto"])
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_a_killed_run_ends_in_the_same_weights(repo, root, request, tmp_path, monkeypatch, step, amp):
+    """Killed before each of the steps of two epochs; with accumulation and a leftover step."""
+    straight = request.getfixturevalue("straight" if amp == "auto" else "straight_float32")
+    recipe = small_run.recipe(repo, root, tmp_path, f"train.amp={amp}", "train.checkpoint_steps=1")
+    taken, real = [], engine.train_step
+
+    def dies(*arguments, **options):
+        taken.append(options["count"])
+        if len(taken) == step:
+            raise Killed
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_step", dies)
+        with pytest.raises(Killed):
+            train(recipe)
+    assert taken == [2, 1, 2, 1][:step]  # micro-batches of each step
+    folder = train(recipe)
+    for name in ("last.pt", "best.pt"):
+        states = [checkpoint.load(r.stage_folder(0, 1) / name) for r in (straight, recipe)]
+        assert differing(*states) == []
+    assert [line["epoch"] for line in log.read_jsonl(folder / "log.jsonl")] == [1, 2]
+
+
+def test_a_run_killed_in_validation_ends_in_the_same_weights(repo, root, straight, tmp_path, monkeypatch):
+    recipe = small_run.recipe(repo, root, tmp_path)
+
+    def dies(*_arguments, **_options):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "evaluate", dies)
+        with pytest.raises(Killed):
+            train(recipe)
+    train(recipe)
+    assert differing(*(checkpoint.load(r.stage_folder(0, 1) / "last.pt") for r in (straight, recipe))) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_with_a_checkpoint(repo, root, straight, tmp_path, monkeypatch, number):
+    recipe = small_run.recipe(repo, root, tmp_path)
+    real = engine.train_step
+
+    def step(*arguments, **options):
+        os.kill(os.getpid(), number)
+        monkeypatch.setattr(engine, "train_step", real)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(engine, "train_step", step)
+    with pytest.raises(Stopped) as caught:
+        train(recipe)
+    assert caught.value.exit_code == 128 + number
+    status = log.read_status(recipe.stage_folder(0, 1))
+    assert (status["state"], status["signal"]) == ("stopped", number)
+    train(recipe)
+    assert differing(*(checkpoint.load(r.stage_folder(0, 1) / "last.pt") for r in (straight, recipe))) == []
+
+
+def test_a_finished_stage_is_left_alone(straight, monkeypatch, capsys):
+    monkeypatch.setattr(training._Run, "_build", None)
+    before = (straight.stage_folder(0, 1) / "last.pt").stat().st_mtime_ns
+    folder = train(straight)
+    assert (folder / "last.pt").stat().st_mtime_ns == before
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_other_settings_are_named(repo, root, straight):
+    other = small_run.recipe(repo, root, straight.runs, "stage.1.lr=3e-3", "seed=1")
+    with pytest.raises(UsageError, match=r"seed: 0 -> 1; stage\.1\.lr: 0\.001 -> 0\.003"):
+        train(other)
+
+
+def test_other_data_are_refused(repo, straight, tmp_path):
+    small_run.write_data(tmp_path / "data")
+    table = tmp_path / "data" / "train-rle.csv"
+    table.write_text(table.read_text().replace("train-001,-1", "train-001,5 5"))
+    other = small_run.recipe(repo, tmp_path / "data", straight.runs)
+    with pytest.raises(UsageError, match=r"images or annotations: .* -> "):
+        train(other)
+    with pytest.raises(DataError, match="trained on other data"):  # stage 3 would start from stage 2
+        train(other, stage=3)
+
+
+def test_another_split_is_refused(repo, root, straight, tmp_path):
+    recipe = small_run.recipe(repo, root, tmp_path)
+    train(recipe)
+    path = recipe.folder / "folds.csv"
+    lines = path.read_text().splitlines()
+    swapped = [line.translate(str.maketrans("01", "10")) if "," in line and i else line for i, line in enumerate(lines)]
+    path.write_text("\n".join(f"{a.split(',')[0]},{b.split(',')[1]}," for a, b in zip(lines, swapped, strict=True)))
+    path.write_text(path.read_text().replace("ImageId,fold,", "ImageId,fold,group"))
+    with pytest.raises(DataError, match="trained on other folds"):
+        train(recipe, stage=2)
+
+
+def test_a_missing_stage_is_named_with_the_command(repo, root, tmp_path):
+    recipe = small_run.recipe(repo, root, tmp_path)
+    with pytest.raises(UsageError, match=r'stage 1 of seed, but .*"missing"\. Run: make train FOLD=2 STAGE=1$'):
+        train(recipe, fold=2, stage=2)
+
+
+def test_a_stage_that_is_half_done_is_named(repo, root, tmp_path):
+    recipe = small_run.recipe(repo, root, tmp_path)
+    folder = recipe.stage_folder(0, 1)
+    folder.mkdir(parents=True)
+    log.write_status(folder, "stopped", epoch=12, epochs=30)
+    with pytest.raises(UsageError, match='says "stopped" at epoch 12 of 30'):
+        train(recipe, stage=2)
+
+
+def test_a_sibling_recipe_takes_over_stages(repo, root, straight):
+    focal = small_run.recipe(repo, root, straight.runs, name="seed-focal")
+    assert train(focal, stage=3) == focal.stage_folder(0, 3)
+    assert checkpoint.load(focal.stage_folder(0, 3) / "best.pt")["split"] == dataset.load(straight).split
+
+
+def test_loss_that_is_never_finite_stops_the_run(repo, root, tmp_path, monkeypatch):
+    recipe = small_run.recipe(repo, root, tmp_path, "train.nonfinite_steps=3", "stage.1.accumulation=1")
+    real = training.augmented
+
+    def poisoned(*arguments):
+        image, mask = real(*arguments)
+        return image * float("nan"), mask
+
+    monkeypatch.setattr(training, "augmented", poisoned)
+    with pytest.raises(NotFiniteError, match=r"not finite for 3 steps in a row .*last ids train-.*train\.amp=off"):
+        train(recipe)
+    status = log.read_status(recipe.stage_folder(0, 1))
+    assert status["state"] == "failed"
+    assert "not finite" in status["reason"]
+
+
+@pytest.mark.parametrize("change", ["stage.1.schedule=cosine", "stage.1.loss=lovasz", "stage.1.negatives=fresh"])
+def test_other_choices_train(repo, root, tmp_path, change):
+    recipe = small_run.recipe(repo, root, tmp_path, change, "stage.1.epochs=1")
+    (line,) = log.read_jsonl(train(recipe) / "log.jsonl")
+    assert line["val_loss"] > 0

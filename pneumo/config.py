@@ -120,6 +120,7 @@ class TrainConfig:
     checkpoint_steps: Annotated[int, NotNegative]
     nonfinite_steps: Annotated[int, Positive]
     timeout_seconds: Annotated[float, "(0, inf)"]
+    gpu_reserve_gb: Annotated[float, NotNegative]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,7 +47,8 @@ def predict_test(recipe: Recipe, models: Ensemble, device: torch.device) -> None
     rows = np.arange(len(found))
     batches = [rows[start : start + recipe.predict.batch_size] for start in rows[:: recipe.predict.batch_size]]
     mine = batches[dist.rank() :: dist.world()]
-    feed = Feed(pack, device, np.concatenate([rows[:0], *mine]))
+    reserve = int(recipe.train.gpu_reserve_gb * 2**30)
+    feed = Feed(pack, device, np.concatenate([rows[:0], *mine]), reserve=reserve)
 
     def code(row: int, q: np.ndarray) -> tuple[str, str]:
         return found[row].image_id, rle.encode_runs(decide(q, rule))

@@ -28,8 +28,6 @@ from pneumo.errors import DataError, NotFiniteError, PneumoError, UsageError
 from pneumo.model import augment
 from pneumo.model.unet import UNet
 
-GPU_RESERVE = 24 << 30  # bytes of GPU memory left to model and activations when the data stays on the GPU
-
 
 class Stopped(PneumoError):
     """A signal ended the run after a checkpoint."""
@@ -180,7 +178,8 @@ class _Run:
             checkpoint.write_atomic(self.folder / "config.toml", config.dumps(self.recipe).encode())
             self._status("running")
         pack = dataset.open_pack(self.recipe, "train", self.data.cases, self.settings.image_size)
-        feed = Feed(pack, self.device, np.arange(len(self.data.cases)), reserve=GPU_RESERVE)
+        reserve = int(self.recipe.train.gpu_reserve_gb * 2**30)
+        feed = Feed(pack, self.device, np.arange(len(self.data.cases)), reserve=reserve)
         log.say(
             f"fold {self.fold} stage {self.stage}: {len(self.training)} images to train on, {len(self.validation)} to "
             f"validate, {self.settings.image_size} px {feed}; {dist.world()} x {self.device.type}, "

@@ -39,7 +39,7 @@ def write(recipe: Recipe) -> None:
     note = "(SYNTHETIC X-rays)" if synthetic else ""
     _draw_augmentations(recipe, data, note, folder / "augmentations.png")
     figures.curves(logs, f"{recipe.name}: loss and Dice by epoch {note}".strip(), folder / "curves.png")
-    _compare_losses(recipe, logs, folder / "loss_comparison.png")
+    _compare_losses(recipe, logs, note, folder / "loss_comparison.png")
     done = [f for f in range(recipe.folds.count) if training.finished(recipe, f, recipe.stages)]
     if done:
         table = _min_area_table(recipe, data, done)
@@ -76,7 +76,7 @@ def _draw_augmentations(recipe: Recipe, data: Dataset, note: str, path: Path) ->
     figures.augmentations(images, masks, [data.cases[row].image_id for row in rows], note, path)
 
 
-def _compare_losses(recipe: Recipe, logs: pd.DataFrame, path: Path) -> None:
+def _compare_losses(recipe: Recipe, logs: pd.DataFrame, note: str, path: Path) -> None:
     """The first own stage beside the same stage of the recipe that it starts from, if both were trained."""
     stage = recipe.own_stages[0]
     other = recipe.stage[stage].start
@@ -91,7 +91,7 @@ def _compare_losses(recipe: Recipe, logs: pd.DataFrame, path: Path) -> None:
             lines.append(figures.frame(log.read_jsonl(place / "log.jsonl"), fold=fold, stage=stage))
             losses[other] = training.checkpoint.load(place / "best.pt")["settings"][f"stage.{stage}.loss"]
     if lines and not tables[recipe.name].empty:
-        figures.loss_comparison({other: pd.concat(lines), **tables}, losses, stage, path)
+        figures.loss_comparison({other: pd.concat(lines), **tables}, losses, stage, note, path)
 
 
 def _min_area_table(recipe: Recipe, data: Dataset, done: list[int]) -> pd.DataFrame:

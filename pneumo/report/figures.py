@@ -151,13 +151,16 @@ def min_area(table: pd.DataFrame, chosen: int, title: str, path: Path) -> None:
     _save(figure, table, path)
 
 
-def loss_comparison(records: Mapping[str, pd.DataFrame], losses: Mapping[str, str], stage: int, path: Path) -> None:
+def loss_comparison(
+    records: Mapping[str, pd.DataFrame], losses: Mapping[str, str], stage: int, note: str, path: Path
+) -> None:
     """Validation Dice of one stage under two losses: each fold's line, and the mean over folds.
 
     Args:
         records: log lines of the stage with column fold, by recipe.
         losses: the loss of each recipe.
         stage: its number.
+        note: shown in the title; may be empty.
     """
     with plt.rc_context(PLAIN):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharex=True)
@@ -176,7 +179,7 @@ def loss_comparison(records: Mapping[str, pd.DataFrame], losses: Mapping[str, st
         axis.set_ylabel(label)
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=8, loc="lower right")
-    figure.suptitle(f"Loss of stage {stage}; thick: mean over folds")
+    figure.suptitle(f"Loss of stage {stage}; thick: mean over folds {note}".strip())
     _save(figure, table, path)
 
 

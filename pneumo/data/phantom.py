@@ -6,6 +6,8 @@ the body, so no threshold finds it. Every picture has SYNTHETIC burnt in, and ev
 """
 
 import hashlib
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +83,7 @@ def write(root: Path, *, train: int, test: int, side: int, positive_fraction: fl
     folders as the challenge has them. Image i depends on (seed, i) alone.
 
     Args:
-        root: folder to make; SYNTHETIC.txt in it says what it holds.
+        root: folder to make, or an empty one; SYNTHETIC.txt in it says what it holds.
         train, test: how many images.
         side: of the images and of the grid of the codes, pixels.
         positive_fraction: share of images with pneumothorax, exact to one image in either part.
@@ -89,7 +91,10 @@ def write(root: Path, *, train: int, test: int, side: int, positive_fraction: fl
     Raises:
         UsageError: pydicom is not installed.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    final, root = root, root.with_name(root.name + ".part")  # what is cut off never looks complete
+    if root.exists():
+        shutil.rmtree(root)
+    root.mkdir(parents=True)
     (root / "SYNTHETIC.txt").write_text(MARK)
     tables: dict[str, list[str]] = {"train": ["ImageId,EncodedPixels"], "test": ["ImageId,EncodedPixels"]}
     sample, patients = ["ImageId,EncodedPixels"], ["ImageId,patient_id"]
@@ -100,7 +105,9 @@ def write(root: Path, *, train: int, test: int, side: int, positive_fraction: fl
             positive = int((index + 1) * positive_fraction) > int(index * positive_fraction)
             drawn = draw(rng, side, positive)
             image_id = f"{PREFIX}{hashlib.sha256(f'{seed} {part} {index}'.encode()).hexdigest()[:12]}"
-            _write_image(root / part, image_id, drawn.image, index)
+            # the file type must not give the answer away: types are dealt anew to every ten images
+            turns = np.random.default_rng([*_key(seed, part, index // 10), 10]).permutation(10)
+            _write_image(root / part, image_id, drawn.image, index, int(turns[index % 10]))
             codes = [rle.encode(region) for region in _regions(drawn.mask, rng)]
             tables[part] += [f"{image_id},{code}" for code in codes]
             if part == "test":
@@ -115,6 +122,9 @@ def write(root: Path, *, train: int, test: int, side: int, positive_fraction: fl
         ("patients.csv", patients),
     ):
         (root / name).write_text("\n".join(lines) + "\n")
+    if final.exists():
+        final.rmdir()
+    os.replace(root, final)
 
 
 class _Lung:
@@ -261,19 +271,17 @@ def _regions(mask: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     return [upper, lower]
 
 
-def _write_image(folder: Path, image_id: str, image: np.ndarray, index: int) -> None:
-    """Write one picture in the file type that is its turn."""
-    turn = index % 10
-    if turn in (3, 7):
+def _write_image(folder: Path, image_id: str, image: np.ndarray, index: int, turn: int) -> None:
+    """Write one picture in the file type that is its turn, of 10."""
+    if turn < 2:
         place = folder / f"study-{index:05d}" / "series-000001"
         place.mkdir(parents=True, exist_ok=True)
-        _write_dicom(place / f"{image_id}.dcm", image, twelve_bit=turn == 7, inverted=index % 20 == 7)
+        _write_dicom(place / f"{image_id}.dcm", image, twelve_bit=turn == 1, inverted=turn == 1 and index % 20 < 10)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if turn == 5:
-        Image.fromarray(np.rint(image * 65535).astype(np.uint16)).save(folder / f"{image_id}.png")
-    else:
-        Image.fromarray(np.rint(image * 255).astype(np.uint8)).save(folder / f"{image_id}.png")
+    deep = turn == 2
+    levels = np.rint(image * 65535).astype(np.uint16) if deep else np.rint(image * 255).astype(np.uint8)
+    Image.fromarray(levels).save(folder / f"{image_id}.png")
 
 
 def _write_dicom(path: Path, image: np.ndarray, *, twelve_bit: bool, inverted: bool) -> None:

@@ -130,7 +130,7 @@ def min_area(table: pd.DataFrame, chosen: int, title: str, path: Path) -> None:
         chosen: the recipe's minimum area, pixels of the annotation grid.
     """
     with plt.rc_context(PLAIN):
-        figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+        figure, axis = plt.subplots(figsize=(7.4, 4.2), layout="constrained")
     best = table.loc[table["dice"].idxmax()]
     axis.plot(table["min_area"], table["dice"], color="C0", label="mean Dice")
     axis.plot(table["min_area"], table["dice_positive"], color="C1", label="Dice on positives")
@@ -147,7 +147,7 @@ def min_area(table: pd.DataFrame, chosen: int, title: str, path: Path) -> None:
     axis.set_xlabel("components of this many pixels or fewer are dropped (annotation grid)")
     axis.set_ylim(-0.02, 1.02)
     axis.legend(fontsize=8, loc="center right")
-    axis.set_title(title)
+    axis.set_title(title, fontsize=10, wrap=True)
     _save(figure, table, path)
 
 

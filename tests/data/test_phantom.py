@@ -81,6 +81,23 @@ def test_it_has_what_real_data_have(root):
     assert max(rows.values()) == 2  # several rows an image
 
 
+def test_the_file_type_does_not_give_the_answer_away(tmp_path):
+    phantom.write(tmp_path / "x", train=60, test=1, side=64, positive_fraction=0.5, seed=0)
+    found, _ = cases.load_train(tmp_path / "x", annotation_size=64)
+    of_dicom = Counter(case.positive for case in found if case.path.suffix == ".dcm")
+    assert min(of_dicom[True], of_dicom[False]) >= 2
+
+
+def test_a_writing_that_was_cut_off_does_not_look_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr(phantom, "_regions", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        phantom.write(tmp_path / "x", train=2, test=1, side=64, positive_fraction=0.5, seed=0)
+    assert not (tmp_path / "x").exists()
+    monkeypatch.undo()
+    phantom.write(tmp_path / "x", train=2, test=1, side=64, positive_fraction=0.5, seed=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
+
+
 def test_written_masks_are_the_drawn_ones(root):
     found, _ = cases.load_train(root, annotation_size=64)
     drawn_areas = sorted(

@@ -73,11 +73,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def local_world() -> int:
-    """How many processes share this host's cores."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-
-
 def wrap(model: nn.Module) -> nn.Module:
     """Let the backward passes of `model` add up gradients over processes; the model itself in one process.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pneumo import dist
-from pneumo.data.feed import Feed
+from pneumo.data.feed import Feed, cut
 from pneumo.decision import metrics
 from pneumo.decision.rule import Rule, decide, resize_quantise
 from pneumo.model import losses
@@ -242,7 +242,7 @@ def evaluate(
         The same on every process.
     """
     model.eval()
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    batches = cut(rows, batch_size)
     mine = list(range(dist.rank(), len(batches), dist.world()))
     scores: list[tuple[int, list[float], list[float]]] = []  # batch number, loss sums, Dice of each image
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from pneumo import checkpoint, dataset, dist, ensemble, log, submission
 from pneumo.config import Recipe
 from pneumo.data import images, rle
-from pneumo.data.feed import Feed
+from pneumo.data.feed import Feed, cut
 from pneumo.data.images import Scan
 from pneumo.data.pack import pack_image
 from pneumo.decision.rule import Rule, decide, image_score, resize_quantise
@@ -45,7 +45,7 @@ def predict_test(recipe: Recipe, models: Ensemble, device: torch.device) -> None
     rule, size = Rule(**asdict(recipe.rule)), recipe.data.annotation_size
     pack = dataset.open_pack(recipe, "test", found, models.image_size)
     rows = np.arange(len(found))
-    batches = [rows[start : start + recipe.predict.batch_size] for start in rows[:: recipe.predict.batch_size]]
+    batches = cut(rows, recipe.predict.batch_size)
     mine = batches[dist.rank() :: dist.world()]
     reserve = int(recipe.train.gpu_reserve_gb * 2**30)
     feed = Feed(pack, device, np.concatenate([rows[:0], *mine]), reserve=reserve)
@@ -75,6 +75,8 @@ def predict_test(recipe: Recipe, models: Ensemble, device: torch.device) -> None
             "rule": asdict(rule),
             "mirror": models.mirror,
             "image_size": models.image_size,
+            "data": models.data,
+            "split": models.split,
         }
         checkpoint.write_atomic(path.with_suffix(".json"), json.dumps(origin, indent=1).encode() + b"\n")
         log.say(f"{path}: {submission.summary(codes, size)}; {len(models.models)} folds")

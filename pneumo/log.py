@@ -1,4 +1,6 @@
-"""What a run says: a line to read, a JSON line to plot, a bar to watch, a status file to ask. Imports checkpoint."""
+"""What a run says: a line to read, a JSON line to plot, a bar to watch, a status file.
+
+Imports checkpoint, dist."""
 
 import json
 import sys

@@ -58,8 +58,13 @@ def steps(plan: np.ndarray, batch_size: int, accumulation: int) -> list[list[np.
     Returns:
         One list per optimizer step, of at most `accumulation` arrays of at most `batch_size` row numbers.
     """
-    micro_batches = [plan[start : start + batch_size] for start in range(0, len(plan), batch_size)]
+    micro_batches = cut(plan, batch_size)
     return [micro_batches[start : start + accumulation] for start in range(0, len(micro_batches), accumulation)]
+
+
+def cut(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Cut row numbers into batches in order; the last takes what is left."""
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
 class Feed:

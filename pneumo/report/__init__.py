@@ -12,7 +12,7 @@ import torch
 
 from pneumo import dataset, dist, ensemble, inference, log, training
 from pneumo.config import Recipe
-from pneumo.data.feed import Feed, key
+from pneumo.data.feed import Feed, cut, key
 from pneumo.dataset import Dataset
 from pneumo.decision.components import drop_small_runs
 from pneumo.decision.metrics import dice_runs
@@ -106,8 +106,7 @@ def _min_area_table(recipe: Recipe, data: Dataset, done: list[int]) -> pd.DataFr
             model = ensemble.load(recipe, [fold], device)
             pack = dataset.open_pack(recipe, "train", data.cases, model.image_size)
             rows = np.flatnonzero(data.folds == fold)
-            step = recipe.predict.batch_size
-            batches = [rows[start : start + step] for start in range(0, len(rows), step)]
+            batches = cut(rows, recipe.predict.batch_size)
             shown = log.bar(batches, total=len(batches), title=f"out of fold {fold}")
             for numbers, (image, _) in zip(shown, Feed(pack, device, rows).batches(batches), strict=True):
                 names = [data.cases[row].image_id for row in numbers]

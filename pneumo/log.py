@@ -1,6 +1,7 @@
 """What a run says: a line to read, a JSON line to plot, a bar to watch, a status file.
 
-Imports checkpoint, dist."""
+Imports checkpoint, dist.
+"""
 
 import json
 import sys

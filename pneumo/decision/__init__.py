@@ -1,1 +1,1 @@
-"""Probabilities to a mask, and how good it is: components, rule, metrics, tune."""
+"""Probabilities to a mask, and how good it is: components, rule, metrics."""

@@ -1,1 +1,1 @@
-"""Device code, each with a plain reference beside it; shared by data, model and decision."""
+"""What data and decision compute with alike: runs. Imports nothing from pneumo."""

@@ -113,7 +113,7 @@ def test_mistakes_in_the_file_are_named(repo, tmp_path, old, new, message):
     assert old in text
     (tmp_path / "c.toml").write_text(text.replace(old, new, 1 if "stage" in old else -1), encoding="utf-8")
     with pytest.raises(UsageError, match=message):
-        config.load(tmp_path / "c.toml", "demo")
+        config.load(tmp_path / "c.toml", "demo" if "base" in old else "seed")
 
 
 def test_an_unreadable_file_is_named(tmp_path):

@@ -10,7 +10,7 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from pneumo import checkpoint, log
 from pneumo.data import images, rle
 from pneumo.errors import DataError, PneumoError
-from pneumo.kernels.runs import mask_to_runs, union
+from pneumo.kernels.runs import area, join, mask_to_runs, union
 
 ANNOTATION_NAMES = ("train-rle", "train_rle", "stage_2_train", "stage_1_train", "train")  # .csv or .csv.gz
 SAMPLE_NAMES = (
@@ -66,7 +66,7 @@ class Case:
     @property
     def area(self) -> int:
         """Pixels of the annotation grid."""
-        return int((self.runs[:, 1] - self.runs[:, 0]).sum())
+        return area(self.runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +130,8 @@ def load_train(
                 )
             )
         return [], problems
-    lines: dict[str, int] = {}
     if source.is_dir():
-        runs_of = _read_masks(source, files if need_images else None, annotation_size, problems)
+        runs_of, lines = _read_masks(source, files if need_images else None, annotation_size, problems)
     else:
         runs_of, lines = _read_codes(source, annotation_size, problems)
     patient_of = {}
@@ -180,7 +179,7 @@ def load_test(
     if source is not None:
         ids, more = read_sample(source)
         problems += more
-        there = set(_match(source, dict.fromkeys(ids), {}, root / test, files, allow_missing, problems))
+        there = set(_match(source, ids, dict.fromkeys(ids), root / test, files, allow_missing, problems))
     else:
         there = set(ids)
     nothing = np.zeros((0, 2), dtype=np.int64)
@@ -316,7 +315,7 @@ def raise_fatal(problems: Sequence[Problem], report: Path | None) -> None:
     if fatal:
         others = sum(len(problem.each) or 1 for problem in fatal[1:])
         listed = f" listed in {report}" if report is not None else ""
-        message = fatal[0].message
+        message = fatal[0].message.rstrip(".") + "."
         if others:
             message += f" {others:,} more problem{'s are' if others > 1 else ' is'}{listed or ' there'}."
         elif fatal[0].each and listed:
@@ -337,7 +336,7 @@ def _problem(file: Path, text: str, *, row: int | None = None, image_id: str = "
 
 
 def _summary(
-    file: Path, text: str, ids: Sequence[str], each: str, *, fatal: bool, lines: dict[str, int] | None = None
+    file: Path, text: str, ids: Sequence[str], each: str, *, fatal: bool, lines: Mapping[str, int | None] | None = None
 ) -> Problem:
     """One problem for many ids."""
     lines = lines or {}
@@ -411,13 +410,17 @@ def _files(folder: Path, problems: list[Problem]) -> Iterator[Path]:
 def _match(
     source: Path,
     annotated: Collection[str],
-    lines: dict[str, int],
+    lines: Mapping[str, int | None],
     folder: Path,
     files: dict[str, Path],
     allow_missing: bool,
     problems: list[Problem],
 ) -> list[str]:
-    """Annotated ids that have an image, in their order sorted; what is without the other is a problem."""
+    """Annotated ids that have an image, sorted; what is without the other is a problem.
+
+    Args:
+        lines: where the ids are in `source`, those included whose annotation is bad, which was said already.
+    """
     if not files:
         return []  # said already
     missing = [image_id for image_id in annotated if image_id not in files]
@@ -428,7 +431,7 @@ def _match(
         text += ", they are left out" if allow_missing else "; copy them, or set data.allow_missing"
         each = f"no image in {folder}"
         problems.append(_summary(source, text, missing, each, fatal=not allow_missing, lines=lines))
-    extra = [image_id for image_id in files if image_id not in annotated]
+    extra = [image_id for image_id in files if image_id not in lines]
     if extra:
         text = f"{len(extra):,} of {len(files):,} images are not in {source} and are left out"
         problems.append(_summary(folder, text, extra, f"not in {source}", fatal=False))
@@ -438,7 +441,7 @@ def _match(
 def _check_square(
     source: Path,
     ids: Sequence[str],
-    lines: dict[str, int],
+    lines: Mapping[str, int | None],
     runs_of: dict[str, np.ndarray],
     files: dict[str, Path],
     problems: list[Problem],
@@ -467,10 +470,12 @@ def _check_square(
 def _read_codes(
     path: Path, annotation_size: int, problems: list[Problem]
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Runs by id, and the line on which an id first appears."""
+    """Runs by id, and the line on which an id first appears, those with a fatal problem included."""
     rows: dict[str, list[tuple[int, str, np.ndarray]]] = {}
+    lines: dict[str, int] = {}
     bad = set()
     for line, (image_id, code) in _rows(path, ("ImageId", "EncodedPixels"), problems):
+        lines.setdefault(image_id, line)
         try:
             runs = rle.decode_runs(code, annotation_size, annotation_size)
         except ValueError as error:
@@ -487,7 +492,7 @@ def _read_codes(
         if image_id in bad:
             continue
         if len(its) == 1:
-            runs_of[image_id] = its[0][2]
+            runs_of[image_id] = join(its[0][2])
             continue
         empty = [line for line, _, runs in its if len(runs) == 0]
         if empty and len(empty) < len(its):
@@ -496,7 +501,7 @@ def _read_codes(
             problems.append(_problem(path, text, row=empty[0], image_id=image_id))
             continue
         runs_of[image_id] = union([runs for _, _, runs in its])
-        pixels = sum(_area(runs) for _, _, runs in its) - _area(runs_of[image_id])
+        pixels = sum(area(runs) for _, _, runs in its) - area(runs_of[image_id])
         same = len(its) - len({code for _, code, _ in its})
         if pixels or same:
             twice, repeated = twice + pixels, repeated + same
@@ -508,15 +513,15 @@ def _read_codes(
             f"rows); they were united"
         )
         problems.append(Problem(str(path), None, "", message, False, tuple(overlaps)))
-    if not rows and not any(problem.fatal for problem in problems if problem.file == str(path)):
+    if not lines and not any(problem.fatal for problem in problems if problem.file == str(path)):
         problems.append(_problem(path, "no rows"))
-    return runs_of, {image_id: its[0][0] for image_id, its in rows.items()}
+    return runs_of, lines
 
 
 def _read_masks(
     folder: Path, files: dict[str, Path] | None, annotation_size: int, problems: list[Problem]
-) -> dict[str, np.ndarray]:
-    """Runs on the annotation grid of every mask in a folder; of those with an image, if `files` is given.
+) -> tuple[dict[str, np.ndarray], dict[str, None]]:
+    """Runs on the annotation grid of every mask in a folder; of those with an image, if `files` is given. All ids.
 
     A mask goes the way of its image: padded to a square, then brought to the grid, each pixel taking its
     nearest.
@@ -557,11 +562,7 @@ def _read_masks(
             problems.append(result)
         else:
             runs_of[image_id] = result
-    return runs_of
-
-
-def _area(runs: np.ndarray) -> int:
-    return int((runs[:, 1] - runs[:, 0]).sum())
+    return runs_of, dict.fromkeys(masks)
 
 
 def _in_threads(
@@ -636,6 +637,8 @@ _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 def _text(path: Path) -> str:
     """The text of a UTF-8 file, perhaps gzipped; what else downloads turn out to be is refused by name."""
     try:
+        if not Path(path).is_file():  # to open a pipe is to wait for ever
+            raise DataError("no such file")
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
         if data.startswith(b"\x1f\x8b"):

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -95,14 +96,14 @@ def size(path: str | Path) -> tuple[int, int]:
     Raises:
         DataError: as `read`, as far as that shows.
     """
-    with _naming(path):
-        data = _load(path)
-        kind = _kind(data)
+    with _naming(path), _opened(path) as file:
+        kind = _kind(file.read(1024))
+        file.seek(0)
         if kind == "DICOM":
-            known = dicom.outline(data)
+            known = dicom.outline(file.read(MAX_BYTES))
             height, width = known.height, known.width
         else:
-            width, height = Image.open(io.BytesIO(data), formats=(kind,)).size
+            width, height = Image.open(file, formats=(kind,)).size
         _check_size(height, width)
         return height, width
 
@@ -198,19 +199,23 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise DataError(f"{path}: {reason}. Copy it again.") from error
 
 
-def _load(path: str | Path) -> bytes:
+def _opened(path: str | Path) -> BinaryIO:
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):  # to open a pipe is to wait for ever
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe is to wait for ever
             raise DataError("not a file")
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        if status.st_size > MAX_BYTES:
+            raise DataError(f"larger than {MAX_BYTES // 2**20} MB")
+        return open(path, "rb")
     except FileNotFoundError:
         raise DataError("no such file") from None
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}") from None
-    if len(data) > MAX_BYTES:
-        raise DataError(f"larger than {MAX_BYTES // 2**20} MB")
-    return data
+
+
+def _load(path: str | Path) -> bytes:
+    with _opened(path) as file:
+        return file.read(MAX_BYTES)
 
 
 def _kind(data: bytes) -> str:

@@ -1,5 +1,8 @@
+import csv
 import gzip
 import json
+import os
+import random
 import re
 import shutil
 from pathlib import Path
@@ -114,21 +117,30 @@ def test_a_bad_row_is_named(tmp_path, row, message):
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "reason"),
     [
-        b"",
-        b"ImageId;EncodedPixels\na;-1\n",
-        PLAIN.encode("utf-16"),
-        b"<!DOCTYPE html><html></html>",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
-        b"Image,Pixels\na,-1\n",
-        b"\x1f\x8b\x08broken",
-        b"a\x00b",
+        (b"", "empty"),
+        (b" \n\r\n", "empty"),
+        (b"ImageId;EncodedPixels\na;-1\n", "separated by semicolons"),
+        (PLAIN.encode("utf-16"), "UTF-16"),
+        (PLAIN.encode("utf-16-le"), "UTF-16"),
+        (PLAIN.replace("a", "\xe9").encode("latin-1"), "not UTF-8 at byte 2"),
+        (b"<!DOCTYPE html><html></html>", "HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n", "git lfs pull"),
+        (b"Image,Pixels\na,-1\n", "column ImageId is missing; found 'Image, Pixels'"),
+        (b"ImageId,fname,mask\na,a,-1\n", "column ImageId is there twice"),
+        (b"a,-1\nb,-1\n", "found 'a, -1'"),
+        (b"ImageId,EncodedPixels\n", "no rows"),
+        (b'ImageId,EncodedPixels\na,"1 2\nb,-1\n', "line 3: not a CSV"),
+        (b"PK\x03\x04" + bytes(30), "ZIP"),
+        (b"\x1f\x8b\x08broken", "gzip"),
+        (gzip.compress(PLAIN.encode())[:-9], "gzip"),
+        (b"a\x00b", "binary"),
     ],
 )
-def test_what_is_no_table_is_named(tmp_path, content):
+def test_what_is_no_table_is_named(tmp_path, content, reason):
     (message,) = fatal(folder(tmp_path, content))
-    assert "train-rle.csv" in message
+    assert message.startswith(str(tmp_path / "train-rle.csv")) and reason in message
 
 
 def test_rows_without_image_stop_unless_allowed(tmp_path):
@@ -231,6 +243,195 @@ def test_verify_lists_every_problem_in_one_go(tmp_path):
     with pytest.raises(DataError, match=r"b\.png.*1 more"):
         cases.raise_fatal(problems, tmp_path / "report.csv")
     assert len((tmp_path / "report.csv").read_text().splitlines()) == 4
+
+
+def test_a_code_for_an_oblong_image_is_refused_and_a_mask_is_padded_like_it(tmp_path):
+    root = folder(tmp_path, PLAIN)
+    oblong = np.random.default_rng(0).integers(0, 256, (GRID, GRID // 2), dtype=np.uint8)
+    for image_id in "ab":
+        Image.fromarray(oblong).save(root / "train" / f"{image_id}.png")
+    (message,) = fatal(root)  # not of b, whose mask is empty in any shape
+    assert "line 2, ImageId a" in message and "32 x 64 pixels and not square" in message
+    (root / "mask").mkdir()
+    for image_id in "ab":
+        Image.fromarray(np.full((GRID, GRID // 2), 255, np.uint8)).save(root / "mask" / f"{image_id}.png")
+    found, problems = load(root, annotations="mask")
+    assert problems == []
+    expected = np.zeros((GRID, GRID), dtype=bool)
+    expected[:, GRID // 4 : 3 * GRID // 4] = True
+    np.testing.assert_array_equal(runs_to_mask(found[0].runs, GRID, GRID), expected)
+
+
+def test_masks_of_another_size_than_the_grid_take_the_nearest_pixel(tmp_path):
+    root = folder(tmp_path, "nothing", "notes.txt", ids=("a",))
+    (root / "mask").mkdir()
+    mask = np.random.default_rng(0).random((GRID, GRID)) < 0.5
+    Image.fromarray((mask * 255).astype(np.uint8)).save(root / "mask" / "a.png")
+    for size, expected in ((2 * GRID, mask.repeat(2, 0).repeat(2, 1)), (GRID // 2, mask[1::2, 1::2])):
+        (case,), _ = cases.load_train(root, annotation_size=size)
+        np.testing.assert_array_equal(runs_to_mask(case.runs, size, size), expected)
+
+
+def test_runs_that_touch_are_joined(tmp_path):
+    found, _ = load(folder(tmp_path, "ImageId,EncodedPixels\na,3 2 0 4\nb,-1\n"))
+    assert found[0].runs.tolist() == [[3, 9]]
+
+
+def test_same_row_twice_counts_once(tmp_path):
+    found, problems = load(folder(tmp_path, PLAIN + "a,3 2\nb,-1\n"))
+    assert found[0].runs.tolist() == [[3, 5]] and not found[1].positive
+    (problem,) = problems
+    assert not problem.fatal and "2 rows" in problem.message
+    assert [(one.row, one.image_id) for one in problem.each] == [(2, "a"), (3, "b")]
+
+
+def test_a_code_longer_than_the_csv_module_likes(tmp_path):
+    code = " ".join(["1 1"] * 100_000)
+    found, problems = cases.read_codes(folder(tmp_path, f"ImageId,EncodedPixels\na,{code}\n") / "train-rle.csv", 1024)
+    assert problems == [] and len(found["a"]) == 100_000
+
+
+def test_a_shifted_row_never_becomes_an_id(tmp_path):
+    messages = fatal(folder(tmp_path, "ImageId,EncodedPixels\na,b,3 2\nb,-1,\n"))
+    assert "line 2: 3 fields, the header has 2" in messages[0]
+    assert "line 3: 3 fields" in messages[1]
+
+
+def test_other_columns_are_passed_over(tmp_path):
+    found, problems = load(folder(tmp_path, ",ImageId,Age,EncodedPixels\n0,a,30,3 2\n1,b,,-1\n"))
+    assert [case.area for case in found] == [2, 0] and problems == []
+
+
+def test_an_image_with_a_bad_row_is_not_said_to_have_none(tmp_path):
+    _, problems = load(folder(tmp_path, "ImageId,EncodedPixels\na,1\nb,-1\n"))
+    assert len(problems) == 1
+
+
+def test_all_bad_rows_and_masks_are_listed(tmp_path):
+    root = folder(tmp_path, "ImageId,EncodedPixels\na,1\nb,x 1\n")
+    assert len(fatal(root)) == 2
+    (root / "mask").mkdir()
+    for image_id in "ab":
+        (root / "mask" / f"{image_id}.png").write_bytes(b"")
+    messages = fatal(root, annotations="mask")
+    assert [message.split(": ")[0] for message in messages] == [str(root / "mask" / f"{i}.png") for i in "ab"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"train": "images"}, "images: no such folder; {root} has: train. Set data.train."),
+        ({"annotations": "none.csv"}, "none.csv: not there. data.annotations is relative to data.root."),
+        ({"patients": "none.csv"}, "none.csv: not there. data.patients"),
+    ],
+)
+def test_what_the_recipe_names_must_be_there(tmp_path, options, reason):
+    root = folder(tmp_path, PLAIN)
+    assert reason.format(root=root) in fatal(root, **options)[0]
+
+
+def test_nothing_to_go_by(tmp_path):
+    assert "Set data.root" in fatal(tmp_path / "none")[0]
+    assert "Set data.root" in cases.load_test(tmp_path / "none")[2][0].message
+    root = folder(tmp_path, "a,b\n", "notes.csv")
+    assert "CSV files there: notes.csv. Set data.annotations." in fatal(root)[0]
+    (root / "empty").mkdir()
+    assert "no PNG, JPEG or DICOM file in it" in fatal(root, train="empty")[0]
+    (root / "mask").mkdir()
+    assert "no masks in it" in fatal(root)[0]
+
+
+def test_a_wrong_folder_shows_what_it_has(tmp_path):
+    (message,) = fatal(folder(tmp_path, PLAIN.replace("a,", "c,").replace("b,", "d,")))
+    assert "2 of 2 ids have no image" in message and "which has 2, the first being a" in message
+
+
+def test_links_and_strange_names(tmp_path):
+    (tmp_path / "dät a").mkdir()
+    root = folder(tmp_path / "dät a", PLAIN)
+    (root / "train" / "loop").symlink_to(root / "train", target_is_directory=True)
+    (root / "elsewhere").mkdir()
+    (root / "train" / "b.png").rename(root / "elsewhere" / "b.png")
+    (root / "train" / "far").symlink_to(root / "elsewhere", target_is_directory=True)
+    found, problems = load(root)
+    assert [case.image_id for case in found] == ["a", "b"] and problems == []
+    (root / "train" / "my scan.png").write_bytes(b"")
+    assert "my scan.png: an ImageId is" in fatal(root)[0]
+
+
+def test_other_files_are_left_out_with_a_warning(tmp_path):
+    root = folder(tmp_path, PLAIN)
+    (root / "train" / "notes.txt").write_text("x")
+    (root / "train" / "c.tiff").write_bytes(b"II*\0")
+    _, (problem,) = load(root)
+    assert not problem.fatal and "2 files are no PNG, JPEG or DICOM" in problem.message
+
+
+def test_dicom_without_suffix_is_found(tmp_path):
+    root = folder(tmp_path, PLAIN.replace("b,", "1.2.840.3,"), ids=("a",))
+    (root / "train" / "1.2.840.3").write_bytes(bytes(128) + b"DICM")
+    found, problems = load(root)
+    assert [case.path.name for case in found] == ["1.2.840.3", "a.png"] and problems == []
+    assert [problem.image_id for problem in cases.verify(found)] == ["1.2.840.3"]
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    root = folder(tmp_path, PLAIN)
+    os.mkfifo(root / "train" / "c.png")
+    os.mkfifo(root / "pipe.csv")
+    found, _ = load(root)
+    assert len(found) == 2
+    assert "no such file" in cases.read_codes(root / "pipe.csv", GRID)[1][0].message
+
+
+def test_sample_ids_without_image(tmp_path):
+    folder(tmp_path, PLAIN)
+    (tmp_path / "train").rename(tmp_path / "test")
+    (tmp_path / "stage_2_sample_submission.csv.gz").write_bytes(gzip.compress(b"ImageId,EncodedPixels\nc,-1\nb,-1\n"))
+    _, _, problems = cases.load_test(tmp_path)
+    assert [problem.fatal for problem in problems] == [True, False]
+    assert "1 of 2 ids have no image" in problems[0].message and "1 of 2 images are not in" in problems[1].message
+    found, ids, problems = cases.load_test(tmp_path, allow_missing=True)
+    assert [case.image_id for case in found] == ["b"] and ids == ["c", "b"]
+    assert not any(problem.fatal for problem in problems)
+    (tmp_path / "sample_submission.csv").write_text("ImageId\na\n")
+    assert "Set data.sample to one of them" in cases.load_test(tmp_path)[2][0].message
+    assert cases.load_test(tmp_path, sample="sample_submission.csv")[1] == ["a"]
+
+
+def test_report_has_a_row_for_each(tmp_path):
+    root = folder(tmp_path, PLAIN + "c,-1\nd,1 1\na,3 3\n")
+    _, problems = load(root)
+    report = tmp_path / "runs" / "data_report.csv"
+    with pytest.raises(DataError, match=rf"c, d\. All are listed in {report}\.$"):
+        cases.raise_fatal(problems, report)
+    with open(report, newline="") as file:
+        rows = [(row["row"], row["image_id"], row["fatal"]) for row in csv.DictReader(file)]
+    assert sorted(rows) == [("2", "a", "false"), ("4", "c", "true"), ("5", "d", "true")]
+    with pytest.raises(DataError, match=r"c, d\.$"):
+        cases.raise_fatal(problems, None)
+    cases.raise_fatal([problem for problem in problems if not problem.fatal], report)
+
+
+def test_a_damaged_table_never_raises(tmp_path):
+    rng = random.Random(0)
+    pieces = [b",", b'"', b"\n", b"\r", b"\0", b"\xff", b"-", b" ", b"9" * 30, b";", b"../", b"nan", b"\xe2\x80\x8b"]
+    text = (
+        "ImageId, EncodedPixels\n" + "".join(f"id_{i}, {rng.choice(['-1', '3 2 9 1'])}\n" for i in range(20))
+    ).encode()
+    path = tmp_path / "train-rle.csv"
+    refused = 0
+    for _ in range(150):
+        content = bytearray(rng.choice([text, gzip.compress(text)]))
+        for _ in range(rng.randint(1, 5)):
+            at = rng.randrange(len(content))
+            content[at : at + rng.randrange(3)] = rng.choice([*pieces, rng.randbytes(1)])
+        path.write_bytes(content)
+        _, problems = cases.read_codes(path, GRID)
+        for problem in [*problems, *cases.read_sample(path)[1], *cases.read_patients(path)[1]]:
+            assert problem.message.startswith(str(path)) and "\n" not in problem.message
+        refused += any(problem.fatal for problem in problems)
+    assert refused > 75
 
 
 def test_real_annotations(siim):

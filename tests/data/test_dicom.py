@@ -145,7 +145,7 @@ def window(values, center, width, function):
 @pytest.mark.parametrize("dtype", [np.uint16, np.int16])
 @pytest.mark.parametrize(("slope", "intercept"), [(None, None), (1, 0), (2.5, -1000), (-1, 4095)])
 def test_first_window_after_rescale(read, function, dtype, slope, intercept):
-    stored = ramp(high=4095).astype(np.int32) - (2000 if dtype is np.int16 else 0)
+    stored = ramp(high=4095, dtype=np.int32) - (2000 if dtype is np.int16 else 0)
     elements = {"WindowCenter": [900, 5], "WindowWidth": [1500, 10], "BitsStored": 13}
     if function:
         elements["VOILUTFunction"] = function

@@ -5,11 +5,14 @@ since the end of the previous run (since the start, for the first), then `length
 empty mask. Imports kernels.
 """
 
+import re
+
 import numpy as np
 
 from pneumo.kernels.runs import mask_to_runs, runs_to_mask
 
 EMPTY = "-1"
+_PLAIN = re.compile(r"[-0-9\s]*", re.ASCII)
 
 
 def encode(mask: np.ndarray) -> str:
@@ -71,6 +74,8 @@ def decode_runs(code: str, height: int, width: int) -> np.ndarray:
     if code.strip() == EMPTY:
         return np.empty((0, 2), dtype=np.int64)
     tokens = code.split()
+    if not _PLAIN.fullmatch(code):  # int() would take 1_0, +3 and the digits of other scripts
+        raise ValueError(_not_whole(tokens))
     try:
         counts = np.array(list(map(int, tokens)), dtype=np.int64)
     except (ValueError, OverflowError):
@@ -101,10 +106,7 @@ def decode_runs(code: str, height: int, width: int) -> np.ndarray:
 def _not_whole(tokens: list[str]) -> str:
     """Name the first token that is no whole number of at most 18 digits."""
     for number, token in enumerate(tokens, start=1):
-        try:
-            if abs(int(token)) < 10**18:
-                continue
-        except ValueError:
-            pass
+        if re.fullmatch(r"-?[0-9]{1,18}", token):
+            continue
         return f'token {number} is no whole number that can be meant: "{token[:40]}"'
     raise AssertionError("all tokens are whole numbers")

@@ -57,6 +57,10 @@ def test_empty():
         ("1 1 5 6", r"run 2 ends at pixel 13, past 4×3 = 12.*data\.annotation_size"),
         ("1 b", 'token 2 is no whole number that can be meant: "b"'),
         ("1.5 2", 'token 1 is no whole number that can be meant: "1.5"'),
+        ("1_0 2", 'token 1 is no whole number that can be meant: "1_0"'),
+        ("1 +3", "token 2 is no whole number"),
+        ("1 \u0663", "token 2 is no whole number"),
+        ("1- 3", "token 1 is no whole number"),
         ("9" * 20 + " 1", "token 1 is no whole number that can be meant"),
     ],
 )

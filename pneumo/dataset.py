@@ -1,6 +1,6 @@
 """A recipe's data made ready: cases checked, images packed, folds split; one call for all commands.
 
-Imports data, config, checkpoint, log.
+Imports data, config, checkpoint, dist, log.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pneumo import checkpoint, log
+from pneumo import checkpoint, dist, log
 from pneumo.config import Recipe
 from pneumo.data import cases, folds, pack
 from pneumo.data.cases import Case, Problem
@@ -131,7 +131,8 @@ def _judge(recipe: Recipe, problems: list[Problem]) -> None:
         if not problem.fatal:
             log.warn(problem.message)
     if problems:
-        cases.raise_fatal(problems, recipe.folder / "data_report.csv")
+        # one process writes the report; all stop
+        cases.raise_fatal(problems, recipe.folder / "data_report.csv" if dist.is_main() else None)
 
 
 def check_fold(recipe: Recipe, dataset: Dataset, fold: int) -> None:

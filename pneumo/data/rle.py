@@ -104,9 +104,9 @@ def decode_runs(code: str, height: int, width: int) -> np.ndarray:
 
 
 def _not_whole(tokens: list[str]) -> str:
-    """Name the first token that is no whole number of at most 18 digits."""
+    """Name the first token that is no whole number of at most 18 digits, or what is odd between them."""
     for number, token in enumerate(tokens, start=1):
         if re.fullmatch(r"-?[0-9]{1,18}", token):
             continue
         return f'token {number} is no whole number that can be meant: "{token[:40]}"'
-    raise AssertionError("all tokens are whole numbers")
+    return "a character that is neither a digit nor a plain blank is between the numbers"

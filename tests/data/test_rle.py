@@ -60,6 +60,7 @@ def test_empty():
         ("1_0 2", 'token 1 is no whole number that can be meant: "1_0"'),
         ("1 +3", "token 2 is no whole number"),
         ("1 \u0663", "token 2 is no whole number"),
+        ("1\x853", "neither a digit nor a plain blank"),
         ("1- 3", "token 1 is no whole number"),
         ("9" * 20 + " 1", "token 1 is no whole number that can be meant"),
     ],

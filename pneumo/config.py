@@ -112,10 +112,12 @@ class StageConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How a run is run; nothing here but `amp` and `compile` changes its numbers."""
+    """How a run is run; nothing here but `amp` and `compile` changes the weights of best.pt."""
 
     amp: Literal["auto", "bf16", "fp16", "off"]
     compile: Literal["auto", "on", "off"]
+    ema: Annotated[float, "[0, 1)"]
+    keep_best: Annotated[int, Positive]
     checkpoint_minutes: Annotated[float, "(0, inf)"]
     checkpoint_steps: Annotated[int, NotNegative]
     nonfinite_steps: Annotated[int, Positive]
@@ -129,6 +131,7 @@ class PredictConfig:
 
     batch_size: Annotated[int, Positive]
     mirror: bool
+    weights: Literal["best", "ema", "average"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +267,7 @@ def stage_settings(recipe: Recipe, stage: int) -> dict[str, Any]:
     table = asdict(recipe)
     parts = {key: table[key] for key in ("seed", "folds", "model", "augment", "rule")}
     parts["data"] = {"annotation_size": recipe.data.annotation_size}
-    parts["train"] = {"amp": recipe.train.amp, "compile": recipe.train.compile}
+    parts["train"] = {key: table["train"][key] for key in ("amp", "compile", "ema", "keep_best")}
     parts["predict"] = {"batch_size": recipe.predict.batch_size}
     parts["stage"] = {str(stage): table["stage"][stage]}
     return dict(_flatten(parts, ""))

@@ -8,7 +8,9 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,6 +95,55 @@ class RunningStatistics:
         torch._foreach_copy_(self.buffers, list(self.running.split(self.sizes)))
         self.count = self.count + len(slots) * finite
         torch._foreach_copy_(self.counts, [self.count] * len(self.counts))
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights and batch-norm statistics, kept on the device.
+
+    Args:
+        model: not wrapped for distribution.
+        decay: share of the old average that a step leaves, in (0, 1); smaller in the first steps, so that the random
+            start is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self._live = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        self._average = [tensor.clone() for tensor in self._live.values()]
+
+    @torch.no_grad()
+    def update(self, taken: Tensor) -> None:
+        """Take in the weights after a step; () float `taken` is 0 where the step was skipped, 1 else."""
+        self.updates += 1
+        keep = min(self.decay, self.updates / (self.updates + 9))
+        change = torch._foreach_sub(list(self._live.values()), self._average)
+        torch._foreach_mul_(change, taken * (1 - keep))
+        torch._foreach_add_(self._average, change)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within, the model has the averaged weights."""
+        live = list(self._live.values())
+        with torch.no_grad():
+            kept = [tensor.clone() for tensor in live]
+            torch._foreach_copy_(live, self._average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(live, kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        weights = {name: tensor.contiguous() for name, tensor in zip(self._live, self._average, strict=True)}
+        return {"updates": self.updates, "weights": weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.updates = state["updates"]
+        for name, tensor in zip(self._live, self._average, strict=True):
+            tensor.copy_(state["weights"][name])
 
 
 class Late:

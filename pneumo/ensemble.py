@@ -5,6 +5,7 @@ Imports config, data, engine, model, training, dist.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class Ensemble:
     """The networks of some folds, ready to predict.
 
     Attributes:
-        models: one per fold, on the device, in evaluation.
+        models: one or, of averaged epochs, several per fold, on the device, in evaluation.
         image_size: side of the images they take, pixels.
         sources: path and sha256 of each checkpoint.
         dtype: autocast type.
@@ -39,10 +40,10 @@ class Ensemble:
 
 
 def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble:
-    """Load the best networks of the recipe's last stage.
+    """Load the networks of the recipe's last stage that `predict.weights` names.
 
     Raises:
-        UsageError: a fold is not trained to the end; gives the command.
+        UsageError: a fold is not trained to the end, or did not keep these weights; gives the command.
         DataError: a checkpoint is damaged, or the folds were trained on different data or splits.
     """
     stage = recipe.stages
@@ -51,28 +52,46 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
         folder = recipe.stage_folder(fold, stage)
         command = f"make train FOLD={fold} STAGE={stage}" + ("" if recipe.name == "seed" else f" RECIPE={recipe.name}")
         try:
-            state = training.load_best(folder, digest=None, split=None, fold=fold, command=command)
+            training.check_finished(folder, command)
         except UsageError as error:
             raise UsageError(f"fold {fold} cannot predict: {error}, or choose folds with --folds") from None
-        if state["settings"][f"stage.{stage}.image_size"] != recipe.stage[stage].image_size:
-            raise UsageError(
-                f"{folder / 'best.pt'} was trained at {state['settings'][f'stage.{stage}.image_size']} px, the recipe "
-                f"now says stage.{stage}.image_size={recipe.stage[stage].image_size}"
+        for path in _files(recipe, folder):
+            state = training.load_weights(path, digest=None, split=None, fold=fold)
+            if state["settings"][f"stage.{stage}.image_size"] != recipe.stage[stage].image_size:
+                raise UsageError(
+                    f"{path} was trained at {state['settings'][f'stage.{stage}.image_size']} px, the recipe now says "
+                    f"stage.{stage}.image_size={recipe.stage[stage].image_size}"
+                )
+            model = UNet(
+                state["settings"]["model.encoder"],
+                pretrained=False,
+                decoder_channels=state["settings"]["model.decoder_channels"],
             )
-        model = UNet(
-            state["settings"]["model.encoder"],
-            pretrained=False,
-            decoder_channels=state["settings"]["model.decoder_channels"],
-        )
-        model.load_state_dict(state["model"])
-        models.append(model.to(device, memory_format=torch.channels_last).eval())
-        sources[str(folder / "best.pt")] = checkpoint.sha256(folder / "best.pt")
-        origins.add((state["digest"], state["split"]))
+            model.load_state_dict(state["model"])
+            models.append(model.to(device, memory_format=torch.channels_last).eval())
+            sources[str(path)] = checkpoint.sha256(path)
+            origins.add((state["digest"], state["split"]))
     if len(origins) > 1:
         raise DataError(f"the folds {list(folds)} of {recipe.folder} were not trained on one split of one data set")
     data, split = origins.pop()
     dtype = engine.autocast_dtype(recipe.train.amp, device)
     return Ensemble(tuple(models), recipe.stage[stage].image_size, sources, dtype, recipe.predict.mirror, data, split)
+
+
+def _files(recipe: Recipe, folder: Path) -> list[Path]:
+    """The checkpoints of a finished stage that `predict.weights` names."""
+    if recipe.predict.weights == "average":
+        paths = sorted(folder.glob(training.KEPT.format("*")))
+        if not paths:
+            raise UsageError(
+                f"{folder} kept the weights of one epoch only; predict.weights=average needs a run with "
+                f"train.keep_best above 1"
+            )
+        return paths
+    path = folder / f"{recipe.predict.weights}.pt"
+    if not path.exists() and recipe.predict.weights == "ema":
+        raise UsageError(f"{path}: not there; predict.weights=ema needs a run with train.ema above 0, as 0.999")
+    return [path]
 
 
 @torch.inference_mode()

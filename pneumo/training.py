@@ -28,6 +28,8 @@ from pneumo.errors import DataError, NotFiniteError, PneumoError, UsageError
 from pneumo.model import augment
 from pneumo.model.unet import UNet
 
+KEPT = "epoch{}.pt"  # one of the `train.keep_best` epochs that an ensemble may average
+
 
 class Stopped(PneumoError):
     """A signal ended the run after a checkpoint."""
@@ -70,6 +72,8 @@ class Position:
         loss_sum, taken, images, seconds: of this epoch so far, for its log line.
         skipped: steps in a row that were not finite.
         best: highest mean Dice so far, and best_epoch.
+        ema_best: highest mean Dice of the averaged weights so far, and ema_best_epoch.
+        kept: epochs whose weights are kept for an ensemble, the best first.
         history: log lines of the finished epochs.
     """
 
@@ -82,13 +86,17 @@ class Position:
     skipped: int = 0
     best: float = -1.0
     best_epoch: int = 0
+    ema_best: float = -1.0
+    ema_best_epoch: int = 0
+    kept: list[int] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train_stage(recipe: Recipe, data: Dataset, fold: int, stage: int, device: torch.device) -> None:
     """Train one stage of one fold to its end, from where it was left if it was started before.
 
-    Writes last.pt, best.pt, log.jsonl, config.toml and status.json into the recipe's run folder.
+    Writes last.pt, best.pt, log.jsonl, config.toml and status.json into the recipe's run folder, and ema.pt and the
+    kept epochs where the recipe asks for them.
 
     Raises:
         UsageError: the folder is in use, belongs to other settings, or the stage before is not done.
@@ -111,24 +119,40 @@ def finished(recipe: Recipe, fold: int, stage: int) -> bool:
     return log.read_status(recipe.stage_folder(fold, stage))["state"] == "done"
 
 
-def load_best(folder: Path, *, digest: str | None, split: str | None, fold: int, command: str) -> dict[str, Any]:
+def load_best(folder: Path, *, digest: str, split: str, fold: int, command: str) -> dict[str, Any]:
     """Read the best checkpoint of a finished stage, and refuse one that saw other data.
 
-    Args:
-        folder: of the stage.
-        digest, split: hashes of data and split it must have been trained on; None where nothing is to be compared.
-        fold: it must have been trained for.
-        command: to run if the stage is not finished.
+    Raises:
+        UsageError: as `check_finished`.
+        DataError: as `load_weights`.
+    """
+    check_finished(folder, command)
+    return load_weights(folder / "best.pt", digest=digest, split=split, fold=fold)
+
+
+def check_finished(folder: Path, command: str) -> None:
+    """Refuse the run folder of a stage that has not run to its end.
 
     Raises:
-        UsageError: not finished; says how far it is and gives the command.
-        DataError: damaged, or trained on other data, another split or another fold.
+        UsageError: says how far it is and gives the command.
     """
     status = log.read_status(folder)
     if status["state"] != "done":
         where = f" at epoch {status['epoch']} of {status['epochs']}" if "epoch" in status else ""
         raise UsageError(f'{folder / "status.json"} says "{status["state"]}"{where}. Run: {command}')
-    state = checkpoint.load(folder / "best.pt")
+
+
+def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int) -> dict[str, Any]:
+    """Read a checkpoint to predict or to start from, and refuse one that saw other data.
+
+    Args:
+        digest, split: hashes of data and split it must have been trained on; None where nothing is to be compared.
+        fold: it must have been trained for.
+
+    Raises:
+        DataError: damaged, or trained on other data, another split or another fold.
+    """
+    state = checkpoint.load(path)
     for what, saved, wanted in (
         ("data", state["digest"], digest),
         ("folds", state["split"], split),
@@ -136,7 +160,7 @@ def load_best(folder: Path, *, digest: str | None, split: str | None, fold: int,
     ):
         if wanted is not None and saved != wanted:
             raise DataError(
-                f"{folder / 'best.pt'} was trained on other {what} ({str(saved)[:12]}, not {str(wanted)[:12]}): it "
+                f"{path} was trained on other {what} ({str(saved)[:12]}, not {str(wanted)[:12]}): it "
                 f"may have seen this fold's validation images. Restore the data or train from stage 1 again."
             )
     return state
@@ -221,6 +245,7 @@ class _Run:
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=True
         )
+        self.average = engine.WeightAverage(self.model, self.recipe.train.ema) if self.recipe.train.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer,
@@ -232,6 +257,8 @@ class _Run:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.plateau.load_state_dict(saved["plateau"])
             self.scaler.load_state_dict(saved["scaler"])
+            if self.average is not None:
+                self.average.load_state_dict(saved["average"])
             self.position = Position(**saved["position"])
         if self.recipe.train.compile == "on" or (self.recipe.train.compile == "auto" and self.device.type == "cuda"):
             self.model.compile()
@@ -317,6 +344,8 @@ class _Run:
                     float(dist.is_main() and minutes >= self.recipe.train.checkpoint_minutes),
                 ),
             )
+            if self.average is not None:
+                self.average.update(stats[1])
             position.step = step + 1
             position.images += sum(map(len, plan[step]))
             stop, save = self._note(late.push(stats), plan)
@@ -371,7 +400,58 @@ class _Run:
     def _finish_epoch(self, feed: Feed) -> None:
         """Validate, log, keep the best, and save."""
         position, epoch = self.position, self.position.epoch
-        result = engine.evaluate(
+        result = self._validate(feed)
+        positive = self.data.positive[result.rows]
+        record = {
+            "epoch": epoch,
+            "loss": position.loss_sum / position.taken if position.taken else None,
+            **_record(result, positive),
+            "all_empty": float((~positive).mean()),
+            "lr": self._lr(),
+            "seconds": position.seconds,
+            "images_per_second": position.images / position.seconds,
+        }
+        if self.settings.schedule == "plateau":
+            self.plateau.step(result.loss)
+        new = Position(
+            epoch=epoch + 1,
+            skipped=position.skipped,
+            best=position.best,
+            best_epoch=position.best_epoch,
+            ema_best=position.ema_best,
+            ema_best_epoch=position.ema_best_epoch,
+        )
+        improved = record["dice"] >= position.best  # the later epoch on ties; NaN never wins
+        if improved:
+            new.best, new.best_epoch = record["dice"], epoch
+            self._keep("best.pt", record)
+        if self.average is not None:
+            with self.average.swapped_in():
+                averaged = _record(self._validate(feed), positive)
+                if averaged["dice"] >= position.ema_best:
+                    new.ema_best, new.ema_best_epoch = averaged["dice"], epoch
+                    self._keep("ema.pt", {"epoch": epoch, **averaged})
+            record |= {f"ema_{key}": value for key, value in averaged.items()}
+        new.history = [*position.history, record]
+        if self.recipe.train.keep_best > 1:
+            ranked = sorted(new.history, key=lambda line: (line["dice"], line["epoch"]), reverse=True)
+            new.kept = [line["epoch"] for line in ranked[: self.recipe.train.keep_best]]
+            if epoch in new.kept:
+                self._keep(KEPT.format(epoch), record)
+        self.position = new
+        if dist.is_main():
+            self._save()
+            for path in self.folder.glob(KEPT.format("*")):  # those that others have overtaken
+                if path.name not in map(KEPT.format, new.kept):
+                    path.unlink()
+            log.write_jsonl(self.folder / "log.jsonl", new.history)
+        log.say(self._line(record, improved))
+        if _stop_asked():
+            self._stop()
+
+    def _validate(self, feed: Feed) -> engine.Evaluation:
+        """Score the fold's held-out images with the weights that the model now has."""
+        return engine.evaluate(
             self.model,
             feed,
             self.validation,
@@ -383,40 +463,11 @@ class _Run:
             batch_size=self.recipe.predict.batch_size,
             progress=lambda items: log.bar(items, total=len(items), title="validate"),
         )
-        lr = self._lr()
-        positive = self.data.positive[result.rows]
-        record = {
-            "epoch": epoch,
-            "loss": position.loss_sum / position.taken if position.taken else None,
-            "val_loss": result.loss if math.isfinite(result.loss) else None,
-            "dice": float(result.dice.mean()),
-            "dice_positive": float(result.dice[positive].mean()) if positive.any() else None,
-            "true_negative_rate": float(result.dice[~positive].mean()) if not positive.all() else None,
-            "all_empty": float((~positive).mean()),
-            "lr": lr,
-            "seconds": position.seconds,
-            "images_per_second": position.images / position.seconds,
-        }
-        if self.settings.schedule == "plateau":
-            self.plateau.step(result.loss)
-        improved = record["dice"] >= position.best  # the later epoch on ties; NaN never wins
-        if improved:
-            position.best, position.best_epoch = record["dice"], epoch
-        self.position = Position(
-            epoch=epoch + 1,
-            skipped=position.skipped,
-            best=position.best,
-            best_epoch=position.best_epoch,
-            history=[*position.history, record],
-        )
+
+    def _keep(self, name: str, record: dict[str, Any]) -> None:
+        """Write the weights that the model now has as a checkpoint to predict from."""
         if dist.is_main():
-            if improved:
-                checkpoint.save({**self.identity, "model": self._weights(), "record": record}, self.folder / "best.pt")
-            self._save()
-            log.write_jsonl(self.folder / "log.jsonl", self.position.history)
-        log.say(self._line(record, improved))
-        if _stop_asked():
-            self._stop()
+            checkpoint.save({**self.identity, "model": self._weights(), "record": record}, self.folder / name)
 
     def _save(self) -> None:
         """Write last.pt, keeping the one before as prev.pt."""
@@ -428,6 +479,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "plateau": self.plateau.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "position": asdict(self.position),
             "processes": dist.world(),
             "autocast": str(self.dtype),
@@ -504,6 +556,16 @@ def augmented(
     warp = augment.draw(len(image), image.shape[-1], generator, **values)
     image, mask = augment.apply(image, mask, warp)
     return image.contiguous(memory_format=torch.channels_last), mask
+
+
+def _record(result: engine.Evaluation, positive: np.ndarray) -> dict[str, Any]:
+    """Log values of one validation; a mean over no image is None."""
+    return {
+        "val_loss": result.loss if math.isfinite(result.loss) else None,
+        "dice": float(result.dice.mean()),
+        "dice_positive": float(result.dice[positive].mean()) if positive.any() else None,
+        "true_negative_rate": float(result.dice[~positive].mean()) if not positive.all() else None,
+    }
 
 
 def _stop_asked() -> bool:

@@ -140,6 +140,92 @@ def test_a_run_killed_in_validation_ends_in_the_same_weights(repo, root, straigh
     assert differing(*(checkpoint.load(r.stage_folder(0, 1) / "last.pt") for r in (straight, recipe))) == []
 
 
+EMA = ("train.ema=0.9", "train.keep_best=2", "stage.1.epochs=3", "train.checkpoint_steps=1")
+
+
+@pytest.fixture(scope="module")
+def averaged(repo, root, tmp_path_factory):
+    """Stage 1 of fold 0, three epochs, with averaged weights and two kept epochs."""
+    recipe = small_run.recipe(repo, root, tmp_path_factory.mktemp("averaged"), *EMA)
+    train(recipe)
+    return recipe
+
+
+def test_the_average_of_weights_is_what_its_formula_says(repo, root, averaged, tmp_path, monkeypatch):
+    """Taken along by hand, and it leaves the weights that are trained alone."""
+    recipe = small_run.recipe(repo, root, tmp_path, *EMA)
+    by_hand, real = [], engine.WeightAverage.update
+
+    def update(self, taken):
+        weights = {name: tensor.double() for name, tensor in self._live.items()}
+        if not by_hand:
+            by_hand.append({name: tensor.double() for name, tensor in zip(self._live, self._average, strict=True)})
+        keep = min(0.9, (self.updates + 1) / (self.updates + 10))
+        by_hand.append({name: keep * by_hand[-1][name] + (1 - keep) * tensor for name, tensor in weights.items()})
+        real(self, taken)
+
+    monkeypatch.setattr(engine.WeightAverage, "update", update)
+    folder = train(recipe)
+    last, best, plain = (checkpoint.load(folder / name) for name in ("last.pt", "ema.pt", "best.pt"))
+    for name, tensor in last["average"]["weights"].items():
+        torch.testing.assert_close(tensor.double(), by_hand[-1][name], rtol=1e-5, atol=1e-6)
+    of_epoch = by_hand[best["record"]["epoch"] * 2]  # two steps an epoch
+    torch.testing.assert_close(best["model"]["head.weight"].double(), of_epoch["head.weight"], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(best["model"]["head.weight"], plain["model"]["head.weight"])
+    lines = log.read_jsonl(folder / "log.jsonl")
+    assert best["record"]["dice"] == max(line["ema_dice"] for line in lines)
+    without = small_run.recipe(repo, root, tmp_path / "without", "stage.1.epochs=3")
+    train(without)
+    mine = [checkpoint.load(r.stage_folder(0, 1) / "last.pt")["model"] for r in (recipe, without)]
+    assert differing(*mine) == []
+
+
+def test_a_skipped_step_leaves_the_average_alone():
+    model = torch.nn.Linear(2, 2)
+    average = engine.WeightAverage(model, 0.5)
+    before = average.state_dict()["weights"]["weight"].clone()
+    with torch.no_grad():
+        model.weight += 1
+    average.update(torch.tensor(0.0))
+    assert torch.equal(average.state_dict()["weights"]["weight"], before)
+    average.update(torch.tensor(1.0))
+    torch.testing.assert_close(average.state_dict()["weights"]["weight"], before + 1 - 2 / 11)
+    with average.swapped_in():
+        torch.testing.assert_close(model.weight.data, before + 1 - 2 / 11)
+    torch.testing.assert_close(model.weight.data, before + 1)
+
+
+def test_the_best_epochs_are_kept(averaged):
+    folder = averaged.stage_folder(0, 1)
+    lines = log.read_jsonl(folder / "log.jsonl")
+    best = sorted(lines, key=lambda line: (line["dice"], line["epoch"]))[-2:]
+    assert {path.name for path in folder.glob("epoch*.pt")} == {f"epoch{line['epoch']}.pt" for line in best}
+    first = checkpoint.load(folder / f"epoch{best[-1]['epoch']}.pt")
+    assert differing(first["model"], checkpoint.load(folder / "best.pt")["model"]) == []
+
+
+@pytest.mark.parametrize("step", [2, 3, 6])
+def test_a_killed_run_ends_in_the_same_average(repo, root, averaged, tmp_path, monkeypatch, step):
+    recipe = small_run.recipe(repo, root, tmp_path, *EMA)
+    taken, real = [], engine.train_step
+
+    def dies(*arguments, **options):
+        taken.append(1)
+        if len(taken) == step:
+            raise Killed
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_step", dies)
+        with pytest.raises(Killed):
+            train(recipe)
+    folder = train(recipe)
+    names = sorted(path.name for path in averaged.stage_folder(0, 1).glob("*.pt"))
+    assert names == sorted(path.name for path in folder.glob("*.pt"))
+    for name in names:
+        assert differing(*(checkpoint.load(r.stage_folder(0, 1) / name) for r in (averaged, recipe))) == [], name
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_with_a_checkpoint(repo, root, straight, tmp_path, monkeypatch, number):
     recipe = small_run.recipe(repo, root, tmp_path)

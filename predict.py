@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pneumo import cli, dist, ensemble, inference
+from pneumo import cli, dist, ensemble, inference, tuning
 from pneumo.errors import UsageError
 
 
@@ -20,10 +20,11 @@ def main(options: argparse.Namespace) -> None:
         raise UsageError("say where the masks of the given files go: --out DIR")
     with dist.launch(recipe.train.timeout_seconds) as device:
         models = ensemble.load(recipe, folds, device)
+        ruling = tuning.ruling_for(recipe, models, options.rule)
         if options.files:
-            inference.predict_files(recipe, models, options.files, options.out, device)
+            inference.predict_files(recipe, models, ruling, options.files, options.out, device)
         else:
-            inference.predict_test(recipe, models, device)
+            inference.predict_test(recipe, models, ruling, device)
 
 
 if __name__ == "__main__":
@@ -31,5 +32,8 @@ if __name__ == "__main__":
     parser.add_argument("files", nargs="*", type=Path, help="X-rays (PNG, JPEG, DICOM); none: the data's test images")
     parser.add_argument("--out", type=Path, help="folder for the masks of given files")
     parser.add_argument("--folds", default="all", help="all (default), or some as 0,1")
+    parser.add_argument(
+        "--rule", default="auto", help="auto (default): the tuned rule.toml if there is one | recipe | a rule file"
+    )
     cli.add_recipe_options(parser)
     sys.exit(cli.run(main, parser))

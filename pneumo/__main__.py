@@ -1,4 +1,4 @@
-"""The small commands: `python -m pneumo verify|pack|folds|cv|score|phantom|report --recipe NAME`."""
+"""The small commands: `python -m pneumo verify|pack|folds|cv|oof|tune|score|phantom|report --recipe NAME`."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from pneumo import cli, dataset, dist, log, training
+from pneumo import oof as oofs
 from pneumo.errors import DataError
 
 
@@ -70,13 +71,29 @@ def folds(options: argparse.Namespace) -> None:
 
 
 def cv(options: argparse.Namespace) -> None:
-    """Train all folds and stages that are not done yet, in one process."""
+    """Train all folds and stages that are not done yet, then predict each fold's held-out images."""
     recipe = cli.load_recipe(options)
     with dist.launch(recipe.train.timeout_seconds) as device:
         data = dataset.load(recipe)
         for fold in range(recipe.folds.count):
             for stage in recipe.own_stages:
                 training.train_stage(recipe, data, fold, stage, device)
+        oofs.write(recipe, data, device)
+
+
+def oof(options: argparse.Namespace) -> None:
+    """Predict the held-out images of every finished fold, and keep what rules are chosen from."""
+    recipe = cli.load_recipe(options)
+    with dist.launch(recipe.train.timeout_seconds) as device:
+        oofs.write(recipe, dataset.load(recipe), device)
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Score every rule on the out-of-fold predictions, cross-fitted, and write the best as rule.toml."""
+    from pneumo import tuning
+
+    recipe = cli.load_recipe(options)
+    tuning.run(recipe, dataset.load(recipe))
 
 
 def score(options: argparse.Namespace) -> None:
@@ -121,14 +138,15 @@ def phantom(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Draw the recipe's figures, with their numbers as CSV."""
+    """Write report.html and the recipe's figures, with their numbers as CSV."""
     from pneumo import report as reports
 
     recipe = cli.load_recipe(options)
-    reports.write(recipe)
+    beside = [cli.load_recipe(argparse.Namespace(**{**vars(options), "recipe": name})) for name in options.beside]
+    reports.write(recipe, beside)
 
 
-COMMANDS = (verify, pack, folds, cv, score, phantom, report)
+COMMANDS = (verify, pack, folds, cv, oof, tune, score, phantom, report)
 
 
 def main() -> int:
@@ -141,6 +159,10 @@ def main() -> int:
         cli.add_recipe_options(subparser)
         if command is folds:
             subparser.add_argument("--force", action="store_true", help="split anew though folds.csv is there")
+        if command is report:
+            subparser.add_argument(
+                "--beside", nargs="+", default=[], metavar="RECIPE", help="recipes to score in the same table"
+            )
         if command is score:
             subparser.add_argument("submission", type=Path, help="CSV file: ImageId,EncodedPixels")
             subparser.add_argument("truth", type=Path, help="CSV file of annotations")

@@ -151,6 +151,20 @@ class RuleConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TuneConfig:
+    """How a rule is chosen on out-of-fold predictions."""
+
+    thresholds: Annotated[int, "[1, 241]"]
+    min_areas: Annotated[int, "[3, 1000]"]
+    top_thresholds: Annotated[int, "[2, 185]"]
+    top_areas: Annotated[int, "[3, 1000]"]
+    objective: Literal["dice", "sensitivity", "specificity"]
+    target: Annotated[float, Share]
+    tolerance: Annotated[float, NotNegative]
+    draws: Annotated[int, "[100, inf)"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PhantomConfig:
     """The synthetic data set."""
 
@@ -176,6 +190,7 @@ class Recipe:
     train: TrainConfig
     predict: PredictConfig
     rule: RuleConfig
+    tune: TuneConfig
     phantom: PhantomConfig
 
     def __post_init__(self) -> None:

@@ -1,18 +1,21 @@
 """Checkpoints times mirror to probabilities, streamed: models are loaded once, memory does not grow with the images.
 
-Imports config, data, engine, model, training, dist.
+Imports config, engine, model, decision, training, checkpoint, errors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pneumo import checkpoint, engine, training
 from pneumo.config import Recipe
-from pneumo.errors import DataError, UsageError
+from pneumo.decision import tables
+from pneumo.decision.rule import resize_quantise
+from pneumo.errors import DataError, NotFiniteError, UsageError
 from pneumo.model.unet import UNet
 
 
@@ -94,25 +97,55 @@ def _files(recipe: Recipe, folder: Path) -> list[Path]:
     return [path]
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What an ensemble says of B images, on the annotation grid, on the host.
+
+    Attributes:
+        q: (B, A, A) uint8 quantised probabilities.
+        agreement: (B, 257) of the views with their average; see `pneumo.decision.tables.agreement`.
+    """
+
+    q: np.ndarray
+    agreement: np.ndarray
+
+
 @torch.inference_mode()
-def predict(ensemble: Ensemble, image: Tensor) -> Tensor:
-    """Average the networks' probabilities, each with its mirror image.
+def predict(ensemble: Ensemble, image: Tensor, annotation_size: int, names: Sequence[str]) -> Prediction:
+    """Average the networks' probabilities, each with its mirror image, and bring them to the annotation grid.
 
     Args:
         image: (B, 1, S, S) uint8, on the models' device.
+        annotation_size: side of the annotation grid, A.
+        names: of the B images, for the error.
 
-    Returns:
-        (B, 1, S, S) float32.
+    Raises:
+        NotFiniteError: a probability is not a number; it would have become an innocent empty mask.
     """
-    views = torch.cat([image, image.flip(-1)]) if ensemble.mirror else image
-    total = torch.zeros(views.shape, dtype=torch.float32, device=views.device)
+    total = torch.zeros(image.shape, dtype=torch.float32, device=image.device)
+    views = []
+    for probs in _views(ensemble, image):
+        total += probs
+        views.append(resize_quantise(probs, annotation_size))
+    probs = total / len(views)
+    finite = probs.isfinite().flatten(1).all(dim=1).tolist()
+    if bad := [name for name, good in zip(names, finite, strict=True) if not good]:
+        raise NotFiniteError(f"the networks' probabilities of {', '.join(bad[:5])} are not numbers")
+    q = resize_quantise(probs, annotation_size)
+    return Prediction(q.cpu().numpy(), tables.agreement(q, views))
+
+
+def _views(ensemble: Ensemble, image: Tensor) -> Iterator[Tensor]:
+    """Yield (B, 1, S, S) float32 probabilities of each network, of the image and of its mirror image turned back."""
+    batch = torch.cat([image, image.flip(-1)]) if ensemble.mirror else image
     for model in ensemble.models:
-        total += engine.predict_logits(model, views, ensemble.dtype).sigmoid()
-    probs = total / len(ensemble.models)
-    if ensemble.mirror:
-        plain, mirrored = probs.chunk(2)
-        probs = (plain + mirrored.flip(-1)) / 2
-    return probs
+        probs = engine.predict_logits(model, batch, ensemble.dtype).sigmoid()
+        if ensemble.mirror:
+            plain, mirrored = probs.chunk(2)
+            yield plain
+            yield mirrored.flip(-1)
+        else:
+            yield probs
 
 
 def parse_folds(text: str, count: int) -> list[int]:

@@ -1,8 +1,9 @@
 """An ensemble at work: on a data set's test images for a submission, or on files that somebody names.
 
-Imports config, dataset, ensemble, decision, data, submission, checkpoint, log, dist.
+Imports config, dataset, ensemble, tuning, decision, data, kernels, submission, checkpoint, log, dist, errors.
 """
 
+import csv
 import io
 import json
 from collections import deque
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from skimage.measure import find_contours
-from torch import Tensor
 
 from pneumo import checkpoint, dataset, dist, ensemble, log, submission
 from pneumo.config import Recipe
@@ -24,16 +24,18 @@ from pneumo.data import images, rle
 from pneumo.data.feed import Feed, cut
 from pneumo.data.images import Scan
 from pneumo.data.pack import pack_image
-from pneumo.decision.rule import Rule, decide, image_score, resize_quantise
+from pneumo.decision import tables, trust
+from pneumo.decision.rule import decide, level
 from pneumo.ensemble import Ensemble
-from pneumo.errors import DataError, NotFiniteError, UsageError
+from pneumo.errors import DataError, UsageError
 from pneumo.kernels.runs import runs_to_mask
+from pneumo.tuning import Ruling
 
 CONTOUR = (255, 64, 64)
 
 
-def predict_test(recipe: Recipe, models: Ensemble, device: torch.device) -> None:
-    """Write submission.csv for the test images, and submission.json on what made it.
+def predict_test(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch.device) -> None:
+    """Write submission.csv for the test images, submission.json on what made it, and referral.csv.
 
     Processes of a launch share the images. The host decides on one batch while the device computes the next.
 
@@ -42,7 +44,7 @@ def predict_test(recipe: Recipe, models: Ensemble, device: torch.device) -> None
         NotFiniteError: a network's probability is not a number.
     """
     found, sample_ids = dataset.load_test_cases(recipe)
-    rule, size = Rule(**asdict(recipe.rule)), recipe.data.annotation_size
+    size = recipe.data.annotation_size
     pack = dataset.open_pack(recipe, "test", found, models.image_size)
     rows = np.arange(len(found))
     batches = cut(rows, recipe.predict.batch_size)
@@ -50,39 +52,47 @@ def predict_test(recipe: Recipe, models: Ensemble, device: torch.device) -> None
     reserve = int(recipe.train.gpu_reserve_gb * 2**30)
     feed = Feed(pack, device, np.concatenate([rows[:0], *mine]), reserve=reserve)
 
-    def code(row: int, q: np.ndarray) -> tuple[str, str]:
-        return found[row].image_id, rle.encode_runs(decide(q, rule))
+    def code(row: int, q: np.ndarray, agreement: np.ndarray) -> tuple[dict[str, Any], str]:
+        runs = decide(q, ruling.rule)
+        return {"ImageId": found[row].image_id, **_describe(q, agreement, ruling)}, rle.encode_runs(runs)
 
-    written: list[tuple[str, str]] = []
+    written: list[tuple[dict[str, Any], str]] = []
     with ThreadPoolExecutor(1) as pool:
         pending: deque = deque()
         for numbers, (image, _) in zip(log.bar(mine, title="predict"), feed.batches(mine), strict=True):
-            maps = quantised(models, image, size, [found[row].image_id for row in numbers])
-            pending.append(pool.map(code, numbers.tolist(), maps))
+            predicted = ensemble.predict(models, image, size, [found[row].image_id for row in numbers])
+            pending.append(pool.map(code, numbers.tolist(), predicted.q, predicted.agreement))
             while len(pending) > 2:
                 written += pending.popleft()
         for coded in pending:
             written += coded
+    written = [item for part in dist.gather(written) for item in part]
     # ids of the sample without an image, which `load_test_cases` let pass with a warning, are empty
     codes = dict.fromkeys(set(sample_ids) - {case.image_id for case in found}, rle.EMPTY)
-    for part in dist.gather(written):
-        codes.update(part)
+    codes |= {record["ImageId"]: text for record, text in written}
     if dist.is_main():
         path = recipe.folder / "submission.csv"
         submission.write(path, codes, sample_ids, size)
         origin = {
             "checkpoints": models.sources,
-            "rule": asdict(rule),
+            "rule": asdict(ruling.rule),
+            "rule_source": ruling.source,
             "mirror": models.mirror,
             "image_size": models.image_size,
             "data": models.data,
             "split": models.split,
         }
         checkpoint.write_atomic(path.with_suffix(".json"), json.dumps(origin, indent=1).encode() + b"\n")
-        log.say(f"{path}: {submission.summary(codes, size)}; {len(models.models)} folds")
+        _write_referrals([record for record, _ in written], recipe.folder / "referral.csv")
+        log.say(
+            f"{path}: {submission.summary(codes, size)}; {len(models.models)} networks, rule of "
+            f"{'the recipe' if ruling.source == 'recipe' else ruling.source}"
+        )
 
 
-def predict_files(recipe: Recipe, models: Ensemble, paths: Sequence[Path], out: Path, device: torch.device) -> None:
+def predict_files(
+    recipe: Recipe, models: Ensemble, ruling: Ruling, paths: Sequence[Path], out: Path, device: torch.device
+) -> None:
     """Write <stem>_mask.png, <stem>_overlay.png and a line of predictions.jsonl for each file.
 
     Masks have the size of the file's own image. An image that is not square is padded to one for the network; the
@@ -95,7 +105,7 @@ def predict_files(recipe: Recipe, models: Ensemble, paths: Sequence[Path], out: 
     stems = [path.stem for path in paths]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise UsageError(f"two files are called {twice[0]}: their masks would overwrite each other")
-    rule, size = Rule(**asdict(recipe.rule)), recipe.data.annotation_size
+    size = recipe.data.annotation_size
     out.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     complaints: list[str] = []
@@ -108,8 +118,8 @@ def predict_files(recipe: Recipe, models: Ensemble, paths: Sequence[Path], out: 
         for warning in scan.warnings:
             log.warn(f"{path}: {warning}")
         image = torch.from_numpy(pack_image(scan.pixels, models.image_size))[None, None].to(device)
-        q = quantised(models, image, size, [str(path)])[0]
-        records.append(_write_file(path, scan, q, rule, out))
+        predicted = ensemble.predict(models, image, size, [str(path)])
+        records.append(_write_file(path, scan, predicted.q[0], predicted.agreement[0], ruling, out))
     records = sorted((record for part in dist.gather(records) for record in part), key=lambda r: r["file"])
     complaints = [message for part in dist.gather(complaints) for message in part]
     if dist.is_main():
@@ -120,31 +130,39 @@ def predict_files(recipe: Recipe, models: Ensemble, paths: Sequence[Path], out: 
         raise DataError(f"{len(complaints)} of {len(paths)} files could not be read: {' | '.join(complaints[:5])}")
 
 
-def quantised(models: Ensemble, image: Tensor, size: int, names: Sequence[str]) -> np.ndarray:
-    """The ensemble's probabilities on the annotation grid, in 256 levels.
-
-    Args:
-        image: (B, 1, S, S) uint8, on the models' device.
-        size: side of the annotation grid, A.
-        names: of the B images, for the error.
-
-    Returns:
-        (B, A, A) uint8, on the host.
-
-    Raises:
-        NotFiniteError: a probability is not a number; it would have become an innocent empty mask.
-    """
-    probs = ensemble.predict(models, image)
-    finite = probs.isfinite().flatten(1).all(dim=1).tolist()
-    if bad := [name for name, good in zip(names, finite, strict=True) if not good]:
-        raise NotFiniteError(f"the networks' probabilities of {', '.join(bad[:5])} are not numbers")
-    return resize_quantise(probs, size).cpu().numpy()
+def _describe(q: np.ndarray, agreement: np.ndarray, ruling: Ruling) -> dict[str, Any]:
+    """How sure the ensemble is of one image, and how good its mask probably is."""
+    unknown = np.empty((0, 2), dtype=np.int64)
+    table = tables.measure(q, unknown, np.array([level(ruling.rule.threshold)]), agreement)
+    signals = trust.signals(table, ruling.rule)
+    return {
+        "score": float(signals.score[0]),
+        "pneumothorax": bool(signals.decided[0]),
+        "area_grid": int(signals.area[0]),
+        "agreement": float(signals.agreement[0]),
+        "expected_dice": None if ruling.trust is None else float(ruling.trust.expected_dice(signals)[0]),
+    }
 
 
-def _write_file(path: Path, scan: Scan, q: np.ndarray, rule: Rule, out: Path) -> dict[str, Any]:
+def _write_referrals(records: list[dict[str, Any]], path: Path) -> None:
+    """The referral queue: images of lowest expected Dice first; without a learned one, nothing is written."""
+    if any(record["expected_dice"] is None for record in records):
+        path.unlink(missing_ok=True)  # one of an earlier prediction would be wrong now
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["place", *records[0]], lineterminator="\n")
+    writer.writeheader()
+    queue = sorted(records, key=lambda record: (record["expected_dice"], record["ImageId"]))
+    writer.writerows({"place": place, **record} for place, record in enumerate(queue, 1))
+    checkpoint.write_atomic(path, text.getvalue().encode())
+
+
+def _write_file(
+    path: Path, scan: Scan, q: np.ndarray, agreement: np.ndarray, ruling: Ruling, out: Path
+) -> dict[str, Any]:
     """Write mask and overlay of one file; return its record."""
     height, width = scan.pixels.shape
-    decided = runs_to_mask(decide(q, rule), *q.shape)
+    decided = runs_to_mask(decide(q, ruling.rule), *q.shape)
     longer = max(height, width)
     square = Image.fromarray(decided).resize((longer, longer), Image.Resampling.NEAREST)
     mask = images.from_square(np.asarray(square), height, width)
@@ -153,13 +171,14 @@ def _write_file(path: Path, scan: Scan, q: np.ndarray, rule: Rule, out: Path) ->
     _write_png(overlay(scan.pixels, mask), out / f"{path.stem}_overlay.png")
     return {
         "file": str(path),
-        "probability": image_score(q),
-        "pneumothorax": area > 0,
+        **_describe(q, agreement, ruling),
+        "pneumothorax": area > 0,  # in the file's own pixels, as its mask
         "area_pixels": area,
         "area_cm2": None if scan.spacing is None else area * scan.spacing[0] * scan.spacing[1] / 100,
         "height": height,
         "width": width,
-        "rule": asdict(rule),
+        "rule": asdict(ruling.rule),
+        "rule_source": ruling.source,
     }
 
 

@@ -1,4 +1,11 @@
-"""The challenge's Dice, exact and per image. Imports kernels."""
+"""The challenge's Dice, exact and per image, and what goes with it: rates, ROC, calibration, intervals, sizes.
+
+Every value is made per image first, then aggregated. Imports kernels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -36,3 +43,259 @@ def dice_runs(pred: np.ndarray, truth: np.ndarray) -> float:
     """Dice of one image from (R, 2) runs, sorted and disjoint; exactly `dice` of their masks."""
     total = area(pred) + area(truth)
     return 2 * intersection_size(pred, truth) / total if total else 1.0
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its bootstrap 95 % interval; NaN where it is a mean over no case."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} ({self.low:.4f} to {self.high:.4f})"
+
+
+def groups_of(patients: Sequence[str | None]) -> np.ndarray:
+    """(N,) int64: which cases are resampled together: one patient's; a case of unknown patient on its own."""
+    names = [f"patient {name}" if name is not None else f"case {i}" for i, name in enumerate(patients)]
+    return np.unique(names, return_inverse=True)[1] if names else np.empty(0, dtype=np.int64)
+
+
+def bootstrap_means(values: np.ndarray, groups: np.ndarray, *, draws: int, seed: int) -> list[Interval]:
+    """Means with percentile intervals; whole groups are drawn with replacement.
+
+    Args:
+        values: (K, N) float; NaN where a case does not count.
+        groups: (N,) from `groups_of`.
+    """
+    counted = ~np.isnan(values)
+    filled = np.where(counted, values, 0.0)
+    number = int(groups.max()) + 1
+    # a draw needs only each group's sum and count
+    sums = np.array([np.bincount(groups, weights=row, minlength=number) for row in (*filled, *counted)])
+    total, count = np.split(sums, 2)
+    drawn = np.concatenate([drawn @ sums.T for drawn in _draws(number, draws, seed)])
+    above, below = np.split(drawn, 2, axis=1)
+    means = np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
+    return [
+        _interval(float(t.sum() / c.sum()) if c.sum() else float("nan"), column)
+        for t, c, column in zip(total, count, means.T, strict=True)
+    ]
+
+
+def bootstrap_ranking(
+    statistic: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    score: np.ndarray,
+    positive: np.ndarray,
+    groups: np.ndarray,
+    *,
+    draws: int,
+    seed: int,
+) -> Interval:
+    """`roc_auc` or `average_precision` with its percentile interval; whole groups are drawn with replacement."""
+    number = int(groups.max()) + 1
+    weights = (drawn[:, groups] for drawn in _draws(number, draws, seed))
+    values = np.concatenate([statistic(score, positive, some) for some in weights])
+    return _interval(float(statistic(score, positive, np.ones((1, len(score))))[0]), values)
+
+
+def roc_auc(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve: how often a positive case scores above a negative one, half where they tie.
+
+    Args:
+        score: (N,) float. positive: (N,) bool.
+        weights: (D, N), how often each case counts in each of D samples.
+
+    Returns:
+        (D,) float64; NaN where a sample has no positive or no negative case.
+    """
+    above, below = _by_score(score, positive, weights)
+    negatives_below = below.cumsum(axis=1) - below / 2
+    pairs = above.sum(axis=1) * below.sum(axis=1)
+    wins = (above * negatives_below).sum(axis=1)
+    return np.divide(wins, pairs, out=np.full(len(wins), np.nan), where=pairs > 0)
+
+
+def average_precision(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean precision over the steps of recall, without interpolation; arguments and result as `roc_auc`'s."""
+    above, below = (part[:, ::-1] for part in _by_score(score, positive, weights))
+    found, flagged = above.cumsum(axis=1), (above + below).cumsum(axis=1)
+    precision = np.divide(found, flagged, out=np.zeros_like(found), where=flagged > 0)
+    positives = above.sum(axis=1)
+    total = (above * precision).sum(axis=1)
+    return np.divide(total, positives, out=np.full(len(total), np.nan), where=positives > 0)
+
+
+def ranking_curves(score: np.ndarray, positive: np.ndarray) -> dict[str, np.ndarray]:
+    """ROC and precision-recall curves: one point for each different score, the strictest first.
+
+    Returns:
+        "score", "false_positive_rate", "sensitivity", "precision", (K,) each.
+    """
+    above, below = (part[0, ::-1] for part in _by_score(score, positive, np.ones((1, len(score)))))
+    found, wrong = above.cumsum(), below.cumsum()
+    return {
+        "score": np.unique(score)[::-1],
+        "false_positive_rate": wrong / max(below.sum(), 1),
+        "sensitivity": found / max(above.sum(), 1),
+        "precision": found / (found + wrong),
+    }
+
+
+def reliability(score: np.ndarray, positive: np.ndarray, bins: int = 10) -> tuple[list[dict[str, float]], float]:
+    """How often cases of a score are positive.
+
+    Args:
+        score: (N,) float in [0, 1], read as a probability.
+
+    Returns:
+        One row for each of `bins` equal parts of [0, 1] that has cases: "low", "high", "cases", "mean_score",
+        "positive_share"; and the expected calibration error, the mean gap of the two over all cases.
+    """
+    place = np.minimum((score * bins).astype(int), bins - 1)
+    rows = [
+        {
+            "low": number / bins,
+            "high": (number + 1) / bins,
+            "cases": int((place == number).sum()),
+            "mean_score": float(score[place == number].mean()),
+            "positive_share": float(positive[place == number].mean()),
+        }
+        for number in np.unique(place).tolist()
+    ]
+    return rows, sum(row["cases"] * abs(row["mean_score"] - row["positive_share"]) for row in rows) / len(score)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is said of a set of decided images.
+
+    Attributes:
+        dice, dice_positive: mean Dice of all and of positive images.
+        sensitivity, specificity: share of positive images decided positive, of negative ones decided negative;
+            the latter is the challenge's true-negative rate, and the Dice of negative images.
+        all_empty: mean Dice if every mask were empty.
+        roc_auc, average_precision, calibration_error: of the image score; None if there is none.
+    """
+
+    cases: int
+    positives: int
+    dice: Interval
+    dice_positive: Interval
+    sensitivity: Interval
+    specificity: Interval
+    all_empty: float
+    roc_auc: Interval | None
+    average_precision: Interval | None
+    calibration_error: float | None
+
+
+def summarise(
+    dice: np.ndarray,
+    positive: np.ndarray,
+    decided: np.ndarray,
+    score: np.ndarray | None,
+    groups: np.ndarray,
+    *,
+    draws: int,
+    seed: int,
+) -> Scores:
+    """Aggregate per-image values, with intervals.
+
+    Args:
+        dice: (N,) float, of each image.
+        positive, decided: (N,) bool, annotated and decided to have pneumothorax.
+        score: (N,) float in [0, 1], of the image; None if unknown.
+        groups: (N,) from `groups_of`.
+        draws: bootstrap samples.
+    """
+    options = {"draws": draws, "seed": seed}
+    only_positive = np.where(positive, 1.0, np.nan)
+    only_negative = np.where(positive, np.nan, 1.0)
+    values = np.stack([dice, dice * only_positive, decided * only_positive, ~decided * only_negative])
+    means = bootstrap_means(values, groups, **options)
+    ranked = score is not None and positive.any() and not positive.all()
+    return Scores(
+        len(dice),
+        int(positive.sum()),
+        *means,
+        all_empty=float((~positive).mean()),
+        roc_auc=bootstrap_ranking(roc_auc, score, positive, groups, **options) if ranked else None,
+        average_precision=bootstrap_ranking(average_precision, score, positive, groups, **options) if ranked else None,
+        calibration_error=reliability(score, positive)[1] if score is not None else None,
+    )
+
+
+def by_size(
+    dice: np.ndarray,
+    area: np.ndarray,
+    decided: np.ndarray,
+    score: np.ndarray | None,
+    groups: np.ndarray,
+    *,
+    bins: int = 10,
+    draws: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The same by size of the pneumothorax: positive images in equal parts by annotated area.
+
+    Ranking metrics set a part's positives against all negatives; the calibration gap is how far its mean score is
+    below 1. What concerns negative images alone has no size.
+
+    Args:
+        area: (N,) int, annotated pixels; other arguments as `summarise`'s.
+
+    Returns:
+        Rows "cases", "smallest", "largest" (pixels), "dice", "sensitivity" (Intervals), "roc_auc",
+        "average_precision", "calibration_gap" (float or None); fewer than `bins` if there are fewer positives.
+    """
+    order = np.flatnonzero(area > 0)
+    order = order[np.argsort(area[order], kind="stable")]
+    negative = np.flatnonzero(area == 0)
+    rows = []
+    for part in np.array_split(order, min(bins, len(order))) if len(order) else []:
+        values = np.full((2, len(dice)), np.nan)
+        values[:, part] = dice[part], decided[part]
+        means = bootstrap_means(values, groups, draws=draws, seed=seed)
+        both = np.concatenate([part, negative])
+        ranked = score is not None and len(negative) > 0
+        one = np.ones((1, len(both)))
+        rows.append(
+            {
+                "cases": len(part),
+                "smallest": int(area[part[0]]),
+                "largest": int(area[part[-1]]),
+                "dice": means[0],
+                "sensitivity": means[1],
+                "roc_auc": float(roc_auc(score[both], area[both] > 0, one)[0]) if ranked else None,
+                "average_precision": float(average_precision(score[both], area[both] > 0, one)[0]) if ranked else None,
+                "calibration_gap": float(1 - score[part].mean()) if score is not None else None,
+            }
+        )
+    return rows
+
+
+def _by_score(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(D, K) weights of positive and of negative cases at each of the K different scores, ascending."""
+    order = np.argsort(score, kind="stable")
+    first = np.flatnonzero(np.diff(score[order], prepend=-np.inf))
+    weights = weights[:, order].astype(np.float64)
+    above = np.add.reduceat(weights * positive[order], first, axis=1)
+    return above, np.add.reduceat(weights, first, axis=1) - above
+
+
+def _draws(groups: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """(some, groups) counts: how often each group is in each bootstrap sample."""
+    generator = np.random.default_rng(seed)
+    for start in range(0, draws, 50):
+        picked = generator.integers(groups, size=(min(50, draws - start), groups))
+        picked += np.arange(len(picked))[:, None] * groups
+        yield np.bincount(picked.ravel(), minlength=len(picked) * groups).reshape(len(picked), groups)
+
+
+def _interval(value: float, samples: np.ndarray) -> Interval:
+    samples = samples[~np.isnan(samples)]
+    low, high = np.quantile(samples, [0.025, 0.975]) if len(samples) else (float("nan"), float("nan"))
+    return Interval(value, float(low), float(high))

@@ -16,6 +16,9 @@ from pneumo.kernels.runs import threshold_to_runs
 
 LEVELS = 256
 
+# middle of each level's probabilities; the lowest counts as 0, as it holds the whole background
+PROBABILITY = np.concatenate([[0.0], (np.arange(1, LEVELS) + 0.5) / LEVELS])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
@@ -79,12 +82,24 @@ def decide(q: np.ndarray, rule: Rule) -> np.ndarray:
     Returns:
         (R, 2) int64 runs of the mask; none if the image is decided negative.
     """
-    # q >= 0 holds everywhere, but p > 0 only where a probability is above 0, which q cannot tell from 0: take all
-    if rule.top_area > 0 and np.count_nonzero(q >= level(rule.top_threshold)) <= rule.top_area:
+    top = level(rule.top_threshold)  # at 0 all pixels count: q cannot tell p = 0 from p just above it
+    if (np.count_nonzero(q >= top) if top else q.size) <= rule.top_area:
         return np.empty((0, 2), dtype=np.int64)
     return drop_small_runs(threshold_to_runs(q, level(rule.threshold)), q.shape[0], rule.min_area)
 
 
-def image_score(q: np.ndarray) -> float:
-    """How sure the networks are that an image has pneumothorax, in [0, 1]: its highest probability."""
-    return float(q.max()) / (LEVELS - 1)
+def image_score(histogram: np.ndarray) -> np.ndarray:
+    """How sure the networks are that an image has pneumothorax: the mean probability of its most suspicious pixels.
+
+    Those are a 1/256 of the annotation grid, a small pneumothorax; the single highest probability ranks worse.
+
+    Args:
+        histogram: (..., 256) int, pixels by quantised probability.
+
+    Returns:
+        (...) float64 in [0, 1).
+    """
+    pixels = max(int(histogram.reshape(-1, LEVELS)[0].sum()) // 256, 1)
+    reach = histogram[..., ::-1].cumsum(axis=-1).clip(max=pixels)  # of the highest level, the two highest, ...
+    taken = np.diff(reach, prepend=0, axis=-1)
+    return taken @ PROBABILITY[::-1] / pixels

@@ -1,31 +1,46 @@
-"""Figures, and their numbers as CSV, from the folders that runs leave behind.
+"""What a recipe's runs show: figures with their numbers as CSV, report.json, and one self-contained report.html.
 
-Imports figures, config, dataset, data, decision, ensemble, engine, training, log.
+Imports figures, page, results, config, dataset, data, decision, ensemble, kernels, oof, training, tuning, checkpoint,
+dist, log, errors.
 """
 
-from dataclasses import asdict
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from pneumo import dataset, dist, ensemble, inference, log, training
+from pneumo import checkpoint, dataset, dist, ensemble, log, oof, training, tuning
 from pneumo.config import Recipe
-from pneumo.data.feed import Feed, cut, key
+from pneumo.data.feed import Feed, key
 from pneumo.dataset import Dataset
-from pneumo.decision.components import drop_small_runs
-from pneumo.decision.metrics import dice_runs
+from pneumo.decision import metrics, tables, trust
+from pneumo.decision.metrics import Interval, Scores
 from pneumo.decision.rule import Rule, decide
-from pneumo.errors import DataError
-from pneumo.report import figures
+from pneumo.decision.tune import Tuned
+from pneumo.errors import DataError, PneumoError
+from pneumo.kernels.runs import runs_to_mask
+from pneumo.oof import OutOfFold
+from pneumo.report import figures, page, results
+from pneumo.report.page import Figure
+from pneumo.report.results import Decided
 
 ROWS, COLUMNS = 4, 6  # of the picture of augmentations
-AREAS = np.concatenate([[0], np.geomspace(1 / 4096, 1 / 32, 40)])  # minimum areas tried, shares of the annotation grid
+SHOWN = 12  # images of one gallery
+THUMBNAIL = 320  # their side, pixels
 
 
-def write(recipe: Recipe) -> None:
-    """Write <runs>/<recipe>/report/*.png and *.csv: what can be drawn of what has been trained.
+def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
+    """Write <runs>/<recipe>/report/: what can be shown of what has been trained.
+
+    Args:
+        beside: other recipes whose out-of-fold scores stand in the same table.
 
     Raises:
         DataError: nothing has been trained yet.
@@ -35,28 +50,92 @@ def write(recipe: Recipe) -> None:
     if logs.empty:
         raise DataError(f"{recipe.folder}: no log.jsonl yet. Run: make cv RECIPE={recipe.name}")
     data = dataset.load(recipe)
-    synthetic = (Path(recipe.data.root) / "SYNTHETIC.txt").exists()
-    note = "(SYNTHETIC X-rays)" if synthetic else ""
+    note = " (SYNTHETIC X-rays)" if (Path(recipe.data.root) / "SYNTHETIC.txt").exists() else ""
+    content = page.Content(
+        title=f"{recipe.name}{note}",
+        audit=(recipe.folder / "audit.txt").read_text(encoding="utf-8"),
+        figures=[("Training", _training_figures(recipe, data, logs, note, folder))],
+    )
+    if any(oof.path_of(recipe, fold).exists() for fold in range(recipe.folds.count)):
+        content = _add_out_of_fold(recipe, data, beside, note, folder, content)
+    else:
+        log.warn(f"{recipe.folder}: no out-of-fold predictions, so the report shows training only. Run: make oof")
+    text = page.render(content)
+    checkpoint.write_atomic(folder / "report.html", text.encode())
+    names = ", ".join(sorted(path.name for path in folder.glob("*.png")))
+    log.say(f"{folder / 'report.html'}: {len(text) / 1e6:.1f} MB; figures: {names}")
+
+
+def _add_out_of_fold(
+    recipe: Recipe, data: Dataset, beside: Sequence[Recipe], note: str, folder: Path, content: page.Content
+) -> page.Content:
+    """Everything that needs out-of-fold predictions."""
+    found = oof.load(recipe, data)
+    tuned = tuning.search(recipe, found) if len(np.unique(found.folds)) > 1 else None
+    baseline = results.by_rule("recipe's rule", found, tuning.recipe_rule(recipe))
+    ways = [baseline]
+    if tuned is not None:
+        ways.append(results.cross_fitted("tuned rule, cross-fitted", found, tuned))
+    shown = ways[-1]
+    ways += results.other_ways(recipe, data, found.folds, beside)
+    options = {"draws": recipe.tune.draws, "seed": recipe.seed}
+    scores = {way.name: way.scores(**options) for way in ways}
+    gains = {way.name: way.gain_over(baseline, **options) for way in ways[1:]}
+    sizes = metrics.by_size(
+        shown.dice, found.tables.true_area, shown.signals.decided, shown.signals.score, found.groups, **options
+    )
+    expected = None if tuned is None else trust.cross_fitted(shown.signals, shown.dice, found.folds)
+
+    title = f"{recipe.name}, out of fold, {shown.name}{note}"
+    drawn = [_min_area(recipe, found, note, folder)]
+    if tuned is not None:
+        drawn.insert(0, _surface(recipe, tuned, note, folder))
+    drawn += _score_figures(shown, scores[shown.name], sizes, title, folder)
+    if expected is not None:
+        curve = trust.risk_coverage(expected, shown.dice)
+        figures.risk_coverage(curve, title, folder / "risk_coverage.png")
+        drawn.append(Figure(folder / "risk_coverage.png", _worth(curve)))
+        _write_queue(shown, expected, folder / "referral.csv")
+    numbers = {
+        "rows": [{"name": way.name, **asdict(scores[way.name]), "gain": _plain(gains.get(way.name))} for way in ways],
+        "sizes": [{name: _plain(value) for name, value in row.items()} for row in sizes],
+        "rule": asdict(tuning.recipe_rule(recipe) if tuned is None else tuned.rule),
+        "optimism": None if tuned is None else tuned.optimism,
+        "checkpoints": found.sources,
+    }
+    checkpoint.write_atomic(folder / "report.json", json.dumps(numbers, indent=1).encode() + b"\n")
+    return replace(
+        content,
+        summary=_summary(recipe, data, shown, scores[shown.name], tuned, note),
+        results=_result_rows(ways, scores, gains),
+        sizes=_size_rows(sizes),
+        figures=[("Out of fold", drawn), *_galleries(recipe, data, shown, tuned, folder), *content.figures],
+        explorer=None if tuned is None else page.explorer(tuned, tuning.recipe_rule(recipe)),
+        case_columns=("image", "fold", "outcome", "Dice", "expected Dice", "score", "agreement", "true px", "found px"),
+        cases=_case_rows(shown, expected),
+        sources=found.sources,
+    )
+
+
+def _training_figures(recipe: Recipe, data: Dataset, logs: pd.DataFrame, note: str, folder: Path) -> list[Figure]:
+    figures.curves(logs, f"{recipe.name}: loss and Dice by epoch{note}", folder / "curves.png")
+    drawn = [Figure(folder / "curves.png", "Loss and Dice by epoch, fold and stage.")]
+    if _compare_losses(recipe, logs, note, folder / "loss_comparison.png"):
+        drawn.append(Figure(folder / "loss_comparison.png", "The last stage under two losses."))
     _draw_augmentations(recipe, data, note, folder / "augmentations.png")
-    figures.curves(logs, f"{recipe.name}: loss and Dice by epoch {note}".strip(), folder / "curves.png")
-    _compare_losses(recipe, logs, note, folder / "loss_comparison.png")
-    done = [f for f in range(recipe.folds.count) if training.finished(recipe, f, recipe.stages)]
-    if done:
-        table = _min_area_table(recipe, data, done)
-        title = f"{recipe.name}: out-of-fold Dice against minimum component area {note}".strip()
-        figures.min_area(table, recipe.rule.min_area, title, folder / "min_area.png")
-    log.say(f"{folder}: {', '.join(sorted(path.name for path in folder.glob('*.png')))}")
+    drawn.append(Figure(folder / "augmentations.png", "Training images as the last stage sees them, mask outlined."))
+    return drawn
 
 
 def _logs(recipe: Recipe) -> pd.DataFrame:
     """All log lines of the recipe, with the stages that it took over from another recipe."""
-    tables = []
+    tables_ = []
     for fold in range(recipe.folds.count):
         for stage in range(1, recipe.stages + 1):
             path = recipe.stage_folder(fold, stage) / "log.jsonl"
             if path.exists():
-                tables.append(figures.frame(log.read_jsonl(path), fold=fold, stage=stage))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+                tables_.append(figures.frame(log.read_jsonl(path), fold=fold, stage=stage))
+    return pd.concat(tables_, ignore_index=True) if tables_ else pd.DataFrame()
 
 
 def _draw_augmentations(recipe: Recipe, data: Dataset, note: str, path: Path) -> None:
@@ -76,52 +155,271 @@ def _draw_augmentations(recipe: Recipe, data: Dataset, note: str, path: Path) ->
     figures.augmentations(images, masks, [data.cases[row].image_id for row in rows], note, path)
 
 
-def _compare_losses(recipe: Recipe, logs: pd.DataFrame, note: str, path: Path) -> None:
+def _compare_losses(recipe: Recipe, logs: pd.DataFrame, note: str, path: Path) -> bool:
     """The first own stage beside the same stage of the recipe that it starts from, if both were trained."""
     stage = recipe.own_stages[0]
     other = recipe.stage[stage].start
     if other in ("encoder", "previous"):
-        return
-    tables = {recipe.name: logs[logs["stage"] == stage]}
+        return False
+    own = {recipe.name: logs[logs["stage"] == stage]}
     losses = {recipe.name: recipe.stage[stage].loss}
     lines = []
     for fold in range(recipe.folds.count):
         place = Path(recipe.runs) / other / f"fold{fold}" / f"stage{stage}"
         if (place / "best.pt").exists():
             lines.append(figures.frame(log.read_jsonl(place / "log.jsonl"), fold=fold, stage=stage))
-            losses[other] = training.checkpoint.load(place / "best.pt")["settings"][f"stage.{stage}.loss"]
-    if lines and not tables[recipe.name].empty:
-        figures.loss_comparison({other: pd.concat(lines), **tables}, losses, stage, note, path)
+            losses[other] = checkpoint.load(place / "best.pt")["settings"][f"stage.{stage}.loss"]
+    if not lines or own[recipe.name].empty:
+        return False
+    figures.loss_comparison({other: pd.concat(lines), **own}, losses, stage, note, path)
+    return True
 
 
-def _min_area_table(recipe: Recipe, data: Dataset, done: list[int]) -> pd.DataFrame:
-    """Mean Dice for each minimum area: every image is predicted by the fold that did not see it, with its mirror."""
-    size = recipe.data.annotation_size
-    areas = np.unique(np.append(np.rint(AREAS * size**2).astype(int), recipe.rule.min_area))
-    rule = Rule(**{**asdict(recipe.rule), "min_area": 0})
-    positive: list[bool] = []
-    scores: list[list[float]] = []
-    with dist.launch(recipe.train.timeout_seconds) as device:
-        for fold in done:
-            model = ensemble.load(recipe, [fold], device)
-            pack = dataset.open_pack(recipe, "train", data.cases, model.image_size)
-            rows = np.flatnonzero(data.folds == fold)
-            batches = cut(rows, recipe.predict.batch_size)
-            shown = log.bar(batches, total=len(batches), title=f"out of fold {fold}")
-            for numbers, (image, _) in zip(shown, Feed(pack, device, rows).batches(batches), strict=True):
-                names = [data.cases[row].image_id for row in numbers]
-                for row, q in zip(numbers, inference.quantised(model, image, size, names), strict=True):
-                    found, truth = decide(q, rule), data.cases[row].runs
-                    scores.append([dice_runs(drop_small_runs(found, size, int(area)), truth) for area in areas])
-                    positive.append(data.cases[row].positive)
-    dice, is_positive = np.array(scores), np.array(positive)
-    return pd.DataFrame(
+def _min_area(recipe: Recipe, found: OutOfFold, note: str, folder: Path) -> Figure:
+    """Dice for each minimum area at the recipe's threshold."""
+    rule = tuning.recipe_rule(recipe)
+    areas = oof.grid(recipe).min_areas
+    positive = found.tables.positive
+    dice = np.array([tables.dice(found.tables, replace(rule, min_area=area)) for area in areas])
+    table = pd.DataFrame(
         {
             "min_area": areas,
-            "dice": dice.mean(axis=0),
-            "dice_positive": dice[is_positive].mean(axis=0) if is_positive.any() else np.nan,
-            "true_negative_rate": dice[~is_positive].mean(axis=0) if not is_positive.all() else np.nan,
-            "all_empty": (~is_positive).mean(),
-            "images": len(dice),
+            "dice": dice.mean(axis=1),
+            "dice_positive": dice[:, positive].mean(axis=1) if positive.any() else np.nan,
+            "true_negative_rate": dice[:, ~positive].mean(axis=1) if not positive.all() else np.nan,
+            "all_empty": (~positive).mean(),
+            "images": len(positive),
         }
     )
+    title = f"{recipe.name}: out-of-fold Dice against minimum component area{note}"
+    figures.min_area(table, rule.min_area, title, folder / "min_area.png")
+    return Figure(folder / "min_area.png", f"Dice against the minimum component area, at threshold {rule.threshold:g}.")
+
+
+def _surface(recipe: Recipe, tuned: Tuned, note: str, folder: Path) -> Figure:
+    """Dice against threshold and minimum area, at the chosen top rule."""
+    *_, top, top_area = tuned.choice.index
+    own = tuning.recipe_rule(recipe)
+    figures.surface(
+        tuned.sums.without(-1).dice[:, :, top, top_area],
+        tuned.grid.thresholds,
+        tuned.grid.min_areas,
+        {"chosen": (tuned.rule.threshold, tuned.rule.min_area), "recipe": (own.threshold, own.min_area)},
+        tuned.choice.plateau[:, :, top, top_area],
+        f"{recipe.name}: out-of-fold Dice against threshold and minimum area{note}",
+        folder / "surface.png",
+    )
+    return Figure(
+        folder / "surface.png",
+        "Mean Dice against threshold and minimum area, in-sample, at the chosen top rule: an image is positive only "
+        f"if more than {tuned.rule.top_area:,} px exceed {tuned.rule.top_threshold:g}.",
+    )
+
+
+def _score_figures(
+    shown: Decided, scores: Scores, sizes: Sequence[dict[str, Any]], title: str, folder: Path
+) -> list[Figure]:
+    """By size, by image score, calibration."""
+    positive, score = shown.found.tables.positive, shown.signals.score
+    drawn = []
+    if sizes:
+        figures.sizes(sizes, title, folder / "sizes.png")
+        drawn.append(Figure(folder / "sizes.png", "Dice and sensitivity by size of the pneumothorax."))
+    if scores.roc_auc is not None:
+        curve = metrics.ranking_curves(score, positive)
+        areas = str(scores.roc_auc), str(scores.average_precision)
+        figures.ranking(curve, *areas, float(positive.mean()), title, folder / "ranking.png")
+        drawn.append(Figure(folder / "ranking.png", "ROC and precision-recall of the image score; black: chance."))
+    parts, error = metrics.reliability(score, positive)
+    figures.reliability(parts, error, title, folder / "reliability.png")
+    drawn.append(Figure(folder / "reliability.png", "Share with pneumothorax by image score; black: calibrated."))
+    return drawn
+
+
+def _worth(curve: dict[str, np.ndarray]) -> str:
+    """What referring a tenth and a fifth of the images gains."""
+    whole = curve["dice"][-1]
+    kept = [curve["dice"][max(round(len(curve["dice"]) * share) - 1, 0)] for share in (0.9, 0.8)]
+    return (
+        f"Referring the 10 % of lowest expected Dice leaves a mean Dice of {kept[0]:.4f}, 20 % {kept[1]:.4f}, none "
+        f"{whole:.4f}."
+    )
+
+
+def _write_queue(shown: Decided, expected: np.ndarray, path: Path) -> None:
+    """The referral queue of the training images: lowest expected Dice first."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["place", "ImageId", "expected_dice", "dice", "score", "agreement", "area_grid"])
+    order = sorted(range(len(expected)), key=lambda i: (expected[i], shown.found.image_ids[i]))
+    for place, i in enumerate(order, 1):
+        values = (expected[i], shown.dice[i], shown.signals.score[i], shown.signals.agreement[i])
+        area = int(shown.signals.area[i])
+        writer.writerow([place, shown.found.image_ids[i], *(f"{value:.6f}" for value in values), area])
+    checkpoint.write_atomic(path, text.getvalue().encode())
+
+
+def _outcomes(shown: Decided) -> np.ndarray:
+    """(N,) str."""
+    positive, decided = shown.found.tables.positive, shown.signals.decided
+    return np.where(
+        positive,
+        np.where(decided, "true positive", "missed"),
+        np.where(decided, "false positive", "true negative"),
+    )
+
+
+def _galleries(
+    recipe: Recipe, data: Dataset, shown: Decided, tuned: Tuned | None, folder: Path
+) -> list[tuple[str, list[Figure]]]:
+    """Pictures of the best, median and worst found, the false positives and the missed."""
+    outcome, dice, area = _outcomes(shown), shown.dice, shown.signals.area
+    hit = np.flatnonzero(outcome == "true positive")
+    hit = hit[np.argsort(-dice[hit], kind="stable")]
+    middle = max(len(hit) // 2 - SHOWN // 2, 0)
+    false, missed = (np.flatnonzero(outcome == kind) for kind in ("false positive", "missed"))
+    chosen = {
+        "best": (hit[:SHOWN], "The best outlines"),
+        "median": (hit[middle : middle + SHOWN], "Outlines around the median"),
+        "worst": (hit[::-1][:SHOWN], "The worst outlines"),
+        "false_positives": (false[np.argsort(-area[false], kind="stable")][:SHOWN], "The largest false positives"),
+        "missed": (
+            missed[np.argsort(-shown.found.tables.true_area[missed], kind="stable")][:SHOWN],
+            "The largest that were missed",
+        ),
+    }
+    wanted = np.unique(np.concatenate([places for places, _ in chosen.values()]))
+    try:
+        pictures = dict(_predict_again(recipe, data, shown, tuned, wanted))
+    except PneumoError as error:
+        log.warn(f"no galleries: {error}")
+        return []
+    drawn = []
+    for name, (places, title) in chosen.items():
+        if not len(places):
+            continue
+        captions = [
+            f"{figures.shorten(shown.found.image_ids[i])}\nDice {dice[i]:.3f}, score {shown.signals.score[i]:.2f}"
+            for i in places.tolist()
+        ]
+        images, truths, masks = zip(*(pictures[i] for i in places.tolist()), strict=True)
+        figures.gallery(images, truths, masks, captions, f"{recipe.name}: {title}", folder / f"gallery_{name}.png")
+        drawn.append(Figure(folder / f"gallery_{name}.png", f"{title}. Green: annotation, red: prediction."))
+    return [("Galleries", drawn)] if drawn else []
+
+
+def _predict_again(
+    recipe: Recipe, data: Dataset, shown: Decided, tuned: Tuned | None, places: np.ndarray
+) -> Iterable[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """Image, annotation and decided mask of some cases, small; each by the fold that did not see it.
+
+    Args:
+        places: of the cases in `shown`.
+    """
+    size, found = recipe.data.annotation_size, shown.found
+    fold_rules = None if tuned is None else dict(zip(np.unique(found.folds).tolist(), tuned.fold_rules, strict=True))
+    pick = np.arange(THUMBNAIL) * size // THUMBNAIL if size > THUMBNAIL else np.arange(size)
+    with dist.launch(recipe.train.timeout_seconds) as device:
+        for fold in np.unique(found.folds[places]).tolist():
+            models = ensemble.load(recipe, [fold], device)
+            pack = dataset.open_pack(recipe, "train", data.cases, models.image_size)
+            inside = places[found.folds[places] == fold]
+            rule: Rule = tuning.recipe_rule(recipe) if fold_rules is None else fold_rules[fold]
+            batches = [found.rows[[place]] for place in inside]
+            feed = Feed(pack, device, found.rows[inside])
+            shown_bar = log.bar(inside.tolist(), title=f"galleries, fold {fold}")
+            for place, (image, _) in zip(shown_bar, feed.batches(batches), strict=True):
+                predicted = ensemble.predict(models, image, size, [found.image_ids[place]])
+                mask = runs_to_mask(decide(predicted.q[0], rule), size, size)
+                truth = runs_to_mask(data.cases[found.rows[place]].runs, size, size)
+                pixels = image[0, 0].cpu().numpy()
+                near = (np.arange(len(pick)) * len(pixels)) // len(pick)
+                yield place, (pixels[np.ix_(near, near)], truth[np.ix_(pick, pick)], mask[np.ix_(pick, pick)])
+
+
+def _summary(
+    recipe: Recipe, data: Dataset, shown: Decided, scores: Scores, tuned: Tuned | None, note: str
+) -> tuple[str, ...]:
+    sentences = [
+        f"{scores.cases:,} images, {scores.positives:,} with pneumothorax{note}, each predicted by the networks that "
+        f"did not train on it, in {len(np.unique(shown.found.folds))} folds "
+        f"({_split_by(recipe, data)}; see the audit).",
+        f"Mean Dice {scores.dice}, {shown.name}; with all masks empty it would be {scores.all_empty:.4f}. Intervals "
+        f"are 95 % bootstrap intervals, patients resampled as a whole where they are known.",
+    ]
+    if tuned is not None:
+        sentences.append(
+            f"Chosen rule: {tuning.describe(tuned.rule)}. On the data that chose it its mean Dice is "
+            f"{tuned.in_sample:.4f}: an optimism of {tuned.optimism:+.4f}."
+        )
+    sentences.append("For research. Not a medical device: nothing here may decide about a patient.")
+    return tuple(sentences)
+
+
+def _split_by(recipe: Recipe, data: Dataset) -> str:
+    if recipe.folds.group == "image":
+        return "split by image, so that a patient may be on both sides"
+    known = sum(case.patient is not None for case in data.cases)
+    if not known:
+        return "split by image: no patients are known, so one may be on both sides"
+    return "a patient stays in one fold" + ("" if known == len(data.cases) else f", known for {known:,} images")
+
+
+def _result_rows(
+    ways: Sequence[Decided], scores: dict[str, Scores], gains: dict[str, Interval | None]
+) -> list[list[str]]:
+    head = "mean Dice|Dice on positives|sensitivity|true-negative rate|ROC AUC|average precision|calibration error"
+    rows = [["out of fold", *head.split("|"), "gain, paired"]]
+    first = scores[ways[0].name]
+    rows.append(["all masks empty", f"{first.all_empty:.4f}", "0", "0", "1", "", "", "", ""])
+    for way in ways:
+        found, gain = scores[way.name], gains.get(way.name)
+        values = (found.dice, found.dice_positive, found.sensitivity, found.specificity)
+        values += (found.roc_auc, found.average_precision)
+        error = f"{found.calibration_error:.3f}"
+        change = "" if gain is None else f"{gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
+        rows.append([way.name, *("" if value is None else str(value) for value in values), error, change])
+    return rows
+
+
+def _size_rows(sizes: Sequence[dict[str, Any]]) -> list[list[str]]:
+    if not sizes:
+        return []
+    rows = [["pixels", "images", "Dice", "sensitivity", "ROC AUC", "average precision", "calibration gap"]]
+    for row in sizes:
+        ranked = [row["roc_auc"], row["average_precision"], row["calibration_gap"]]
+        rows.append(
+            [
+                f"{row['smallest']:,} to {row['largest']:,}",
+                f"{row['cases']:,}",
+                str(row["dice"]),
+                str(row["sensitivity"]),
+                *("" if value is None else f"{value:.3f}" for value in ranked),
+            ]
+        )
+    return rows
+
+
+def _case_rows(shown: Decided, expected: np.ndarray | None) -> list[list[Any]]:
+    signals, found = shown.signals, shown.found
+    columns = [
+        list(found.image_ids),
+        found.folds.tolist(),
+        _outcomes(shown).tolist(),
+        shown.dice.round(4).tolist(),
+        [None] * len(shown.dice) if expected is None else expected.round(4).tolist(),
+        signals.score.round(4).tolist(),
+        signals.agreement.round(4).tolist(),
+        found.tables.true_area.tolist(),
+        signals.area.tolist(),
+    ]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: NaN, the mean over no case, becomes null."""
+    if isinstance(value, Interval):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return None if isinstance(value, float) and np.isnan(value) else value

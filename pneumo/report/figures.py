@@ -183,6 +183,201 @@ def loss_comparison(
     _save(figure, table, path)
 
 
+def surface(
+    grid: np.ndarray,
+    thresholds: Sequence[float],
+    areas: Sequence[int],
+    marks: Mapping[str, tuple[float, int]],
+    plateau: np.ndarray,
+    title: str,
+    path: Path,
+) -> None:
+    """Mean Dice against threshold and minimum area, the chosen rule marked and its plateau outlined.
+
+    Args:
+        grid: (T, M) float, mean Dice at the chosen top rule.
+        thresholds, areas: T and M.
+        marks: threshold and minimum area of rules to mark, by name.
+        plateau: (T, M) bool.
+    """
+    with plt.rc_context({**PLAIN, "axes.grid": False}):
+        figure, axis = plt.subplots(figsize=(7.4, 4.8), layout="constrained")
+    low = max(float(grid.min()), float(grid.max()) - 0.1)
+    picture = axis.imshow(grid.T, origin="lower", aspect="auto", cmap="viridis", vmin=low, interpolation="nearest")
+    bar = figure.colorbar(picture, ax=axis, extend="min" if grid.min() < low else "neither")
+    bar.set_label("mean Dice, out of fold")
+    for number, contour in enumerate(find_contours(np.pad(plateau.T, 1).astype(np.float32), 0.5)):
+        axis.plot(
+            contour[:, 1] - 1, contour[:, 0] - 1, color="white", linewidth=1.3, label="plateau" if number == 0 else None
+        )
+    for (name, (threshold, area)), shape in zip(marks.items(), "oXs^", strict=False):
+        axis.plot(
+            list(thresholds).index(threshold),
+            list(areas).index(area),
+            shape,
+            color="#ff4060",
+            markeredgecolor="white",
+            markersize=9,
+            linestyle="none",
+            label=name,
+        )
+    columns = np.linspace(0, len(thresholds) - 1, 9).round().astype(int)
+    rows = np.linspace(0, len(areas) - 1, 8).round().astype(int)
+    axis.set_xticks(columns, [f"{thresholds[i]:.2f}" for i in columns])
+    axis.set_yticks(rows, [f"{areas[i]:,}" for i in rows])
+    axis.set_xlabel("threshold")
+    axis.set_ylabel("components of this many pixels or fewer are dropped")
+    axis.legend(fontsize=8, loc="lower left", facecolor="#404040", labelcolor="white", framealpha=0.8)
+    axis.set_title(title, fontsize=10, wrap=True)
+    t, m = np.indices(grid.shape)
+    table = pd.DataFrame(
+        {
+            "threshold": np.asarray(thresholds)[t.ravel()],
+            "min_area": np.asarray(areas)[m.ravel()],
+            "dice": grid.ravel(),
+            "plateau": plateau.ravel(),
+        }
+    )
+    _save(figure, table, path)
+
+
+def sizes(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Dice and sensitivity by size of the pneumothorax, with intervals.
+
+    Args:
+        rows: from `pneumo.decision.metrics.by_size`.
+    """
+    with plt.rc_context(PLAIN):
+        figure, axis = plt.subplots(figsize=(7.4, 4.2), layout="constrained")
+    place = np.arange(len(rows))
+    for key, colour, shift, label in (("dice", "C0", -0.12, "Dice"), ("sensitivity", "C1", 0.12, "sensitivity")):
+        values = np.array([row[key].value for row in rows])
+        ends = np.abs(np.array([[row[key].low, row[key].high] for row in rows]).T - values)
+        axis.errorbar(place + shift, values, yerr=ends, fmt="o", color=colour, capsize=3, label=label)
+    axis.set_xticks(
+        place, [f"{row['smallest']:,}\n to {row['largest']:,}\n({row['cases']})" for row in rows], fontsize=7
+    )
+    axis.set_xlabel("annotated pixels (number of images); each part has as many images")
+    axis.set_ylim(-0.02, 1.02)
+    axis.legend(fontsize=8, loc="lower right")
+    axis.set_title(title, fontsize=10, wrap=True)
+    flat = [
+        {key: value for key, value in row.items() if not hasattr(value, "low")}
+        | {
+            f"{key}{end}": getattr(row[key], name)
+            for key in ("dice", "sensitivity")
+            for end, name in (("", "value"), ("_low", "low"), ("_high", "high"))
+        }
+        for row in rows
+    ]
+    _save(figure, pd.DataFrame(flat), path)
+
+
+def ranking(curve: Mapping[str, np.ndarray], area: str, precision: str, share: float, title: str, path: Path) -> None:
+    """ROC and precision-recall curves of the image score.
+
+    Args:
+        curve: from `pneumo.decision.metrics.ranking_curves`.
+        area, precision: text of ROC AUC and average precision with their intervals.
+        share: of positive images, the precision of chance.
+    """
+    with plt.rc_context(PLAIN):
+        figure, (roc, pr) = plt.subplots(1, 2, figsize=(8.4, 4.2), layout="constrained")
+    roc.plot([0, *curve["false_positive_rate"]], [0, *curve["sensitivity"]], color="C0")
+    roc.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+    roc.set_xlabel("false-positive rate")
+    roc.set_ylabel("sensitivity")
+    roc.set_title(f"ROC, area {area}", fontsize=9)
+    pr.step(curve["sensitivity"], curve["precision"], where="pre", color="C0")
+    pr.axhline(share, color="black", linewidth=0.8)
+    pr.set_xlabel("sensitivity (recall)")
+    pr.set_ylabel("precision")
+    pr.set_title(f"precision-recall, average {precision}", fontsize=9)
+    for axis in (roc, pr):
+        axis.set_xlim(-0.01, 1.01)
+        axis.set_ylim(-0.01, 1.02)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, pd.DataFrame(dict(curve)), path)
+
+
+def reliability(rows: Sequence[Mapping[str, float]], error: float, title: str, path: Path) -> None:
+    """How often images of a score are positive, and how many there are of each.
+
+    Args:
+        rows, error: from `pneumo.decision.metrics.reliability`.
+    """
+    table = pd.DataFrame(list(rows))
+    with plt.rc_context(PLAIN):
+        figure, (axis, counts) = plt.subplots(
+            2, 1, figsize=(5.4, 5.4), layout="constrained", sharex=True, height_ratios=(3, 1)
+        )
+    axis.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+    axis.plot(table["mean_score"], table["positive_share"], "o-", color="C0")
+    axis.set_ylabel("share with pneumothorax")
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_title(f"expected calibration error {error:.3f}", fontsize=9)
+    counts.bar((table["low"] + table["high"]) / 2, table["cases"], width=0.9 / 10, color="C0")
+    counts.set_yscale("log")
+    counts.set_ylabel("images")
+    counts.set_xlabel("image score")
+    figure.suptitle(title, fontsize=10)
+    _save(figure, table, path)
+
+
+def risk_coverage(curve: Mapping[str, np.ndarray], title: str, path: Path) -> None:
+    """Mean Dice of what is left when the doubtful images are referred.
+
+    Args:
+        curve: from `pneumo.decision.trust.risk_coverage`.
+    """
+    with plt.rc_context(PLAIN):
+        figure, axis = plt.subplots(figsize=(7.4, 4.2), layout="constrained")
+    for key, style, label in (
+        ("dice", {"color": "C0", "linewidth": 2}, "lowest expected Dice referred first"),
+        ("oracle", {"color": "C2", "linestyle": "--"}, "had the true Dice been known"),
+        ("random", {"color": "black", "linewidth": 0.8}, "at random"),
+    ):
+        axis.plot(1 - curve["coverage"], curve[key], label=label, **style)
+    axis.set_xlabel("share of images referred to a reader")
+    axis.set_ylabel("mean Dice of the others")
+    axis.legend(fontsize=8, loc="lower right")
+    axis.set_title(title, fontsize=10, wrap=True)
+    _save(figure, pd.DataFrame(dict(curve)), path)
+
+
+def gallery(
+    images: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    captions: Sequence[str],
+    title: str,
+    path: Path,
+) -> None:
+    """X-rays with the annotation outlined in green and the prediction in red.
+
+    Args:
+        images: (S, S) uint8 each. truths, masks: (S, S) bool each.
+    """
+    columns = min(len(images), 6)
+    lines = -(-len(images) // columns)
+    with plt.rc_context(PLAIN):
+        figure, axes = plt.subplots(
+            lines, columns, figsize=(2.3 * columns, 2.6 * lines + 0.4), squeeze=False, layout="constrained"
+        )
+    for axis in axes.ravel()[len(images) :]:
+        axis.axis("off")
+    for axis, image, truth, mask, caption in zip(axes.ravel(), images, truths, masks, captions, strict=False):
+        outlined(axis, image, truth, "#30d060")
+        outlined(axis, image, mask, "#ff5050")
+        axis.set_title(caption, fontsize=7)
+    figure.suptitle(f"{title}   green: annotation, red: prediction", fontsize=10)
+    records = [
+        {"caption": caption.replace("\n", " "), "true_pixels": int(truth.sum()), "found_pixels": int(mask.sum())}
+        for truth, mask, caption in zip(truths, masks, captions, strict=True)
+    ]
+    _save(figure, pd.DataFrame(records), path)
+
+
 def shorten(name: str) -> str:
     """An id that fits under a picture."""
     return name if len(name) <= 22 else f"{name[:8]}…{name[-12:]}"

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from pneumo.decision import metrics
 from pneumo.decision.metrics import dice, dice_runs
 from pneumo.kernels.runs import mask_to_runs
 
@@ -49,3 +50,132 @@ def test_refusals():
         dice(a[0], a[0])
     with pytest.raises(TypeError, match="bool"):
         dice(a.float(), a)
+
+
+def random_scores(seed: int, count: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Scores with many ties, and whether each case is positive."""
+    rng = np.random.default_rng(seed)
+    positive = rng.random(count) < 0.3
+    return (rng.integers(0, 12, count) + 3 * positive) / 15, positive
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_roc_auc_counts_pairs(seed):
+    score, positive = random_scores(seed)
+    wins = [(a > b) + (a == b) / 2 for a in score[positive] for b in score[~positive]]
+    assert metrics.roc_auc(score, positive, np.ones((1, 60)))[0] == pytest.approx(np.mean(wins), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_average_precision_steps_over_recall(seed):
+    score, positive = random_scores(seed)
+    total = 0.0
+    for at in np.unique(score):
+        flagged = score >= at
+        total += (positive & (score == at)).sum() * positive[flagged].mean()
+    found = metrics.average_precision(score, positive, np.ones((1, 60)))[0]
+    assert found == pytest.approx(total / positive.sum(), abs=1e-12)
+
+
+def test_weights_are_repetitions():
+    score, positive = random_scores(9)
+    weights = np.random.default_rng(1).integers(0, 4, (3, 60))
+    for statistic in (metrics.roc_auc, metrics.average_precision):
+        found = statistic(score, positive, weights)
+        for row, value in zip(weights, found, strict=True):
+            repeated = np.repeat(np.arange(60), row)
+            one = np.ones((1, len(repeated)))
+            assert statistic(score[repeated], positive[repeated], one)[0] == pytest.approx(value, abs=1e-12)
+    assert np.isnan(metrics.roc_auc(score, np.ones(60, bool), np.ones((1, 60)))[0])
+    assert np.isnan(metrics.average_precision(score, np.zeros(60, bool), np.ones((1, 60)))[0])
+
+
+def test_curves_end_where_all_are_flagged():
+    score, positive = random_scores(3)
+    curve = metrics.ranking_curves(score, positive)
+    assert curve["score"][0] == score.max()
+    assert (curve["false_positive_rate"][-1], curve["sensitivity"][-1]) == (1, 1)
+    assert curve["precision"][-1] == pytest.approx(positive.mean())
+    area = np.trapezoid([0, *curve["sensitivity"]], [0, *curve["false_positive_rate"]])
+    assert area == pytest.approx(metrics.roc_auc(score, positive, np.ones((1, 60)))[0])
+
+
+def test_reliability_by_hand():
+    score = np.array([0.05, 0.15, 0.15, 0.95, 1.0])
+    positive = np.array([False, True, False, True, True])
+    rows, error = metrics.reliability(score, positive)
+    assert [(row["low"], row["cases"], row["positive_share"]) for row in rows] == [
+        (0, 1, 0),
+        (0.1, 2, 0.5),
+        (0.9, 2, 1),
+    ]
+    assert error == pytest.approx((0.05 + 2 * 0.35 + 2 * 0.025) / 5)
+
+
+def test_interval_of_a_mean_is_that_of_theory():
+    values = np.random.default_rng(0).normal(size=(1, 2000))
+    alone = metrics.groups_of([None] * 2000)
+    (found,) = metrics.bootstrap_means(values, alone, draws=2000, seed=1)
+    half = 1.96 * values.std() / np.sqrt(2000)
+    assert found.value == pytest.approx(values.mean())
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.08)
+    assert metrics.bootstrap_means(values, alone, draws=200, seed=1) == metrics.bootstrap_means(
+        values, alone, draws=200, seed=1
+    )
+
+
+def test_patients_are_resampled_as_a_whole():
+    """Each value four times: knowing the patients, the interval is twice as wide."""
+    values = np.repeat(np.random.default_rng(0).normal(size=500), 4)[None]
+    patients = metrics.groups_of([f"p{i // 4}" for i in range(2000)])
+    assert len(np.unique(patients)) == 500
+    widths = [
+        found.high - found.low
+        for groups in (patients, metrics.groups_of([None] * 2000))
+        for found in metrics.bootstrap_means(values, groups, draws=1000, seed=0)
+    ]
+    assert widths[0] / widths[1] == pytest.approx(2, rel=0.12)
+
+
+def test_cases_that_do_not_count():
+    values = np.array([[1.0, np.nan, 0.0, np.nan], [np.nan] * 4])
+    groups = metrics.groups_of(["a", "a", None, None])
+    assert len(np.unique(groups)) == 3
+    first, none = metrics.bootstrap_means(values, groups, draws=100, seed=0)
+    assert first.value == 0.5
+    assert np.isnan([none.value, none.low, none.high]).all()
+
+
+def test_summary_by_hand():
+    dice_of = np.array([1.0, 0.0, 0.5, 0.0])
+    positive = np.array([False, False, True, True])
+    decided = np.array([False, True, True, False])
+    score = np.array([0.1, 0.8, 0.9, 0.2])
+    groups = metrics.groups_of([None] * 4)
+    found = metrics.summarise(dice_of, positive, decided, score, groups, draws=100, seed=0)
+    values = (found.dice, found.dice_positive, found.sensitivity, found.specificity, found.roc_auc)
+    assert [value.value for value in values] == [0.375, 0.25, 0.5, 0.5, 0.75]
+    assert (found.cases, found.positives, found.all_empty) == (4, 2, 0.5)
+    assert all(value.low <= value.value <= value.high for value in values)
+    without = metrics.summarise(dice_of, positive, decided, None, groups, draws=100, seed=0)
+    assert (without.roc_auc, without.average_precision, without.calibration_error) == (None, None, None)
+    empty = metrics.summarise(dice_of, np.zeros(4, bool), decided, score, groups, draws=100, seed=0)
+    assert np.isnan(empty.dice_positive.value) and empty.roc_auc is None
+
+
+def test_by_size_takes_positives_in_equal_parts():
+    rng = np.random.default_rng(0)
+    area = np.concatenate([np.zeros(30, int), rng.permutation(np.arange(1, 45))])
+    dice_of = np.where(area > 0, area / 100, 1.0)
+    decided = area > 22
+    groups = metrics.groups_of([None] * len(area))
+    rows = metrics.by_size(dice_of, area, decided, area / 100, groups, bins=4, draws=100, seed=0)
+    assert [(row["cases"], row["smallest"], row["largest"]) for row in rows] == [
+        (11, 1, 11), (11, 12, 22), (11, 23, 33), (11, 34, 44),
+    ]  # fmt: skip
+    assert [row["dice"].value for row in rows] == pytest.approx([0.06, 0.17, 0.28, 0.39])
+    assert [row["sensitivity"].value for row in rows] == [0, 0, 1, 1]
+    assert rows[0]["roc_auc"] == 1 and rows[0]["calibration_gap"] == pytest.approx(0.94)
+    few = metrics.by_size(dice_of[:33], area[:33], decided[:33], None, groups[:33], draws=100, seed=0)
+    assert [row["cases"] for row in few] == [1, 1, 1] and few[0]["roc_auc"] is None
+    assert metrics.by_size(dice_of[:30], area[:30], decided[:30], None, groups[:30], draws=100, seed=0) == []

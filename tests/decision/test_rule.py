@@ -67,6 +67,20 @@ def test_thresholds_are_checked(threshold):
         Rule(min_area=-1)
 
 
-def test_score_is_the_highest_probability():
-    assert rules.image_score(q_map()) == pytest.approx(200 / 255)
-    assert rules.image_score(np.zeros((2, 2), np.uint8)) == 0
+def test_score_is_the_mean_of_the_most_suspicious_pixels():
+    histogram = np.zeros((2, 256), dtype=np.int64)
+    histogram[:, 0] = 1024 - 5
+    histogram[0, [10, 100, 255]] = 1, 2, 2  # a 1/256 of 1024 pixels is 4
+    histogram[1, 0] = 1024
+    wanted = (2 * 255.5 + 2 * 100.5) / 256 / 4
+    assert rules.image_score(histogram).tolist() == [pytest.approx(wanted), 0]
+    assert rules.image_score(histogram[0]) == pytest.approx(wanted)
+    few = np.zeros(256, dtype=np.int64)
+    few[[0, 200]] = 3, 1
+    assert rules.image_score(few) == pytest.approx(200.5 / 256)  # one pixel at least
+
+
+def test_a_top_rule_of_no_pixels_still_asks_for_one():
+    q = q_map()
+    assert len(rules.decide(q, Rule(threshold=0.5, top_threshold=200 / 256, top_area=0)))
+    assert not len(rules.decide(q, Rule(threshold=0.5, top_threshold=201 / 256, top_area=0)))

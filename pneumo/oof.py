@@ -1,0 +1,227 @@
+"""Out-of-fold predictions: every training image as the networks see it that did not train on it, kept as tables.
+
+One file for each fold, beside the checkpoints that made it. Imports config, dataset, data, decision, ensemble,
+training, checkpoint, log, dist, errors.
+"""
+
+import io
+import json
+import zipfile
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pneumo import checkpoint, dataset, dist, ensemble, log, training
+from pneumo.config import Recipe
+from pneumo.data.feed import Feed, cut
+from pneumo.dataset import Dataset
+from pneumo.decision import metrics, tables, tune
+from pneumo.decision.rule import Rule, level
+from pneumo.decision.tables import Tables
+from pneumo.decision.tune import Grid
+from pneumo.errors import DataError, UsageError
+
+FORMAT = 1
+ARRAYS = ("levels", "histogram", "true_histogram", "agreement", "counts", "area", "overlap", "mean")
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """The out-of-fold predictions of a recipe.
+
+    Attributes:
+        image_ids: N cases, fold by fold.
+        rows: (N,) int64, their places in the data set.
+        folds: (N,) int64.
+        groups: (N,) int64, cases that are resampled together; see `pneumo.decision.metrics.groups_of`.
+        tables: of the N cases.
+        sources: sha256 of each checkpoint that predicted.
+    """
+
+    image_ids: tuple[str, ...]
+    rows: np.ndarray
+    folds: np.ndarray
+    groups: np.ndarray
+    tables: Tables
+    sources: dict[str, str]
+
+
+def path_of(recipe: Recipe, fold: int) -> Path:
+    """Where a fold's predictions by the weights that `predict.weights` names are kept."""
+    return recipe.stage_folder(fold, recipe.stages) / f"oof-{recipe.predict.weights}.npz"
+
+
+def grid(recipe: Recipe) -> Grid:
+    """The rules that the recipe tries; their thresholds are those that have components in the tables."""
+    return tune.make_grid(
+        Rule(**asdict(recipe.rule)),
+        recipe.data.annotation_size,
+        thresholds=recipe.tune.thresholds,
+        min_areas=recipe.tune.min_areas,
+        top_thresholds=recipe.tune.top_thresholds,
+        top_areas=recipe.tune.top_areas,
+    )
+
+
+def write(recipe: Recipe, data: Dataset, device: torch.device) -> None:
+    """Predict the held-out images of every fold whose last stage is done, unless that has been done already.
+
+    Processes of a launch share the images.
+
+    Raises:
+        UsageError: no fold is done.
+    """
+    folds = [fold for fold in range(recipe.folds.count) if training.finished(recipe, fold, recipe.stages)]
+    if not folds:
+        raise UsageError(f"{recipe.folder}: no fold has finished stage {recipe.stages}. Run: make cv")
+    for fold in folds:
+        models = ensemble.load(recipe, [fold], device)
+        origin = {
+            "format": FORMAT,
+            "checkpoints": models.sources,
+            "mirror": models.mirror,
+            "image_size": models.image_size,
+            "annotation_size": recipe.data.annotation_size,
+            "autocast": str(models.dtype),
+            "batch_size": recipe.predict.batch_size,
+            "data": models.data,
+            "split": models.split,
+            "levels": [level(threshold) for threshold in grid(recipe).thresholds],
+        }
+        path = path_of(recipe, fold)
+        if dist.broadcast(_is_current(path, origin)):
+            log.say(f"{path}: there already")
+            continue
+        _write_fold(recipe, data, fold, models, origin, device)
+
+
+def _is_current(path: Path, origin: dict[str, Any]) -> bool:
+    """Whether these predictions are there already; damaged or outdated ones are made anew."""
+    try:
+        return path.exists() and _read(path)[0] == origin
+    except DataError as error:
+        log.warn(str(error))
+        return False
+
+
+def _write_fold(
+    recipe: Recipe, data: Dataset, fold: int, models: ensemble.Ensemble, origin: dict[str, Any], device: torch.device
+) -> None:
+    if (data.digest, data.split) != (models.data, models.split):
+        raise DataError(
+            f"{', '.join(models.sources)}: trained on other images, annotations or folds than {recipe.data.root} and "
+            f"{recipe.folder / 'folds.csv'} now hold; its predictions would not be out of fold"
+        )
+    rows = np.flatnonzero(data.folds == fold)
+    pack = dataset.open_pack(recipe, "train", data.cases, models.image_size)
+    batches = cut(rows, recipe.predict.batch_size)
+    mine = batches[dist.rank() :: dist.world()]
+    reserve = int(recipe.train.gpu_reserve_gb * 2**30)
+    feed = Feed(pack, device, np.concatenate([rows[:0], *mine]), reserve=reserve)
+    levels = np.array(origin["levels"])
+
+    def measure(row: int, q: np.ndarray, agreement: np.ndarray) -> tuple[int, Tables]:
+        return row, tables.measure(q, data.cases[row].runs, levels, agreement)
+
+    done: list[tuple[int, Tables]] = []
+    with ThreadPoolExecutor(2) as pool:  # the host measures one batch while the device computes the next
+        pending: deque = deque()
+        shown = log.bar(mine, total=len(mine), title=f"out of fold {fold}")
+        for numbers, (image, _) in zip(shown, feed.batches(mine), strict=True):
+            names = [data.cases[row].image_id for row in numbers]
+            found = ensemble.predict(models, image, recipe.data.annotation_size, names)
+            pending.append(pool.map(measure, numbers.tolist(), found.q, found.agreement))
+            while len(pending) > 2:
+                done += pending.popleft()
+        for measured in pending:
+            done += measured
+    parts = [item for part in dist.gather(done) for item in part]
+    if not dist.is_main():
+        return
+    parts.sort(key=lambda item: item[0])
+    whole = tables.join([part for _, part in parts])
+    ids = np.array([data.cases[row].image_id for row, _ in parts])
+    content = io.BytesIO()
+    arrays = {name: getattr(whole, name) for name in ARRAYS}
+    np.savez_compressed(content, image_ids=ids, origin=np.array(json.dumps(origin)), **arrays)
+    path = path_of(recipe, fold)
+    checkpoint.write_atomic(path, content.getbuffer())
+    score = tables.dice(whole, Rule(**asdict(recipe.rule))).mean()
+    log.say(
+        f"{path}: {len(whole)} images, {len(content.getbuffer()) / 1e6:.1f} MB; Dice {score:.4f} "
+        f"(all empty {(~whole.positive).mean():.4f})"
+    )
+
+
+def load(recipe: Recipe, data: Dataset) -> OutOfFold:
+    """Read the out-of-fold predictions of every fold that has them.
+
+    Raises:
+        DataError: a file is damaged or outdated; or a fold lacks a prediction of one of its images, or has one of an
+            image that is not its own: names the ids.
+        UsageError: there are none.
+    """
+    folds = [fold for fold in range(recipe.folds.count) if path_of(recipe, fold).exists()]
+    suffix = ("" if recipe.name == "seed" else f" RECIPE={recipe.name}") + (
+        "" if recipe.predict.weights == "best" else f" SET=predict.weights={recipe.predict.weights}"
+    )
+    if not folds:
+        raise UsageError(f"{recipe.folder}: no out-of-fold predictions yet. Run: make oof{suffix}")
+    row_of = {case.image_id: row for row, case in enumerate(data.cases)}
+    parts, rows, sources, origins = [], [], {}, []
+    for fold in folds:
+        path = path_of(recipe, fold)
+        origin, image_ids, table = _read(path)
+        again = f"Run again: make oof{suffix}"
+        if (origin["data"], origin["split"]) != (data.digest, data.split):
+            raise DataError(f"{path} is of other images, annotations or folds than there are now. {again}")
+        for source, digest in origin["checkpoints"].items():
+            if Path(source).exists() and checkpoint.sha256(Path(source)) != digest:
+                raise DataError(f"{path} was made by another {source} than there is now. {again}")
+        wanted = {data.cases[row].image_id for row in np.flatnonzero(data.folds == fold)}
+        for what, odd in (
+            ("has no prediction of", sorted(wanted - set(image_ids))),
+            ("has predictions of images that are not of its fold,", sorted(set(image_ids) - wanted)),
+        ):
+            if odd:
+                raise DataError(f"{path} {what} {len(odd)} images, as {', '.join(odd[:5])}. {again}")
+        parts.append(table)
+        rows += [row_of[image_id] for image_id in image_ids]
+        sources |= origin["checkpoints"]
+        origins.append({key: origin[key] for key in ("mirror", "image_size", "annotation_size", "levels")})
+    if any(origin != origins[0] for origin in origins):
+        raise DataError(f"{recipe.folder}: the folds' predictions were made with different settings. {again}")
+    order = np.array(rows)
+    return OutOfFold(
+        image_ids=tuple(data.cases[row].image_id for row in rows),
+        rows=order,
+        folds=data.folds[order],
+        groups=metrics.groups_of([data.cases[row].patient for row in rows]),
+        tables=tables.join(parts),
+        sources=sources,
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Sequence[str], Tables]:
+    """A file's origin, image ids and tables; of another format, an origin that equals no other.
+
+    Raises:
+        DataError: damaged, or no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("a checksum differs")
+        with np.load(path, allow_pickle=False) as arrays:
+            origin = json.loads(str(arrays["origin"]))
+            if not isinstance(origin, dict) or origin.get("format") != FORMAT:
+                raise ValueError(f"not of format {FORMAT}")
+            return origin, arrays["image_ids"].tolist(), Tables(*(arrays[name] for name in ARRAYS))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, zipfile.zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error}). Delete it and run: make oof") from None

@@ -1,0 +1,191 @@
+"""The rule chosen on out-of-fold predictions, as a file that prediction reads: rule.toml.
+
+Imports config, dataset, oof, decision, ensemble, checkpoint, log, errors.
+"""
+
+import json
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pneumo import checkpoint, log, oof
+from pneumo.config import Recipe
+from pneumo.dataset import Dataset
+from pneumo.decision import metrics, tables, trust, tune
+from pneumo.decision.rule import Rule
+from pneumo.decision.trust import Signals, Trust
+from pneumo.decision.tune import Tuned
+from pneumo.ensemble import Ensemble
+from pneumo.errors import DataError, UsageError
+from pneumo.oof import OutOfFold
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """The rule that a prediction uses.
+
+    Attributes:
+        rule: itself.
+        source: the file it came from, or "recipe".
+        trust: expected Dice from confidence, as learned out of fold under this rule; None if nobody learned it.
+    """
+
+    rule: Rule
+    source: str
+    trust: Trust | None
+
+
+def recipe_rule(recipe: Recipe) -> Rule:
+    """The recipe's own rule."""
+    return Rule(**asdict(recipe.rule))
+
+
+def run(recipe: Recipe, data: Dataset) -> Tuned:
+    """Choose a rule on the recipe's out-of-fold predictions, print what it is worth, write rule.toml."""
+    found = oof.load(recipe, data)
+    tuned = search(recipe, found)
+    baseline = recipe_rule(recipe)
+    dice = metrics.bootstrap_means(tuned.dice[None], found.groups, draws=recipe.tune.draws, seed=recipe.seed)[0]
+    gain = tuned.gain(found.groups, draws=recipe.tune.draws, seed=recipe.seed)
+    positive = found.tables.positive
+    if not tuned.choice.reached:
+        log.warn(
+            f"no rule reaches a {recipe.tune.objective} of {recipe.tune.target}; the rules that come closest were taken"
+        )
+    log.say(
+        f"{len(found.image_ids)} cases of {len(tuned.fold_rules)} folds, {tuned.choice.plateau.size:,} rules\n"
+        f"recipe's rule    {describe(baseline)}: mean Dice {tuned.baseline.mean():.4f} (all masks empty: "
+        f"{(~positive).mean():.4f})\n"
+        f"chosen rule      {describe(tuned.rule)}, on a plateau of {tuned.choice.plateau.sum():,} rules\n"
+        f"cross-fitted     mean Dice {dice}; in-sample {tuned.in_sample:.4f}, optimism {tuned.optimism:+.4f}\n"
+        f"gain             {gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}) over the recipe's rule, paired"
+    )
+    signals = trust.signals(found.tables, tuned.rule)
+    learned = trust.fit(signals, tables.dice(found.tables, tuned.rule))
+    path = recipe.folder / "rule.toml"
+    measured = {
+        "cases": len(found.image_ids),
+        "objective": recipe.tune.objective,
+        "dice_cross_fitted": dice.value,
+        "dice_interval": [dice.low, dice.high],
+        "dice_in_sample": tuned.in_sample,
+        "dice_recipe": float(tuned.baseline.mean()),
+        "gain": gain.value,
+        "gain_interval": [gain.low, gain.high],
+        "all_empty": float((~positive).mean()),
+    }
+    write(path, Ruling(tuned.rule, str(path), learned), measured, found.sources)
+    log.say(f"{path}: predict.py uses it from now on; --rule recipe goes back to the recipe's")
+    return tuned
+
+
+def search(recipe: Recipe, found: OutOfFold) -> Tuned:
+    """Tune on out-of-fold predictions as the recipe says."""
+    settings = recipe.tune
+    return tune.tune(
+        found.tables,
+        found.folds,
+        oof.grid(recipe),
+        recipe_rule(recipe),
+        objective=settings.objective,
+        target=settings.target,
+        tolerance=settings.tolerance,
+    )
+
+
+def held_out_signals(found: OutOfFold, tuned: Tuned) -> Signals:
+    """The signals of each case under the rule that its fold had no say in."""
+    parts = []
+    order = []
+    for fold, rule in zip(np.unique(found.folds), tuned.fold_rules, strict=True):
+        rows = np.flatnonzero(found.folds == fold)
+        parts.append(trust.signals(found.tables.take(rows), rule))
+        order.append(rows)
+    back = np.argsort(np.concatenate(order))
+    return Signals(
+        *(np.concatenate([getattr(part, name) for part in parts])[back] for name in Signals.__dataclass_fields__)
+    )
+
+
+def write(path: Path, ruling: Ruling, measured: dict[str, Any], sources: dict[str, str]) -> None:
+    """Write a rule with what is known of it; a JSON scalar or list is TOML's as well."""
+    negative, positive = ruling.trust.knots
+    sections = {
+        "rule": asdict(ruling.rule),
+        "measured": measured,
+        "trust.negative": {"confidence": negative[0], "dice": negative[1]},
+        "trust.positive": {"confidence": positive[0], "dice": positive[1]},
+        "checkpoints": sources,
+    }
+    lines = ["# Chosen on out-of-fold predictions; predict.py uses it with these checkpoints only."]
+    for name, table in sections.items():
+        lines += ["", f"[{name}]", *(f"{_key(key)} = {json.dumps(value)}" for key, value in table.items())]
+    checkpoint.write_atomic(path, "\n".join(lines).encode() + b"\n")
+
+
+def ruling_for(recipe: Recipe, models: Ensemble, choice: str) -> Ruling:
+    """The rule to predict with.
+
+    Args:
+        choice: "auto": rule.toml of the recipe's run folder if it is there, else the recipe's; "recipe"; or a file.
+
+    Raises:
+        UsageError: rule.toml was chosen for other checkpoints.
+        DataError: the file is wrong.
+    """
+    own = recipe.folder / "rule.toml"
+    if choice == "recipe" or (choice == "auto" and not own.exists()):
+        return Ruling(recipe_rule(recipe), "recipe", None)
+    path = own if choice == "auto" else Path(choice)
+    ruling, sources = read(path)
+    if choice == "auto" and not set(models.sources.values()) <= set(sources.values()):
+        raise UsageError(
+            f"{path} was chosen for other checkpoints than {', '.join(models.sources)}. Run make oof and make tune "
+            f"again, or use --rule recipe."
+        )
+    return ruling
+
+
+def read(path: Path) -> tuple[Ruling, dict[str, str]]:
+    """Read what `write` wrote; a file with nothing but [rule] will do.
+
+    Raises:
+        DataError: no such file, or not such a file; names the key.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"{path}: not a rule file: {error}") from None
+    try:
+        table = document["rule"]
+        if odd := table.keys() - asdict(Rule()).keys():
+            raise ValueError(f"unknown key rule.{min(odd)}")
+        kinds = {"threshold": float, "top_threshold": float, "min_area": int, "top_area": int}
+        for key, value in table.items():
+            if type(value) is not kinds[key] and not (kinds[key] is float and type(value) is int):
+                raise ValueError(f"rule.{key}: expected {kinds[key].__name__}, got {value!r}")
+        rule = Rule(**table)
+        learned = None
+        if "trust" in document:
+            knots = [document["trust"][side] for side in ("negative", "positive")]
+            learned = Trust(tuple((tuple(map(float, k["confidence"])), tuple(map(float, k["dice"]))) for k in knots))
+            if any(len(at) != len(value) or not at or list(at) != sorted(at) for at, value in learned.knots):
+                raise ValueError("trust: confidence must rise, and have as many values as dice")
+        sources = {str(key): str(value) for key, value in document.get("checkpoints", {}).items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"no [{error.args[0]}]" if isinstance(error, KeyError) else error
+        raise DataError(f"{path}: not a rule file: {reason}") from None
+    return Ruling(rule, str(path), learned), sources
+
+
+def describe(rule: Rule) -> str:
+    """A rule in words."""
+    top = f", positive if > {rule.top_area:,} px above {rule.top_threshold:g}" if rule.top_threshold else ""
+    return f"threshold {rule.threshold:g}, components > {rule.min_area:,} px{top}"
+
+
+def _key(key: str) -> str:
+    return key if key.replace("_", "").isalnum() else json.dumps(key)

@@ -1,0 +1,71 @@
+import maps
+import numpy as np
+import pytest
+
+from pneumo.decision import metrics, tables, trust
+from pneumo.decision.rule import Rule, decide
+from pneumo.decision.trust import Signals
+
+RULE = Rule(threshold=100 / 256, min_area=5)
+
+
+def made_up(confidence: np.ndarray, decided: np.ndarray) -> Signals:
+    """Signals of this confidence."""
+    one = np.ones(len(confidence))
+    return Signals(decided, decided * 10, np.where(decided, 0.9, 1 - confidence), one, np.where(decided, confidence, 1))
+
+
+def test_signals_of_a_mask():
+    cases = maps.draw(np.random.default_rng(0), 8, 24)
+    found = trust.signals(maps.measured(cases, [50, 100]), RULE)
+    for i, (q, _) in enumerate(cases):
+        runs = decide(q, RULE)
+        assert found.decided[i] == (len(runs) > 0)
+        assert found.area[i] == metrics.area(runs)
+    assert ((found.soft_dice >= 0) & (found.soft_dice <= 1)).all()
+    assert (found.soft_dice[~found.decided] == 1).all()
+    assert ((found.confidence >= 0) & (found.confidence <= 1)).all()
+
+
+def test_soft_dice_is_the_dice_of_probabilities():
+    q = np.zeros((16, 16), dtype=np.uint8)
+    q[2:6, 2:6] = 255
+    q[10, 10] = 128
+    table = tables.measure(q, np.empty((0, 2), np.int64), np.array([100]))
+    mask, other = 16 * 255.5 / 256, 128.5 / 256
+    assert trust.signals(table, RULE).soft_dice == pytest.approx([2 * mask / (16 + mask + other)])
+
+
+def test_expected_dice_rises_and_is_right_on_average():
+    rng = np.random.default_rng(1)
+    confidence, decided = rng.random(3000), rng.random(3000) < 0.5
+    chance = np.where(decided, confidence, 0.5 + confidence / 2)
+    dice = (rng.random(3000) < chance).astype(float)
+    found = made_up(confidence, decided)
+    expected = trust.cross_fitted(found, dice, np.arange(3000) % 5)
+    assert np.abs(expected - chance).mean() < 0.05
+    for side in (decided, ~decided):
+        learned = trust.fit(found, dice).expected_dice(found)[side]
+        assert learned.mean() == pytest.approx(dice[side].mean(), abs=1e-3)
+        assert (np.diff(learned[np.argsort(confidence[side])]) >= 0).all()
+
+
+def test_the_queue_is_worth_something_only_if_confidence_tells():
+    rng = np.random.default_rng(2)
+    dice = rng.random(2000)
+    decided = np.ones(2000, dtype=bool)
+    told, untold = (
+        trust.risk_coverage(trust.cross_fitted(made_up(signal, decided), dice, np.arange(2000) % 4), dice)
+        for signal in (np.clip(dice + rng.normal(size=2000) * 0.1, 0, 1), rng.random(2000))
+    )
+    half = 999
+    assert told["oracle"][half] >= told["dice"][half] > told["random"][half] + 0.2
+    assert untold["dice"][half] == pytest.approx(untold["random"][half], abs=0.04)
+    assert told["coverage"][-1] == 1 and told["dice"][-1] == pytest.approx(dice.mean())
+
+
+def test_a_decision_never_seen_gets_the_mean():
+    found = made_up(np.array([0.2, 0.8]), np.array([True, True]))
+    learned = trust.fit(found, np.array([0.3, 0.7]))
+    unseen = made_up(np.array([0.5]), np.array([False]))
+    assert learned.expected_dice(unseen) == pytest.approx([0.5])

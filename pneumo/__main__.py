@@ -101,14 +101,30 @@ def score(options: argparse.Namespace) -> None:
     from pneumo.score import score_files
 
     recipe = cli.load_recipe(options)
-    result = score_files(options.submission, options.truth, annotation_size=recipe.data.annotation_size)
+    result = score_files(
+        options.submission,
+        options.truth,
+        annotation_size=recipe.data.annotation_size,
+        patients=options.patients,
+        draws=recipe.tune.draws,
+        seed=recipe.seed,
+    )
     if options.json:
         print(json.dumps(result))
         return
-    shown = {key: "-" if value is None else f"{value:.4f}" for key, value in result.items()}
+
+    def shown(name: str) -> str:
+        if result[name] is None:
+            return "-"
+        low, high = result[f"{name}_interval"]
+        return f"{result[name]:.4f} ({low:.4f} to {high:.4f})"
+
     print(
-        f"{result['cases']} cases, {result['positives']} positive: mean Dice {shown['dice']} (all masks empty: "
-        f"{shown['all_empty']}), on positives {shown['dice_positive']}, true negatives {shown['true_negative_rate']}"
+        f"{result['cases']} cases, {result['positives']} positive; 95 % intervals\n"
+        f"mean Dice            {shown('dice')}; all masks empty: {result['all_empty']:.4f}\n"
+        f"Dice on positives    {shown('dice_positive')}\n"
+        f"true-negative rate   {shown('specificity')}\n"
+        f"sensitivity          {shown('sensitivity')}"
     )
 
 
@@ -166,6 +182,7 @@ def main() -> int:
         if command is score:
             subparser.add_argument("submission", type=Path, help="CSV file: ImageId,EncodedPixels")
             subparser.add_argument("truth", type=Path, help="CSV file of annotations")
+            subparser.add_argument("--patients", type=Path, help="CSV file: ImageId,patient_id, for the intervals")
             subparser.add_argument("--json", action="store_true", help="print one JSON object")
     return cli.run(lambda options: options.run(options), parser)
 

@@ -6,38 +6,70 @@ from typing import Any
 import numpy as np
 
 from pneumo.data import cases
-from pneumo.decision.metrics import dice_runs
+from pneumo.data.cases import Problem
+from pneumo.decision import metrics
 from pneumo.errors import DataError
+from pneumo.kernels.runs import area
+
+EMPTY_SPELLINGS = ("", "-1.0", "nan", "NaN")  # what table programs make of an empty mask's -1, besides -1 itself
 
 
-def score_files(submission: Path, truth: Path, *, annotation_size: int) -> dict[str, Any]:
+def score_files(
+    submission: Path,
+    truth: Path,
+    *,
+    annotation_size: int,
+    patients: Path | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Score a submission; its ids are the cases, and rows of the truth for other ids do not matter.
 
     Args:
         submission, truth: CSV files of codes, perhaps gzipped; several rows of one id are united.
         annotation_size: side of the square grid of the codes, pixels.
+        patients: CSV file of ImageId,patient_id; intervals then resample patients.
+        draws: bootstrap samples of an interval.
 
     Returns:
-        {"cases", "positives", "dice", "dice_positive", "true_negative_rate", "all_empty"}; a mean over no case is None.
+        "cases", "positives", "dice", "dice_positive", "true_negative_rate", "sensitivity", "specificity" (of the
+        images' decisions; the latter is the true-negative rate), "all_empty", and [low, high] as "dice_interval",
+        "dice_positive_interval", "sensitivity_interval", "specificity_interval"; None for a mean over no case.
 
     Raises:
         DataError: a file is wrong, or the truth lacks ids; names them.
     """
-    decided, problems = cases.read_codes(submission, annotation_size)
+    decided, problems = cases.read_codes(submission, annotation_size, also_empty=EMPTY_SPELLINGS)
     cases.raise_fatal(problems, None)
-    annotated, problems = cases.read_codes(truth, annotation_size)
-    cases.raise_fatal(problems, None)
+    annotated, problems = cases.read_codes(truth, annotation_size, also_empty=EMPTY_SPELLINGS)
+    cases.raise_fatal(_of(decided, problems), None)
     if missing := [image_id for image_id in decided if image_id not in annotated]:
         raise DataError(
             f"{truth}: no truth for {len(missing)} of {len(decided)} ids of {submission}, as {', '.join(missing[:5])}"
         )
-    dice = np.array([dice_runs(runs, annotated[image_id]) for image_id, runs in decided.items()])
-    positive = np.array([len(annotated[image_id]) > 0 for image_id in decided])
-    return {
-        "cases": len(dice),
-        "positives": int(positive.sum()),
-        "dice": float(dice.mean()),
-        "dice_positive": float(dice[positive].mean()) if positive.any() else None,
-        "true_negative_rate": float(dice[~positive].mean()) if not positive.all() else None,
-        "all_empty": float((~positive).mean()),
-    }
+    patient_of: dict[str, str] = {}
+    if patients is not None:
+        patient_of, problems = cases.read_patients(patients)
+        cases.raise_fatal(_of(decided, problems), None)
+    scores = metrics.summarise(
+        np.array([metrics.dice_runs(runs, annotated[image_id]) for image_id, runs in decided.items()]),
+        np.array([area(annotated[image_id]) > 0 for image_id in decided]),
+        np.array([area(runs) > 0 for runs in decided.values()]),
+        None,
+        metrics.groups_of([patient_of.get(image_id) for image_id in decided]),
+        draws=draws,
+        seed=seed,
+    )
+    result: dict[str, Any] = {"cases": scores.cases, "positives": scores.positives, "all_empty": scores.all_empty}
+    for name in ("dice", "dice_positive", "sensitivity", "specificity"):
+        found = getattr(scores, name)
+        counted = not np.isnan(found.value)
+        result[name] = found.value if counted else None
+        result[f"{name}_interval"] = [found.low, found.high] if counted else None
+    result["true_negative_rate"] = result["specificity"]
+    return result
+
+
+def _of(decided: dict[str, np.ndarray], problems: list[Problem]) -> list[Problem]:
+    """Problems of the file as a whole and of the ids that are scored."""
+    return [problem for problem in problems if not problem.image_id or problem.image_id in decided]

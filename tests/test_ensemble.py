@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 from pneumo import ensemble
+from pneumo.decision.rule import quantise
 from pneumo.ensemble import Ensemble
-from pneumo.errors import UsageError
+from pneumo.errors import NotFiniteError, UsageError
 
 
 class LeftRight(nn.Module):
@@ -28,18 +29,42 @@ def image() -> torch.Tensor:
     return torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
+def probs_of(left: float, picture: torch.Tensor) -> torch.Tensor:
+    """What one network says."""
+    return LeftRight(left)(picture.float() / 255).sigmoid()
+
+
+def quantised(models: Ensemble) -> torch.Tensor:
+    return torch.from_numpy(ensemble.predict(models, image(), 8, "abc").q)
+
+
 def test_probabilities_are_averaged_over_folds():
-    one, two = LeftRight(0.0), LeftRight(3.0)
-    alone = [ensemble.predict(made(model, mirror=False), image()) for model in (one, two)]
-    torch.testing.assert_close(ensemble.predict(made(one, two, mirror=False), image()), sum(alone) / 2)
-    torch.testing.assert_close(alone[0], (image() / 255 * 4 - 2).sigmoid())
+    wanted = (probs_of(0.0, image()) + probs_of(3.0, image())) / 2
+    assert torch.equal(quantised(made(LeftRight(0.0), LeftRight(3.0), mirror=False)), quantise(wanted)[:, 0])
 
 
 def test_the_mirror_image_is_mirrored_back():
-    plain = made(LeftRight(3.0), mirror=False)
-    wanted = (ensemble.predict(plain, image()) + ensemble.predict(plain, image().flip(-1)).flip(-1)) / 2
-    torch.testing.assert_close(ensemble.predict(made(LeftRight(3.0), mirror=True), image()), wanted)
-    assert not torch.allclose(ensemble.predict(plain, image()), wanted)
+    plain = probs_of(3.0, image())
+    wanted = (plain + probs_of(3.0, image().flip(-1)).flip(-1)) / 2
+    assert torch.equal(quantised(made(LeftRight(3.0), mirror=True)), quantise(wanted)[:, 0])
+    assert not torch.equal(quantise(plain), quantise(wanted))
+
+
+def test_agreement_is_whole_only_if_all_views_are_alike():
+    models = (LeftRight(0.0), LeftRight(0.0))
+    assert (ensemble.predict(made(*models, mirror=True), image(), 8, "abc").agreement == 1).all()
+    assert ensemble.predict(made(LeftRight(3.0), mirror=True), image(), 8, "abc").agreement[:, 128].max() < 1
+
+
+def test_a_probability_that_is_no_number_is_never_an_empty_mask():
+    class Broken(LeftRight):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(image)
+            logits[1, 0, 2, 3] = float("nan")
+            return logits
+
+    with pytest.raises(NotFiniteError, match="probabilities of b are not numbers"):
+        ensemble.predict(made(LeftRight(0.0), Broken(0.0), mirror=False), image(), 8, "abc")
 
 
 def test_folds_are_parsed():

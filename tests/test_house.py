@@ -17,14 +17,16 @@ ALLOWED = {
     "checkpoint": {"errors"},
     "log": {"checkpoint", "dist", "errors"},
     "cli": {"config", "errors", "log"},
-    "score": {"data", "decision", "errors"},
+    "score": {"data", "decision", "kernels", "errors"},
     "submission": {"data", "checkpoint", "errors"},
     "dataset": {"data"} | BASE,
     "engine": {"data", "model", "decision"} | BASE,
     "training": {"data", "model", "decision", "dataset", "engine"} | BASE,
-    "ensemble": {"model", "engine", "training"} | BASE,
-    "inference": {"data", "decision", "kernels", "dataset", "ensemble", "submission"} | BASE,
-    "report": {"data", "decision", "dataset", "engine", "training", "ensemble", "inference"} | BASE,
+    "ensemble": {"model", "decision", "engine", "training"} | BASE,
+    "oof": {"data", "decision", "dataset", "training", "ensemble"} | BASE,
+    "tuning": {"decision", "dataset", "ensemble", "oof"} | BASE,
+    "inference": {"data", "decision", "kernels", "dataset", "ensemble", "tuning", "submission"} | BASE,
+    "report": {"data", "decision", "kernels", "dataset", "training", "ensemble", "oof", "tuning"} | BASE,
 }
 
 

@@ -219,15 +219,20 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
     return dict(sorted(found.items())), problems
 
 
-def read_codes(path: Path, annotation_size: int) -> tuple[dict[str, np.ndarray], list[Problem]]:
+def read_codes(
+    path: Path, annotation_size: int, *, also_empty: Collection[str] = ()
+) -> tuple[dict[str, np.ndarray], list[Problem]]:
     """Read annotations: a CSV, perhaps gzipped, with columns ImageId and EncodedPixels (or fname and mask).
+
+    Args:
+        also_empty: what else than -1 codes an empty mask.
 
     Returns:
         Runs by id, in order of first appearance, the union of its rows, without the ids that have a fatal
         problem; and all problems.
     """
     problems: list[Problem] = []
-    runs_of, _ = _read_codes(path, annotation_size, problems)
+    runs_of, _ = _read_codes(path, annotation_size, problems, also_empty)
     return runs_of, problems
 
 
@@ -468,7 +473,7 @@ def _check_square(
 
 
 def _read_codes(
-    path: Path, annotation_size: int, problems: list[Problem]
+    path: Path, annotation_size: int, problems: list[Problem], also_empty: Collection[str] = ()
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Runs by id, and the line on which an id first appears, those with a fatal problem included."""
     rows: dict[str, list[tuple[int, str, np.ndarray]]] = {}
@@ -477,6 +482,7 @@ def _read_codes(
     for line, (image_id, code) in _rows(path, ("ImageId", "EncodedPixels"), problems):
         lines.setdefault(image_id, line)
         try:
+            code = rle.EMPTY if code.strip() in also_empty else code
             runs = rle.decode_runs(code, annotation_size, annotation_size)
         except ValueError as error:
             bad.add(image_id)

@@ -1,0 +1,184 @@
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import small_run
+import torch
+
+from pneumo import checkpoint, dataset, ensemble, log, oof
+from pneumo.data import rle
+from pneumo.data.feed import Feed
+from pneumo.decision import metrics, tables
+from pneumo.decision.rule import Rule, decide, resize_quantise
+from pneumo.errors import DataError, UsageError
+from pneumo.score import score_files
+
+CPU = torch.device("cpu")
+SMALL = ("tune.thresholds=6", "tune.min_areas=5", "tune.top_thresholds=3", "tune.top_areas=4", "train.amp=off")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    small_run.write_data(folder)
+    (folder / "patients.csv").write_text(
+        "ImageId,patient_id\n" + "".join(f"train-{i:03d},p{i // 2}\n" for i in range(17))
+    )
+    return folder
+
+
+@pytest.fixture
+def recipe(repo, root, tmp_path):
+    return small_run.recipe(repo, root, tmp_path, *SMALL)
+
+
+def test_every_case_by_the_fold_that_did_not_see_it(recipe, capsys):
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    found = oof.load(recipe, data)
+    assert sorted(found.image_ids) == [case.image_id for case in data.cases]
+    assert len(found.sources) == 3
+    assert len(np.unique(found.groups)) == 10  # nine pairs but for one image of unknown patient
+    rule = Rule(**asdict(recipe.rule))
+    dice = tables.dice(found.tables, rule)
+    pack = dataset.open_pack(recipe, "train", data.cases, 64)
+    for fold in range(3):
+        models = ensemble.load(recipe, [fold], CPU)
+        inside = np.flatnonzero(found.folds == fold)
+        ((image, _),) = Feed(pack, CPU, found.rows[inside]).batches([found.rows[inside]])
+        predicted = ensemble.predict(models, image, 64, [found.image_ids[i] for i in inside])
+        for place, q in zip(inside, predicted.q, strict=True):
+            case = data.cases[found.rows[place]]
+            assert (case.image_id, data.folds[found.rows[place]]) == (found.image_ids[place], fold)
+            assert dice[place] == metrics.dice_runs(decide(q, rule), case.runs)
+    # a second time nothing is computed
+    before = oof.path_of(recipe, 0).stat().st_mtime_ns
+    oof.write(recipe, data, CPU)
+    assert oof.path_of(recipe, 0).stat().st_mtime_ns == before
+    assert "there already" in capsys.readouterr().out
+
+
+def test_tables_and_a_submission_score_alike(recipe, root, tmp_path):
+    """The tables' Dice is what `score` says of a submission that holds the same masks."""
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    found = oof.load(recipe, data)
+    rule = Rule(threshold=0.5, min_area=3)
+    pack = dataset.open_pack(recipe, "train", data.cases, 64)
+    lines = []
+    for fold in range(3):
+        models = ensemble.load(recipe, [fold], CPU)
+        rows = np.flatnonzero(data.folds == fold)
+        ((image, _),) = Feed(pack, CPU, rows).batches([rows])
+        for row, q in zip(rows, ensemble.predict(models, image, 64, [""] * len(rows)).q, strict=True):
+            lines.append(f"{data.cases[row].image_id},{rle.encode_runs(decide(q, rule))}")
+    (tmp_path / "s.csv").write_text("\n".join(["ImageId,EncodedPixels", *lines]) + "\n")
+    scored = score_files(tmp_path / "s.csv", root / "train-rle.csv", annotation_size=64)
+    assert scored["dice"] == pytest.approx(tables.dice(found.tables, rule).mean(), abs=1e-12)
+
+
+def test_mirror_agreement_is_recorded(recipe):
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    models = ensemble.load(recipe, [0], CPU)
+    rows = np.flatnonzero(data.folds == 0)
+    pack = dataset.open_pack(recipe, "train", data.cases, 64)
+    ((image, _),) = Feed(pack, CPU, rows).batches([rows])
+    plain, mirrored = (resize_quantise(probs, 64) for probs in ensemble._views(models, image))
+    q = ensemble.predict(models, image, 64, [""] * len(rows)).q
+    found = oof.load(recipe, data)
+    place = found.tables.place(0.5)
+    for i, row in enumerate(rows):
+        masks = [view[i].numpy() >= 128 for view in (plain, mirrored)]
+        wanted = np.mean([float(metrics.dice(mask, q[i] >= 128)) for mask in masks])
+        mine = found.tables.agreement[found.rows.tolist().index(row), place]
+        assert mine == pytest.approx(wanted, abs=1e-6)
+
+
+def test_weights_are_chosen_by_name(recipe):
+    data = small_run.pretend_trained(recipe, "best.pt", "ema.pt", "epoch1.pt", "epoch2.pt")
+    found = {}
+    for weights in ("best", "ema", "average"):
+        chosen = replace(recipe, predict=replace(recipe.predict, weights=weights, mirror=False))
+        oof.write(chosen, data, CPU)
+        found[weights] = oof.load(chosen, data)
+    assert [len(one.sources) for one in found.values()] == [3, 3, 6]
+    assert not np.array_equal(found["best"].tables.histogram, found["ema"].tables.histogram)
+    average = replace(recipe, predict=replace(recipe.predict, weights="average", mirror=False))
+    models = ensemble.load(average, [1], CPU)
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 1, 64, 64), dtype=np.uint8))
+    first, second = (probs.double() for probs in ensemble._views(models, image))
+    q = ensemble.predict(models, image, 64, ["a", "b"]).q
+    np.testing.assert_array_equal(q, resize_quantise(((first + second) / 2).float(), 64).numpy())
+
+
+@pytest.mark.parametrize(("weights", "hint"), [("ema", "train.ema above 0"), ("average", "train.keep_best above 1")])
+def test_weights_that_were_not_kept_are_named(recipe, weights, hint):
+    small_run.pretend_trained(recipe)
+    chosen = replace(recipe, predict=replace(recipe.predict, weights=weights))
+    with pytest.raises(UsageError, match=hint):
+        ensemble.load(chosen, [0], CPU)
+
+
+def test_what_is_missing_or_strange_is_named(recipe, root, tmp_path):
+    data = small_run.pretend_trained(recipe)
+    with pytest.raises(UsageError, match=r"no out-of-fold predictions yet\. Run: make oof$"):
+        oof.load(recipe, data)
+    oof.write(recipe, data, CPU)
+    path = oof.path_of(recipe, 1)
+    with np.load(path) as arrays:
+        content = dict(arrays)
+    gone, others = content["image_ids"][0], content["image_ids"].copy()
+    others[0] = "stranger"
+    np.savez(path, **{**content, "image_ids": others})
+    with pytest.raises(DataError, match=rf"oof-best.npz has no prediction of 1 images, as {gone}\. Run again"):
+        oof.load(recipe, data)
+    np.savez(path, **{**content, "image_ids": np.append(content["image_ids"], "stranger")})
+    with pytest.raises(DataError, match="has predictions of images that are not of its fold, 1 images, as stranger"):
+        oof.load(recipe, data)
+
+
+def test_outdated_and_damaged_files_are_refused_and_made_anew(recipe, capsys):
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    path = oof.path_of(recipe, 2)
+    good = path.read_bytes()
+    for bad in (good[: len(good) // 2], b"", b"<html>", good[:200] + bytes([good[200] ^ 1]) + good[201:]):
+        path.write_bytes(bad)
+        with pytest.raises(DataError, match=r"oof-best.npz cannot be read .* run: make oof"):
+            oof.load(recipe, data)
+    oof.write(recipe, data, CPU)
+    assert "cannot be read" in capsys.readouterr().err
+    oof.load(recipe, data)
+    best = recipe.stage_folder(0, 3) / "best.pt"
+    state = checkpoint.load(best)
+    checkpoint.save({**state, "record": {"epoch": 2, "dice": 0.6}}, best)
+    with pytest.raises(DataError, match=r"was made by another .*best.pt than there is now"):
+        oof.load(recipe, data)
+    oof.write(recipe, data, CPU)
+    oof.load(recipe, data)
+    checkpoint.save({**state, "split": "another"}, best)
+    with pytest.raises(DataError, match="would not be out of fold"):
+        oof.write(recipe, data, CPU)
+
+
+def test_only_finished_folds_are_predicted(recipe):
+    data = small_run.pretend_trained(recipe)
+    log.write_status(recipe.stage_folder(1, 3), "running", epoch=1, epochs=2)
+    oof.write(recipe, data, CPU)
+    assert set(oof.load(recipe, data).folds) == {0, 2}
+    for fold in (0, 2):
+        log.write_status(recipe.stage_folder(fold, 3), "running", epoch=1, epochs=2)
+    with pytest.raises(UsageError, match="no fold has finished stage 3"):
+        oof.write(recipe, data, CPU)
+
+
+def test_the_file_says_what_made_it(recipe):
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    with np.load(oof.path_of(recipe, 0)) as arrays:
+        origin = json.loads(str(arrays["origin"]))
+    (source,) = origin["checkpoints"]
+    assert origin["checkpoints"][source] == checkpoint.sha256(recipe.stage_folder(0, 3) / "best.pt")
+    assert (origin["mirror"], origin["image_size"], origin["annotation_size"]) == (True, 64, 64)

@@ -1,0 +1,135 @@
+import json
+import tomllib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import small_run
+import torch
+
+from pneumo import ensemble, oof, tuning
+from pneumo.decision.rule import Rule
+from pneumo.decision.trust import Trust
+from pneumo.errors import DataError, UsageError
+from pneumo.tuning import Ruling
+
+CPU = torch.device("cpu")
+SMALL = ("tune.thresholds=6", "tune.min_areas=5", "tune.top_thresholds=3", "tune.top_areas=4", "tune.draws=100")
+
+
+@pytest.fixture(scope="module")
+def place(repo, tmp_path_factory):
+    """A recipe with random networks and their out-of-fold predictions, and its data."""
+    folder = tmp_path_factory.mktemp("tuning")
+    small_run.write_data(folder / "data")
+    recipe = small_run.recipe(repo, folder / "data", folder / "runs", *SMALL)
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    return recipe, data
+
+
+def test_tune_prints_what_it_found_and_prediction_uses_it(place, capsys):
+    recipe, data = place
+    tuned = tuning.run(recipe, data)
+    printed = capsys.readouterr().out
+    for word in ("all masks empty: 0.6667", "cross-fitted", "optimism", "gain", "paired", "18 cases of 3 folds"):
+        assert word in printed
+    models = ensemble.load(recipe, [0, 2], CPU)
+    ruling = tuning.ruling_for(recipe, models, "auto")
+    assert (ruling.rule, ruling.source) == (tuned.rule, str(recipe.folder / "rule.toml"))
+    assert tuning.ruling_for(recipe, models, "recipe") == Ruling(tuning.recipe_rule(recipe), "recipe", None)
+    found = oof.load(recipe, data)
+    signals = tuning.held_out_signals(found, tuned)
+    expected = ruling.trust.expected_dice(signals)
+    assert ((expected >= 0) & (expected <= 1)).all()
+    area = np.empty(18)
+    for fold, rule in enumerate(tuned.fold_rules):
+        inside = np.flatnonzero(found.folds == fold)
+        area[inside] = tuning.trust.signals(found.tables.take(inside), rule).area
+    np.testing.assert_array_equal(signals.area, area)
+    # other networks than those the rule was chosen for
+    path = recipe.folder / "rule.toml"
+    good = path.read_text()
+    digest = next(iter(models.sources.values()))
+    path.write_text(good.replace(digest, "0" * 64))
+    with pytest.raises(UsageError, match=r"chosen for other checkpoints than .*make tune again"):
+        tuning.ruling_for(recipe, models, "auto")
+    assert tuning.ruling_for(recipe, models, str(path)).rule == tuned.rule  # named on purpose
+    path.unlink()
+    assert tuning.ruling_for(recipe, models, "auto").source == "recipe"
+
+
+@pytest.mark.parametrize("objective", ["sensitivity", "specificity"])
+def test_other_objectives(place, capsys, objective):
+    recipe, data = place
+    other = replace(recipe, tune=replace(recipe.tune, objective=objective, target=0.9))
+    tuned = tuning.run(other, data)
+    share = tuned.sums.without(-1)
+    value = (share.sensitivity if objective == "sensitivity" else share.specificity)[tuned.choice.index]
+    assert value >= 0.9 or "no rule reaches" in capsys.readouterr().err
+
+
+def test_a_file_reads_as_it_was_written(tmp_path):
+    rule = Rule(threshold=0.3046875, min_area=3000, top_threshold=0.75, top_area=2000)
+    learned = Trust((((0.1, 0.5), (0.9, 0.95)), ((0.0,), (0.6,))))
+    path = tmp_path / "rule.toml"
+    tuning.write(path, Ruling(rule, "", learned), {"dice": 0.85, "interval": [0.8, 0.9]}, {"runs/a b/best.pt": "ff"})
+    assert tuning.read(path) == (Ruling(rule, str(path), learned), {"runs/a b/best.pt": "ff"})
+
+
+def test_a_rule_alone_will_do(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[rule]\nthreshold = 0.25\nmin_area = 7\n")
+    assert tuning.read(path)[0] == Ruling(Rule(threshold=0.25, min_area=7), str(path), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("threshold = 0.5", r"no \[rule\]"),
+        ("[rule]\nthreshold = 0.3", "multiple of 1/256"),
+        ("[rule]\ntreshold = 0.5", r"unknown key rule\.treshold"),
+        ("[rule]\nmin_area = 3.5", r"rule\.min_area: expected int, got 3\.5"),
+        ("[rule]\nmin_area = true", "expected int"),
+        ('[rule]\nthreshold = "0.5"', "expected float"),
+        ("[rule]\n[trust.positive]\nconfidence = [1]\ndice = [1]", r"no \[negative\]"),
+        ("[rule]\n[trust]\nnegative = {confidence = [1, 0], dice = [1, 1]}\npositive = {confidence = [1], dice = [1]}",
+         "confidence must rise"),
+        ("rule = 3", "not a rule file"),
+        ("= nothing", "not a rule file"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_named(tmp_path, text, message):
+    path = tmp_path / "rule.toml"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        tuning.read(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(DataError, match="gone"):
+        tuning.read(tmp_path / "gone.toml")
+
+
+def test_one_fold_alone_cannot_be_tuned(place, repo, tmp_path):
+    recipe, data = place
+    found = oof.load(recipe, data)
+    inside = np.flatnonzero(found.folds == 1)
+    one = replace(
+        found,
+        image_ids=tuple(found.image_ids[i] for i in inside),
+        rows=found.rows[inside],
+        folds=found.folds[inside],
+        groups=found.groups[inside],
+        tables=found.tables.take(inside),
+    )
+    with pytest.raises(UsageError, match="only fold 1 has out-of-fold predictions"):
+        tuning.search(recipe, one)
+
+
+def test_the_measured_values_are_kept_with_the_rule(place):
+    recipe, data = place
+    tuned = tuning.run(recipe, data)
+    document = tomllib.loads((recipe.folder / "rule.toml").read_text())
+    assert document["measured"]["dice_cross_fitted"] == tuned.dice.mean()
+    assert document["measured"]["cases"] == 18
+    assert len(document["checkpoints"]) == 3
+    assert json.dumps(document["rule"]) == json.dumps(tuning.asdict(tuned.rule))

@@ -19,7 +19,7 @@ OPTIONS = --recipe $(RECIPE) $(if $(SET),--set $(SET))
 LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format verify pack folds phantom train cv submit report score clean
+.PHONY: help setup demo test test-slow lint format verify pack folds phantom train cv oof tune submit score report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,6 +37,7 @@ demo: $(READY)  ## the whole recipe on synthetic X-rays, minutes on a CPU
 	$(PYTHON) -m pneumo phantom --recipe demo $(if $(SET),--set $(SET))
 	$(PYTHON) -m pneumo verify --recipe demo $(if $(SET),--set $(SET))
 	$(PYTHON) -m pneumo cv --recipe demo $(if $(SET),--set $(SET))
+	$(PYTHON) -m pneumo tune --recipe demo $(if $(SET),--set $(SET))
 	$(PYTHON) predict.py --recipe demo $(if $(SET),--set $(SET))
 	$(PYTHON) -m pneumo report --recipe demo $(if $(SET),--set $(SET))
 	$(PYTHON) -m pneumo score --recipe demo runs/demo/submission.csv runs/demo/data/test-truth.csv $(if $(SET),--set $(SET))
@@ -73,11 +74,20 @@ train: $(READY)  ## one stage of one fold: FOLD=0 STAGE=2 [GPUS=2]
 cv: $(READY)  ## all folds, all stages; skips what is done [GPUS=2]
 	$(LAUNCH) -m pneumo cv $(OPTIONS)
 
+oof: $(READY)  ## predict each fold's held-out images; cv does it as well [GPUS=2]
+	$(LAUNCH) -m pneumo oof $(OPTIONS)
+
+tune: $(READY)  ## choose the decision rule on them, cross-fitted -> rule.toml
+	$(PYTHON) -m pneumo tune $(OPTIONS)
+
 submit: $(READY)  ## ensemble -> submission.csv [FOLDS=0,1] [GPUS=2]
 	$(LAUNCH) predict.py --folds $(FOLDS) $(OPTIONS)
 
-report: $(READY)  ## figures
-	$(PYTHON) -m pneumo report $(OPTIONS)
+score: $(READY)  ## score any submission: SUBMISSION=a.csv TRUTH=train-rle.csv
+	$(PYTHON) -m pneumo score $(SUBMISSION) $(TRUTH) $(OPTIONS)
+
+report: $(READY)  ## report.html and its figures [BESIDE=seed-image]
+	$(PYTHON) -m pneumo report $(OPTIONS) $(if $(BESIDE),--beside $(BESIDE))
 
 clean:  ## remove the environment and caches; runs/ and data/ stay
 	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info

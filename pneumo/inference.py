@@ -85,7 +85,7 @@ def predict_test(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch
         checkpoint.write_atomic(path.with_suffix(".json"), json.dumps(origin, indent=1).encode() + b"\n")
         _write_referrals([record for record, _ in written], recipe.folder / "referral.csv")
         log.say(
-            f"{path}: {submission.summary(codes, size)}; {len(models.models)} networks, rule of "
+            f"{path}: {submission.summary(codes, size)}; networks: {len(models.models)}, rule of "
             f"{'the recipe' if ruling.source == 'recipe' else ruling.source}"
         )
 

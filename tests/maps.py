@@ -28,3 +28,23 @@ def draw(rng: np.random.Generator, count: int, side: int) -> list[tuple[np.ndarr
 def measured(cases: list[tuple[np.ndarray, np.ndarray]], levels: list[int]) -> Tables:
     """The tables of all cases."""
     return tables.join([tables.measure(q, truth, np.array(levels)) for q, truth in cases])
+
+
+def many(count: int, levels: list[int]) -> Tables:
+    """Tables of many cases on a 1024 px grid, made up: a fifth positive, three components at each level on average."""
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(3, (count, len(levels))).astype(np.int32)
+    area = np.exp(rng.normal(5, 2.5, counts.sum())).astype(np.int32) + 1
+    positive = rng.random(count) < 0.22
+    histogram = rng.multinomial(1024**2, [0.95] + [0.05 / 255] * 255, size=count).astype(np.int32)
+    overlap = area * np.repeat(positive, counts.sum(axis=1)) * rng.random(len(area))
+    return Tables(
+        np.array(levels),
+        histogram,
+        (histogram * positive[:, None] // 20).astype(np.int32),
+        rng.random(counts.shape).astype(np.float32),
+        counts,
+        area,
+        overlap.astype(np.int32),
+        rng.integers(100, 255, len(area)).astype(np.uint8),
+    )

@@ -6,6 +6,7 @@ The template is page.html beside this file. Imports decision.
 import base64
 import gzip
 import html
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pneumo.decision.rule import Rule
 from pneumo.decision.tune import Tuned
 
+LARGE = 200_000  # bytes
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -130,6 +133,17 @@ def _table(name: str, title: str, rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def _embedded(path: Path) -> str:
+    """A picture as a data URL: the PNG itself, or WebP where that keeps a large picture of X-rays small."""
+    content, kind = path.read_bytes(), "png"
+    if len(content) > LARGE:
+        smaller = io.BytesIO()
+        with Image.open(path) as picture:
+            picture.convert("RGB").save(smaller, "WEBP", quality=88)
+        content, kind = smaller.getvalue(), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
 def _two_lines(cell: str) -> str:
     """A value with its interval below it."""
     value, space, interval = cell.partition(" (")
@@ -139,7 +153,7 @@ def _two_lines(cell: str) -> str:
 def _figures(title: str, figures: Sequence[Figure]) -> str:
     shown = "".join(
         f'<figure><img loading="lazy" alt="{html.escape(figure.caption)}" '
-        f'src="data:image/png;base64,{base64.b64encode(figure.path.read_bytes()).decode()}">'
+        f'src="{_embedded(figure.path)}">'
         f"<figcaption>{html.escape(figure.caption)} <small>{html.escape(figure.path.stem)}.png, .csv</small>"
         f"</figcaption></figure>"
         for figure in figures

@@ -1,0 +1,225 @@
+"""The report of a run, as files and as a page in a browser."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+
+import browser
+import maps
+import numpy as np
+import pytest
+import small_run
+import torch
+from PIL import Image
+
+from pneumo import config, log, oof, report, tuning
+from pneumo.decision import tune
+from pneumo.decision.rule import Rule
+from pneumo.errors import DataError
+from pneumo.report import page
+
+SETTINGS = ("tune.thresholds=12", "tune.min_areas=9", "tune.top_thresholds=4", "tune.top_areas=5", "tune.draws=100")
+READY = "document.querySelector('#explorer').dataset.ready === 'yes'"
+
+
+def write_logs(recipe) -> None:
+    """Two made-up epochs for each fold and stage."""
+    keys = ("loss", "val_loss", "dice", "dice_positive", "true_negative_rate", "all_empty", "lr")
+    for fold in range(recipe.folds.count):
+        for stage in range(1, recipe.stages + 1):
+            lines = [{"epoch": epoch, **dict.fromkeys(keys, 0.5 + epoch / 10)} for epoch in (1, 2)]
+            log.write_jsonl(recipe.stage_folder(fold, stage) / "log.jsonl", lines)
+
+
+@pytest.fixture(scope="module")
+def place(repo, tmp_path_factory):
+    """A recipe with random networks and all their predictions, its data and its report."""
+    folder = tmp_path_factory.mktemp("report")
+    small_run.write_data(folder / "data")
+    recipe = small_run.recipe(repo, folder / "data", folder / "runs", *SETTINGS)
+    data = small_run.pretend_trained(recipe, "best.pt", "ema.pt")
+    write_logs(recipe)
+    for weights in ("best", "ema"):
+        oof.write(replace(recipe, predict=replace(recipe.predict, weights=weights)), data, torch.device("cpu"))
+    beside = small_run.recipe(repo, folder / "data", folder / "runs", *SETTINGS, name="seed-image")
+    oof.write(beside, small_run.pretend_trained(beside), torch.device("cpu"))
+    report.write(recipe, [beside])
+    return recipe, data, recipe.folder / "report"
+
+
+def test_every_figure_has_its_numbers(place):
+    _, _, folder = place
+    names = {path.stem for path in folder.glob("*.png")}
+    wanted = "augmentations curves min_area surface sizes ranking reliability risk_coverage"
+    assert set(wanted.split()) <= names
+    assert any(name.startswith("gallery_") for name in names)
+    for name in names:
+        with Image.open(folder / f"{name}.png") as picture:
+            assert min(picture.size) > 200
+        assert len((folder / f"{name}.csv").read_text().splitlines()) > 1
+
+
+def test_results_are_those_of_tuning(place):
+    recipe, data, folder = place
+    numbers = json.loads((folder / "report.json").read_text())
+    rows = {row["name"]: row for row in numbers["rows"]}
+    tuned = tuning.search(recipe, oof.load(recipe, data))
+    assert rows["recipe's rule"]["dice"]["value"] == pytest.approx(tuned.baseline.mean())
+    assert rows["tuned rule, cross-fitted"]["dice"]["value"] == pytest.approx(tuned.dice.mean())
+    assert rows["tuned rule, cross-fitted"]["gain"]["value"] == pytest.approx((tuned.dice - tuned.baseline).mean())
+    assert rows["weights ema, recipe's rule"]["gain"] is not None
+    assert {"seed-image, its recipe's rule", "seed-image, tuned rule, cross-fitted"} <= rows.keys()
+    assert rows["recipe's rule"]["gain"] is None
+    assert numbers["rule"] == tuning.asdict(tuned.rule)
+
+
+def test_the_queue_begins_with_the_doubtful(place):
+    _, _, folder = place
+    with open(folder / "referral.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = [float(row["expected_dice"]) for row in rows]
+    assert len(rows) == 18 and expected == sorted(expected)
+
+
+def test_nothing_is_fetched(place):
+    _, _, folder = place
+    text = (folder / "report.html").read_text()
+    assert not re.search(r"https?://", text)
+    assert not re.search(r"<!--[A-Z]+-->", text)
+
+
+def test_text_cannot_break_out():
+    evil = "</script><b>x"
+    content = page.Content(
+        evil, (evil,), [[evil], [evil, evil]], audit=evil, sources={evil: "0"}, case_columns=[evil], cases=[[evil]]
+    )
+    text = page.render(content)
+    assert "<b>" not in text
+    assert text.count("</script>") == 3
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    if browser.EXECUTABLE is None:
+        pytest.skip("no Chromium on this machine")
+    with browser.open_browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def opened(place, tab):
+    """The report, opened; no exception and no request by the end."""
+    _, _, folder = place
+    tab.resize(1200, 900)
+    tab.problems.clear()
+    tab.open(folder / "report.html", READY)
+    yield tab
+    assert tab.problems == []
+
+
+def shown(opened) -> dict[str, float]:
+    names = ("dice", "dice_positive", "true_negative_rate", "sensitivity", "all_empty")
+    return {name: float(opened.run(f"document.querySelector('#{name}').dataset.value")) for name in names}
+
+
+def move(opened, index) -> None:
+    for number, place in enumerate(index):
+        slider = f"document.querySelector('#slider-{number}')"
+        opened.run(f"{slider}.value = {place}; {slider}.dispatchEvent(new Event('input'))")
+
+
+def test_sliders_show_what_tuning_has(place, opened):
+    recipe, data, _ = place
+    tuned = tuning.search(recipe, oof.load(recipe, data))
+    whole = tuned.sums.without(-1)
+
+    def wanted(index) -> dict[str, float]:
+        return {
+            "dice": whole.dice[tuple(index)],
+            "dice_positive": whole.dice_on_positives[tuple(index)],
+            "true_negative_rate": whole.specificity[tuple(index)],
+            "sensitivity": whole.sensitivity[tuple(index)],
+            "all_empty": 12 / 18,
+        }
+
+    assert shown(opened) == wanted(tuned.choice.index)
+    rng = np.random.default_rng(0)
+    seen = set()
+    for index in rng.integers(0, tuned.grid.shape, (25, 4)).tolist():
+        move(opened, index)
+        assert shown(opened) == wanted(index)
+        assert opened.run("document.querySelector('#dice').textContent") == f"{whole.dice[tuple(index)]:.4f}"
+        seen.add(shown(opened)["dice"])
+    assert len(seen) > 5
+    opened.run("document.querySelector('#to-recipe').click()")
+    assert shown(opened)["dice"] == pytest.approx(tuned.baseline.mean(), abs=1e-12)
+    opened.run("document.querySelector('#to-chosen').click()")
+    assert shown(opened)["dice"] == pytest.approx(tuned.in_sample, abs=1e-12)
+
+
+def test_the_keyboard_moves_sliders_and_sorts(place, opened):
+    recipe, data, _ = place
+    whole = tuning.search(recipe, oof.load(recipe, data)).sums.without(-1)
+    move(opened, (0, 0, 0, 0))
+    opened.run("document.querySelector('#slider-0').focus()")
+    opened.press("ArrowRight")
+    opened.press("ArrowRight")
+    opened.press("Tab")
+    opened.press("ArrowRight")
+    assert shown(opened)["dice"] == whole.dice[2, 1, 0, 0]
+    opened.run("document.querySelector('#cases thead button').focus()")
+    opened.press("Enter")
+    first = "document.querySelector('#cases tbody td').textContent"
+    assert opened.run(first) == "train-000"
+    opened.press("Enter")
+    assert opened.run(first) == "train-017"
+    assert opened.run("document.querySelector('#cases th').getAttribute('aria-sort')") == "descending"
+
+
+def test_cases_are_filtered(opened):
+    find = "document.querySelector('#find')"
+    opened.run(f"{find}.value = '-01'; {find}.dispatchEvent(new Event('input'))")
+    assert opened.run("document.querySelectorAll('#cases tbody tr').length") == 8  # 010 .. 017
+    assert opened.run("document.querySelector('#count').textContent") == "8 of 8 shown, 18 in all"
+    opened.run(f"{find}.value = ''; document.querySelector('#outcome').selectedIndex = 1")
+    opened.run("document.querySelector('#outcome').dispatchEvent(new Event('change'))")
+    kind = opened.run("document.querySelector('#outcome').value")
+    kinds = opened.run("[...document.querySelectorAll('#cases tbody tr')].map(row => row.cells[2].textContent)")
+    assert kinds and set(kinds) == {kind}
+
+
+def test_it_fits_a_phone_and_the_dark(opened):
+    ground = "getComputedStyle(document.body).backgroundColor"
+    assert opened.run(ground) == "rgb(255, 255, 255)"
+    opened.resize(390, 844, phone=True, dark=True)
+    assert opened.run("document.documentElement.scrollWidth") <= 390
+    assert opened.run(ground) == "rgb(13, 17, 23)"
+
+
+@pytest.mark.slow
+def test_a_page_of_the_whole_challenge_stays_small(repo, tmp_path):
+    """12,047 cases and all rules, without pictures: they add 2 MB whatever the cases; 15 MB is the limit."""
+    recipe = config.load(repo / "configs.toml", "seed")
+    rule = Rule(threshold=0.5, min_area=3500)
+    grid = oof.grid(recipe)
+    data = maps.many(12047, [round(threshold * 256) for threshold in grid.thresholds])
+    tuned = tune.tune(data, np.arange(12047) % 5, grid, rule, objective="dice", target=0.9, tolerance=5e-4)
+    row = ["1.2.276.0.7230010.3.1.4.8323329.10000.1517875220.930580", 4, "true negative", 0.1234, 0.1234, 0.1234, 0.1]
+    content = page.Content(
+        "x", explorer=page.explorer(tuned, rule), case_columns=["x"], cases=[[*row, 9999, 1]] * 12047
+    )
+    size = len(page.render(content))
+    assert size < 12e6, size
+
+
+def test_without_predictions_it_shows_the_training(repo, place, tmp_path, capsys):
+    recipe, _, _ = place
+    other = small_run.recipe(repo, recipe.data.root, tmp_path, *SETTINGS)
+    with pytest.raises(DataError, match=r"no log\.jsonl yet"):
+        report.write(other)
+    write_logs(other)
+    report.write(other)
+    assert "Run: make oof" in capsys.readouterr().err
+    text = (other.folder / "report" / "report.html").read_text()
+    assert "Folds and leaks" in text and "data:image/png" in text

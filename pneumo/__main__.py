@@ -85,7 +85,7 @@ def oof(options: argparse.Namespace) -> None:
     """Predict the held-out images of every finished fold, and keep what rules are chosen from."""
     recipe = cli.load_recipe(options)
     with dist.launch(recipe.train.timeout_seconds) as device:
-        oofs.write(recipe, dataset.load(recipe), device)
+        oofs.write(recipe, dataset.load(recipe), device, maps=options.maps)
 
 
 def tune(options: argparse.Namespace) -> None:
@@ -175,6 +175,8 @@ def main() -> int:
         cli.add_recipe_options(subparser)
         if command is folds:
             subparser.add_argument("--force", action="store_true", help="split anew though folds.csv is there")
+        if command is oof:
+            subparser.add_argument("--maps", action="store_true", help="keep each case's probabilities as a PNG, too")
         if command is report:
             subparser.add_argument(
                 "--beside", nargs="+", default=[], metavar="RECIPE", help="recipes to score in the same table"

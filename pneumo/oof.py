@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from pneumo import checkpoint, dataset, dist, ensemble, log, training
 from pneumo.config import Recipe
@@ -69,10 +70,14 @@ def grid(recipe: Recipe) -> Grid:
     )
 
 
-def write(recipe: Recipe, data: Dataset, device: torch.device) -> None:
+def write(recipe: Recipe, data: Dataset, device: torch.device, *, maps: bool = False) -> None:
     """Predict the held-out images of every fold whose last stage is done, unless that has been done already.
 
     Processes of a launch share the images.
+
+    Args:
+        maps: write the quantised probabilities as well, a PNG on the annotation grid for each case, into a folder
+            beside the tables.
 
     Raises:
         UsageError: no fold is done.
@@ -95,10 +100,10 @@ def write(recipe: Recipe, data: Dataset, device: torch.device) -> None:
             "levels": [level(threshold) for threshold in grid(recipe).thresholds],
         }
         path = path_of(recipe, fold)
-        if dist.broadcast(_is_current(path, origin)):
+        if not maps and dist.broadcast(_is_current(path, origin)):
             log.say(f"{path}: there already")
             continue
-        _write_fold(recipe, data, fold, models, origin, device)
+        _write_fold(recipe, data, fold, models, origin, device, maps)
 
 
 def _is_current(path: Path, origin: dict[str, Any]) -> bool:
@@ -111,7 +116,13 @@ def _is_current(path: Path, origin: dict[str, Any]) -> bool:
 
 
 def _write_fold(
-    recipe: Recipe, data: Dataset, fold: int, models: ensemble.Ensemble, origin: dict[str, Any], device: torch.device
+    recipe: Recipe,
+    data: Dataset,
+    fold: int,
+    models: ensemble.Ensemble,
+    origin: dict[str, Any],
+    device: torch.device,
+    maps: bool,
 ) -> None:
     if (data.digest, data.split) != (models.data, models.split):
         raise DataError(
@@ -125,8 +136,13 @@ def _write_fold(
     reserve = int(recipe.train.gpu_reserve_gb * 2**30)
     feed = Feed(pack, device, np.concatenate([rows[:0], *mine]), reserve=reserve)
     levels = np.array(origin["levels"])
+    folder = path_of(recipe, fold).with_suffix("")
+    if maps:
+        folder.mkdir(parents=True, exist_ok=True)
 
     def measure(row: int, q: np.ndarray, agreement: np.ndarray) -> tuple[int, Tables]:
+        if maps:
+            Image.fromarray(q).save(folder / f"{data.cases[row].image_id}.png")
         return row, tables.measure(q, data.cases[row].runs, levels, agreement)
 
     done: list[tuple[int, Tables]] = []

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import small_run
 import torch
+from PIL import Image
 
 from pneumo import checkpoint, dataset, ensemble, log, oof
 from pneumo.data import rle
@@ -172,6 +173,17 @@ def test_only_finished_folds_are_predicted(recipe):
         log.write_status(recipe.stage_folder(fold, 3), "running", epoch=1, epochs=2)
     with pytest.raises(UsageError, match="no fold has finished stage 3"):
         oof.write(recipe, data, CPU)
+
+
+def test_maps_are_the_probabilities_that_were_measured(recipe):
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU, maps=True)
+    found = oof.load(recipe, data)
+    for place, image_id in enumerate(found.image_ids):
+        path = oof.path_of(recipe, found.folds[place]).with_suffix("") / f"{image_id}.png"
+        with Image.open(path) as picture:
+            q = np.asarray(picture)
+        np.testing.assert_array_equal(np.bincount(q.ravel(), minlength=256), found.tables.histogram[place])
 
 
 def test_the_file_says_what_made_it(recipe):

@@ -19,7 +19,7 @@ OPTIONS = --recipe $(RECIPE) $(if $(SET),--set $(SET))
 LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format verify pack folds phantom train cv oof tune submit score report clean
+.PHONY: help setup demo test test-slow faults lint format verify pack folds phantom train cv oof tune submit score report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -47,6 +47,9 @@ test: $(READY)  ## the tests, but for the slow ones
 
 test-slow: $(READY)  ## the slow tests
 	$(PYTHON) -m pytest -m slow
+
+faults: $(READY)  ## every test of a fault, slow ones too -> tests/faults/RESULTS.md
+	$(PYTHON) -m pytest -m "slow or not slow" --fault-table tests/faults/RESULTS.md
 
 lint: $(READY)  ## ruff's checks and format
 	$(PYTHON) -m ruff check .

@@ -8,6 +8,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
+from fault_table import (  # noqa: F401 - fixtures and hooks
+    figure,
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_runtest_makereport,
+)
 
 REPO = Path(__file__).resolve().parents[1]
 

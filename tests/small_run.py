@@ -51,7 +51,7 @@ def settings(root: Path, runs: Path) -> list[str]:
         f"data.root={root}",
         f"runs={runs}",
         f"data.annotation_size={SIDE}",
-        "model.encoder=resnet18",
+        "model.encoder=test_resnet",
         "model.pretrained=false",
         "model.decoder_channels=[8, 8, 8, 4, 4]",
         "folds.count=3",

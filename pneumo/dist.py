@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pneumo.errors import PeerError, Stopped, UsageError
 
-GRACE = 5.0  # seconds in which a process may find out by itself that another failed
+GRACE = 3.0  # seconds in which a process may find out by itself that another failed
 ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 FAILED = f"pneumo/{ATTEMPT}/failed"  # key of the store: "rank<newline>message" of the process that failed first
 
@@ -226,7 +226,7 @@ def _end_with_others() -> threading.Event:
     left = threading.Event()
 
     def watch() -> None:
-        while not left.wait(1.0):
+        while not left.wait(0.5):
             first, message = "0", "process 0 ended"
             try:
                 if not _store.check([FAILED]):

@@ -67,6 +67,21 @@ def recipe(repo: Path, root: Path, runs: Path, *more: str, name: str = "seed") -
     return config.load(repo / "configs.toml", name, [*settings(root, runs), *more])
 
 
+def differing(a: dict, b: dict) -> list[str]:
+    """Leaves of two checkpoints that are not bit for bit the same, but for times."""
+    first, second = (dict(checkpoint.leaves(state)) for state in (a, b))
+    assert first.keys() == second.keys()
+    timed = ("seconds", "images_per_second")
+    return [
+        key
+        for key in first
+        if not key.endswith(timed)
+        and not (
+            torch.equal(first[key], second[key]) if isinstance(first[key], torch.Tensor) else first[key] == second[key]
+        )
+    ]
+
+
 def pretend_trained(recipe: Recipe, *names: str) -> Dataset:
     """Random networks in place of the last stage's finished folds: best.pt, or the files of these names."""
     data = dataset.load(recipe)

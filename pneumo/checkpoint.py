@@ -113,7 +113,7 @@ def read(path: Path) -> Any:
         if code := re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|global):? (\S+)", text):
             reason = f"it asks for code ({code[1] or code[2]}), which was not run"
         else:
-            reason = f"it is damaged or no such file ({type(error).__name__})"
+            reason = f"it is cut off, damaged or something else ({path.stat().st_size:,} bytes)"
         raise DataError(f"{path} cannot be read: {reason}.") from None
 
 

@@ -4,6 +4,7 @@ Each runs a command of the project as a user would start it, and can be killed a
 is a hook: a function of this module that is called in the child before the command is.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -288,3 +289,21 @@ def signal_at_step(step: int, *numbers: int) -> None:
 
 def status(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "status.json").read_text())
+
+
+def slow_at(names: Sequence[str], seconds: float) -> None:
+    """Sleep before these functions of pneumo, each "module.name"."""
+    for name in names:
+        module, _, function = name.rpartition(".")
+        before(importlib.import_module(f"pneumo.{module}"), function, lambda *_, **__: time.sleep(seconds))
+
+
+def damage_last_before_saving() -> None:
+    """Damage last.pt once there is a prev.pt, before something is saved."""
+
+    def damage(_state: Any, path: Path, **_: Any) -> None:
+        last = path.parent / "last.pt"
+        if last.exists() and (path.parent / "prev.pt").exists():
+            last.write_bytes(last.read_bytes()[:-9])
+
+    before(checkpoint, "save", damage)

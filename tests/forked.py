@@ -307,3 +307,83 @@ def damage_last_before_saving() -> None:
             last.write_bytes(last.read_bytes()[:-9])
 
     before(checkpoint, "save", damage)
+
+
+def raise_at_step(step: int, name: str, message: str) -> None:
+    """Raise an exception, "module.name"."""
+    module, _, kind = name.rpartition(".")
+    error = getattr(importlib.import_module(module), kind)(message)
+
+    def fail() -> None:
+        raise error
+
+    at_step(step, fail)
+
+
+def allocate_at_step(step: int) -> None:
+    """Ask for more memory than any host has."""
+    import torch
+
+    at_step(step, lambda: torch.empty(1 << 50))
+
+
+def interrupt_in(name: str) -> None:
+    """Ctrl-C within a function of pneumo, "module.name"."""
+    module, _, function = name.rpartition(".")
+    before(importlib.import_module(f"pneumo.{module}"), function, lambda *_, **__: _kill(signal.SIGINT))
+
+
+def clock_a_year_back() -> None:
+    real = time.time
+    time.time = lambda: real() - 365 * 86400
+
+
+def hub(environment: dict[str, str]) -> None:
+    """Look at the hub as if the program had been started with these variables; they are read on import."""
+    import huggingface_hub
+
+    constants = huggingface_hub.constants
+    constants.HF_HUB_OFFLINE = environment["HF_HUB_OFFLINE"] == "1"
+    constants.HF_HUB_CACHE = environment["HF_HUB_CACHE"]
+    constants.ENDPOINT = environment.get("HF_ENDPOINT", constants.ENDPOINT)
+
+
+def spoil(kind: str, first: int, last: int) -> None:
+    """Make the "loss" infinite, or "pixel"s NaN, in the steps of these numbers, from 1, of this process."""
+    from pneumo import engine, training
+    from pneumo.model import losses
+
+    taken = 0
+    real_loss, real_augmented = losses.loss, training.augmented
+
+    def count(*_: Any, **__: Any) -> None:
+        nonlocal taken
+        taken += 1
+
+    def loss(*arguments: Any, **options: Any) -> Any:
+        value, terms = real_loss(*arguments, **options)
+        return value * (float("inf") if kind == "loss" and first <= taken <= last else 1.0), terms
+
+    def augmented(*arguments: Any) -> Any:
+        image, mask = real_augmented(*arguments)
+        if kind == "pixel" and first <= taken <= last:
+            image[0, 0, 5, 5] = float("nan")
+        return image, mask
+
+    before(engine, "train_step", count)
+    losses.loss, training.augmented = loss, augmented
+
+
+def spoil_weights(step: int) -> None:
+    """A NaN in the weights after the step before this one."""
+    from pneumo import engine
+
+    taken = 0
+
+    def spoil_now(model: Any, *_: Any, **__: Any) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == step:
+            model.head.bias.data.fill_(float("nan"))
+
+    before(engine, "train_step", spoil_now)

@@ -6,7 +6,7 @@ import torch
 from small_run import differing
 
 from pneumo import checkpoint, dataset, engine, log, training
-from pneumo.errors import DataError, NotFiniteError, UsageError
+from pneumo.errors import DataError, UsageError
 
 CPU = torch.device("cpu")
 
@@ -54,6 +54,7 @@ def test_a_run_folder_holds_what_it_promises(straight):
     assert checkpoint.load(folder / "best.pt")["record"]["epoch"] == best["epoch"] == status["best_epoch"]
 
 
+@pytest.mark.fault("R1", "that the comparison can fail: two epochs differ")
 def test_epochs_differ(straight):
     first, second = log.read_jsonl(straight.stage_folder(0, 1) / "log.jsonl")
     assert first["loss"] != second["loss"]
@@ -143,12 +144,7 @@ def test_a_finished_stage_is_left_alone(straight, monkeypatch, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_other_settings_are_named(repo, root, straight):
-    other = small_run.recipe(repo, root, straight.runs, "stage.1.lr=3e-3", "seed=1")
-    with pytest.raises(UsageError, match=r"seed: 0 -> 1; stage\.1\.lr: 0\.001 -> 0\.003"):
-        train(other)
-
-
+@pytest.mark.fault("R21", "stage 2 trained on other annotations, stage 3 asked for")
 def test_other_data_are_refused(repo, straight, tmp_path):
     small_run.write_data(tmp_path / "data")
     table = tmp_path / "data" / "train-rle.csv"
@@ -160,6 +156,7 @@ def test_other_data_are_refused(repo, straight, tmp_path):
         train(other, stage=3)
 
 
+@pytest.mark.fault("R21", "stage 1 trained with another split than folds.csv now has")
 def test_another_split_is_refused(repo, root, straight, tmp_path):
     recipe = small_run.recipe(repo, root, tmp_path)
     train(recipe)
@@ -172,12 +169,14 @@ def test_another_split_is_refused(repo, root, straight, tmp_path):
         train(recipe, stage=2)
 
 
+@pytest.mark.fault("R21", "stage 2 asked for before stage 1")
 def test_a_missing_stage_is_named_with_the_command(repo, root, tmp_path):
     recipe = small_run.recipe(repo, root, tmp_path)
     with pytest.raises(UsageError, match=r'stage 1 of seed, but .*"missing"\. Run: make train FOLD=2 STAGE=1$'):
         train(recipe, fold=2, stage=2)
 
 
+@pytest.mark.fault("R21", "stage 1 stopped half way")
 def test_a_stage_that_is_half_done_is_named(repo, root, tmp_path):
     recipe = small_run.recipe(repo, root, tmp_path)
     folder = recipe.stage_folder(0, 1)
@@ -191,25 +190,6 @@ def test_a_sibling_recipe_takes_over_stages(repo, root, straight):
     focal = small_run.recipe(repo, root, straight.runs, name="seed-focal")
     assert train(focal, stage=3) == focal.stage_folder(0, 3)
     assert checkpoint.load(focal.stage_folder(0, 3) / "best.pt")["split"] == dataset.load(straight).split
-
-
-def test_loss_that_is_never_finite_stops_the_run(repo, root, tmp_path, monkeypatch):
-    recipe = small_run.recipe(repo, root, tmp_path, "train.nonfinite_steps=3", "stage.1.accumulation=1")
-    real = training.augmented
-
-    def poisoned(*arguments):
-        image, mask = real(*arguments)
-        return image * float("nan"), mask
-
-    monkeypatch.setattr(training, "augmented", poisoned)
-    with pytest.raises(
-        NotFiniteError,
-        match=r"not finite for 3 steps in a row .*last ids train-.*nothing was saved before.*train\.amp=off",
-    ):
-        train(recipe)
-    status = log.read_status(recipe.stage_folder(0, 1))
-    assert status["state"] == "failed"
-    assert "not finite" in status["reason"]
 
 
 @pytest.mark.parametrize("change", ["stage.1.schedule=cosine", "stage.1.loss=lovasz", "stage.1.negatives=fresh"])

@@ -25,6 +25,7 @@ from pneumo.errors import DataError, UsageError
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a timm model on the hub, in timm's order
 HUB_SECONDS = 3.0  # for the hub to answer
+OTHERWISE = "train from random weights with --set model.pretrained=false"
 
 
 class DecoderBlock(nn.Module):
@@ -196,8 +197,7 @@ def _no_weights(name: str, reason: str) -> str:
     return (
         f"weights of {name} could not be loaded through timm ({reason}). Wanted: {WEIGHTS[0]} of {hub}, in "
         f"{huggingface_hub.constants.HF_HUB_CACHE} or from {huggingface_hub.constants.ENDPOINT}/{hub}. Download it on "
-        f"a machine with a network and pass --set model.pretrained=FILE, or train from random weights with "
-        f"--set model.pretrained=false"
+        f"a machine with a network and pass --set model.pretrained=FILE, or {OTHERWISE}"
     )
 
 
@@ -231,14 +231,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         DataError: not a file of weights.
     """
     if not path.is_file():
-        raise UsageError(f"model.pretrained: no file {path}. Put the encoder's weights there, or pass another path.")
+        raise UsageError(f"model.pretrained: no file {path}. Put the encoder's weights there, or {OTHERWISE}.")
     if path.suffix == ".safetensors":
         try:
             state: Any = safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError) as error:
-            raise DataError(f"{path} cannot be read as weights: {' '.join(str(error).split())[:200]}") from None
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"{path} cannot be read as weights: {reason}. Download them again, or {OTHERWISE}."
+            ) from None
     else:
-        state = checkpoint.read(path)
+        try:
+            state = checkpoint.read(path)
+        except DataError as error:
+            raise DataError(f"{error} Download the encoder's weights again, or {OTHERWISE}.") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

@@ -19,7 +19,7 @@ OPTIONS = --recipe $(RECIPE) $(if $(SET),--set $(SET))
 LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow faults lint format verify pack folds phantom train cv oof tune submit score report clean
+.PHONY: help setup demo test test-slow faults soak lint format verify pack folds phantom train cv oof tune submit score report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -50,6 +50,9 @@ test-slow: $(READY)  ## the slow tests
 
 faults: $(READY)  ## every test of a fault, slow ones too -> tests/faults/RESULTS.md
 	$(PYTHON) -m pytest -m "slow or not slow" --fault-table tests/faults/RESULTS.md
+
+soak: $(READY)  ## kill and start again 50 times at random moments, compare every ending
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) tests/soak.py 50 0
 
 lint: $(READY)  ## ruff's checks and format
 	$(PYTHON) -m ruff check .

@@ -28,6 +28,7 @@ ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 FAILED = f"pneumo/{ATTEMPT}/failed"  # key of the store: "rank<newline>message" of the process that failed first
 
 _store: dist.Store | None = None
+_waits = 0  # how often the others have waited for process 0
 _last_words: list[Callable[[str], None]] = []
 
 
@@ -77,6 +78,7 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
     left = _end_with_others()
     try:
         yield device
+        wait_for_main()
         dist.barrier()  # nobody leaves while another still talks
     except Stopped:  # all together
         dist.barrier()
@@ -93,6 +95,19 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
         raise
     left.set()
     dist.destroy_process_group()
+
+
+def wait_for_main() -> None:
+    """Let the other processes wait here until process 0 comes, however long it had to work alone; no timeout counts."""
+    global _waits
+    if world() == 1:
+        return
+    _waits += 1
+    key = f"pneumo/{ATTEMPT}/waited/{_waits}"
+    if is_main():
+        _store.set(key, "")
+    while not _store.check([key]):
+        time.sleep(0.05)
 
 
 def reason(error: BaseException) -> str:

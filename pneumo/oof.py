@@ -104,6 +104,7 @@ def write(recipe: Recipe, data: Dataset, device: torch.device, *, maps: bool = F
             log.say(f"{path}: there already")
             continue
         _write_fold(recipe, data, fold, models, origin, device, maps)
+        dist.wait_for_main()  # it joins and writes alone
 
 
 def _is_current(path: Path, origin: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import small_run
 
 from pneumo import checkpoint
@@ -41,6 +42,11 @@ class Job:
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.process.is_alive():
+            os.kill(self.pid, number)
 
     def wait(self, timeout: float = 60.0) -> int:
         """The exit code, -9 for SIGKILL; a process that takes longer is killed and fails the test."""
@@ -292,10 +298,11 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def slow_at(names: Sequence[str], seconds: float) -> None:
-    """Sleep before these functions of pneumo, each "module.name"."""
+    """Sleep before these functions of pneumo, each "module.name", or "module.np.name" for one of numpy's."""
     for name in names:
         module, _, function = name.rpartition(".")
-        before(importlib.import_module(f"pneumo.{module}"), function, lambda *_, **__: time.sleep(seconds))
+        room = np if module.endswith(".np") else importlib.import_module(f"pneumo.{module}")
+        before(room, function, lambda *_, **__: time.sleep(seconds))
 
 
 def damage_last_before_saving() -> None:
@@ -387,3 +394,13 @@ def spoil_weights(step: int) -> None:
             model.head.bias.data.fill_(float("nan"))
 
     before(engine, "train_step", spoil_now)
+
+
+@dataclass
+class Threads:
+    """As on a host of so many cores; a hook."""
+
+    count: int
+
+    def __call__(self) -> None:
+        os.cpu_count = lambda: self.count

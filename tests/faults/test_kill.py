@@ -8,6 +8,7 @@ from pathlib import Path
 
 import forked
 import pytest
+import soak
 
 from pneumo import checkpoint
 
@@ -248,3 +249,12 @@ def test_a_signal_to_one_of_two_processes(data, tmp_path, straight, figure):
     assert [job.wait() for job in forked.launch(*command, cwd=tmp_path)] == [0, 0]
     assert forked.differing_files(reference, tmp_path) == []
     figure(f"both gone {seconds:.1f} s after the start; equal")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R25", "12 of the cycles of `make soak`: random moments and signals, one process and two")
+def test_soak(tmp_path, figure):
+    result = soak.soak(tmp_path, 12, 1)
+    assert result.wrong == []
+    assert result.equal == result.cycles == 12
+    figure(str(result))

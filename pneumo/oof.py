@@ -82,7 +82,8 @@ def write(recipe: Recipe, data: Dataset, device: torch.device, *, maps: bool = F
     Raises:
         UsageError: no fold is done.
     """
-    folds = [fold for fold in range(recipe.folds.count) if training.finished(recipe, fold, recipe.stages)]
+    done = [fold for fold in range(recipe.folds.count) if training.finished(recipe, fold, recipe.stages)]
+    folds = dist.broadcast(done)  # process 0 may be about to say that the last one is
     if not folds:
         raise UsageError(f"{recipe.folder}: no fold has finished stage {recipe.stages}. Run: make cv")
     for fold in folds:

@@ -92,6 +92,15 @@ def test_a_slow_process_is_waited_for(data, tmp_path, figure):
     figure("done")
 
 
+@pytest.mark.fault("R14", "cv of two processes, process 0 late with each status.json; the other reads them")
+def test_no_process_acts_on_what_it_reads_too_early(data, tmp_path, figure):
+    command = forked.cross_validate(data, tmp_path, "stages=1", "stage.1.epochs=1", "train.checkpoint_steps=0")
+    jobs = forked.launch(*command, cwd=tmp_path, hooks={0: partial(forked.slow_at, ("log.write_status",), 0.3)})
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].text + jobs[1].text
+    assert jobs[0].text.count("oof-best.npz") == 2
+    figure("both agree")
+
+
 @pytest.mark.slow
 @pytest.mark.fault("R14", "cv of two processes: one splits, then process 0 writes, for three timeouts each")
 def test_long_work_of_one_process_times_nobody_out(data, tmp_path, figure):

@@ -19,7 +19,7 @@ OPTIONS = --recipe $(RECIPE) $(if $(SET),--set $(SET))
 LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow faults lint format verify pack folds phantom train cv oof tune submit score report clean
+.PHONY: help setup demo test test-slow faults lint format recipe verify pack folds phantom train cv oof tune submit score report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -58,6 +58,9 @@ lint: $(READY)  ## ruff's checks and format
 format: $(READY)  ## let ruff format the code
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+
+recipe: $(READY)  ## print every number of a recipe, base and SET included
+	@$(PYTHON) -m pneumo recipe $(OPTIONS)
 
 verify: $(READY)  ## read every image and annotation once, list every problem
 	$(PYTHON) -m pneumo verify $(OPTIONS)

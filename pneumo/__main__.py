@@ -1,13 +1,18 @@
-"""The small commands: `python -m pneumo verify|pack|folds|cv|oof|tune|score|phantom|report --recipe NAME`."""
+"""The small commands: `python -m pneumo recipe|verify|pack|folds|cv|oof|tune|score|phantom|report --recipe NAME`."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
-from pneumo import cli, dataset, dist, log, training
+from pneumo import cli, config, dataset, dist, log, training
 from pneumo import oof as oofs
 from pneumo.errors import DataError
+
+
+def recipe(options: argparse.Namespace) -> None:
+    """Print the recipe as it is with its base and all overrides; --config reads it again."""
+    print(config.dumps(cli.load_recipe(options)))
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -30,15 +35,19 @@ def verify(options: argparse.Namespace) -> None:
     else:
         test = []
         log.say(f"{root / data.test}: no such folder; only training images are verified")
-    problems += cases.verify([*found, *test], progress=log.bar)
+    # of images whose annotation is bad the pixels are looked at as well: all problems in one go
+    bad = {problem.image_id for problem in problems if problem.fatal}
+    suspects = [cases.Case(image_id, path, ()) for image_id, path in cases.find_images(root / data.train)[0].items()]
+    problems += cases.verify([*found, *test, *(case for case in suspects if case.image_id in bad)], progress=log.bar)
+    report = recipe.folder / "data_report.csv"
     for problem in problems:
         log.say(f"{'ERROR' if problem.fatal else 'note '} {problem.message}")
     positive = sum(case.positive for case in found)
     log.say(
         f"{len(found)} training images, {positive} with pneumothorax, {len(test)} test images; "
-        f"{sum(p.fatal for p in problems)} errors, {sum(not p.fatal for p in problems)} notes"
+        f"{sum(p.fatal for p in problems)} errors, {sum(not p.fatal for p in problems)} notes; all are in {report}"
     )
-    cases.raise_fatal(problems, recipe.folder / "data_report.csv")
+    cases.raise_fatal(problems, report)
 
 
 def pack(options: argparse.Namespace) -> None:
@@ -162,7 +171,7 @@ def report(options: argparse.Namespace) -> None:
     reports.write(recipe, beside)
 
 
-COMMANDS = (verify, pack, folds, cv, oof, tune, score, phantom, report)
+COMMANDS = (recipe, verify, pack, folds, cv, oof, tune, score, phantom, report)
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -654,22 +654,31 @@ def _places(header: list[str], columns: Sequence[str]) -> list[int]:
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
+def _bounded(file: IO[bytes]) -> bytes:
+    """All of a file, which may unpack to thousands of times its size, unless that is too much."""
+    parts, size = [], 0
+    while part := file.read(2**20):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_BYTES:
+            raise DataError(f"larger than {MAX_BYTES // 2**20} MB")
+    return b"".join(parts)
+
+
 def _text(path: Path) -> str:
     """The text of a UTF-8 file, perhaps gzipped; what else downloads turn out to be is refused by name."""
     try:
         if not Path(path).is_file():  # to open a pipe is to wait for ever
             raise DataError("no such file")
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = _bounded(file)
         if data.startswith(b"\x1f\x8b"):
             with gzip.open(io.BytesIO(data)) as file:
-                data = file.read(MAX_BYTES + 1)
+                data = _bounded(file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"damaged gzip file ({error}); copy it again") from None
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}") from None
-    if len(data) > MAX_BYTES:
-        raise DataError(f"larger than {MAX_BYTES // 2**20} MB")
     if not data.strip():
         raise DataError("empty")
     if data.startswith(b"version https://git-lfs"):

@@ -6,6 +6,7 @@ an error that names the file. Imports dicom, errors.
 
 import contextlib
 import io
+import os
 import stat
 import warnings
 import zlib
@@ -103,12 +104,10 @@ def size(path: str | Path) -> tuple[int, int]:
         kind = _kind(start)
         file.seek(0)
         if kind == "DICOM":
-            known = dicom.outline(file.read(MAX_BYTES))
+            known = dicom.outline(_read(file))
             height, width = known.height, known.width
         elif kind == "PNG":
-            if start[12:16] != b"IHDR" or len(start) < 33:
-                raise DataError("the header is damaged. Copy it again.")
-            width, height = (int.from_bytes(start[at : at + 4]) for at in (16, 20))
+            height, width = _png_size(start)
         else:
             width, height = Image.open(file, formats=(kind,)).size
         _check_size(height, width)
@@ -199,6 +198,8 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise DataError(f"{path}: {error}") from None
     except MemoryError:
         raise OutOfMemory(f"{path}: not enough memory to decode it. Close other programs.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"{path}: far more pixels than the limit of {MAX_PIXELS // 2**20} Mpx") from None
     except UnidentifiedImageError:  # its text is the address of a buffer
         raise DataError(f"{path}: the header is damaged. Copy it again.") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
@@ -222,7 +223,11 @@ def _opened(path: str | Path) -> BinaryIO:
 
 def _load(path: str | Path) -> bytes:
     with _opened(path) as file:
-        return file.read(MAX_BYTES)
+        return _read(file)
+
+
+def _read(file: BinaryIO) -> bytes:
+    return file.read(os.fstat(file.fileno()).st_size)  # read(MAX_BYTES) would set as much memory aside
 
 
 def _kind(data: bytes) -> str:
@@ -254,6 +259,7 @@ def _decode(data: bytes, kind: str) -> Image.Image:
     """Decode a PNG or JPEG of acceptable size."""
     if kind == "PNG":
         data = _essence(data)
+        _check_size(*_png_size(data))
     else:
         dicom.check_scans(data)
     image = Image.open(io.BytesIO(data), formats=(kind,))  # the header only
@@ -261,6 +267,12 @@ def _decode(data: bytes, kind: str) -> Image.Image:
     _check_size(height, width)
     image.load()
     return image
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    if data[12:16] != b"IHDR" or len(data) < 24:
+        raise DataError("the header is damaged. Copy it again.")
+    return int.from_bytes(data[20:24]), int.from_bytes(data[16:20])
 
 
 def _essence(data: bytes) -> bytes:

@@ -278,7 +278,8 @@ def evaluate(
     annotation_size: int,
     batch_size: int,
     progress: Callable[..., Iterable],
-) -> Evaluation:
+    stopped: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Score every image once, whatever the number of processes, by the code that writes a submission.
 
     Batches are the same for any number of processes, so per-image values are, too.
@@ -288,9 +289,10 @@ def evaluate(
         rows: (N,) row numbers of the feed.
         truth: gives a row's runs on the annotation grid.
         progress: makes a bar, as `log.bar`.
+        stopped: asked after every batch; once it says yes on one process, nothing comes of this.
 
     Returns:
-        The same on every process.
+        The same on every process; None if one was stopped.
     """
     model.eval()
     batches = cut(rows, batch_size)
@@ -307,11 +309,15 @@ def evaluate(
             sums = losses.loss_sums(logits, mask, loss.kind, gamma=loss.gamma).double().tolist()
             maps = resize_quantise(logits.sigmoid(), annotation_size).cpu().numpy()
             pending.append((number, sums, pool.map(score, batches[number].tolist(), maps)))
+            if stopped():
+                break
             while len(pending) > 2:
                 number, sums, dice = pending.popleft()
                 scores.append((number, sums, list(dice)))
         scores += [(number, sums, list(dice)) for number, sums, dice in pending]
     model.train()
+    if any(dist.gather(stopped())):
+        return None
     everyone = sorted(item for part in dist.gather(scores) for item in part)  # adds up in one order everywhere
     total = np.sum([sums for _, sums, _ in everyone], axis=0)
     value, _ = losses.loss_from_sums(

@@ -16,7 +16,7 @@ ALLOWED = {
     "dist": {"errors"},
     "checkpoint": {"errors"},
     "log": {"checkpoint", "dist", "errors"},
-    "cli": {"config", "errors", "log"},
+    "cli": {"config", "checkpoint", "dist", "errors"},
     "score": {"data", "decision", "kernels", "errors"},
     "submission": {"data", "checkpoint", "errors"},
     "dataset": {"data"} | BASE,

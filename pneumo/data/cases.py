@@ -167,8 +167,8 @@ def load_test(
         allow_missing: leave out ids without an image with a warning; they stay in the list of ids.
 
     Returns:
-        Cases, without runs, in the order of the ids; the ids that a submission must have, in the sample's
-        order, or those of all images, sorted; and all problems.
+        Cases by id, without runs; the ids that a submission must have, in the sample's order, or those of all images,
+        sorted; and all problems.
     """
     root, problems = Path(root), []
     if not root.is_dir():
@@ -183,7 +183,7 @@ def load_test(
     else:
         there = set(ids)
     nothing = np.zeros((0, 2), dtype=np.int64)
-    return [Case(image_id, files[image_id], nothing) for image_id in ids if image_id in there], ids, problems
+    return [Case(image_id, files[image_id], nothing) for image_id in sorted(there)], ids, problems
 
 
 def find_images(folder: Path) -> tuple[dict[str, Path], list[Problem]]:

@@ -164,8 +164,11 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, *, instead: str = "another recipe or --set runs=DIR") -> Iterator[None]:
     """Hold a run folder against a second writer; released when the process ends, however it ends.
+
+    Args:
+        instead: what else a second one could choose, for the error.
 
     Raises:
         UsageError: another process holds it; names that process.
@@ -177,9 +180,7 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise UsageError(
-                f"{folder} is in use by {holder}. Stop it, or choose another recipe or --set runs=DIR."
-            ) from None
+            raise UsageError(f"{folder} is in use by {holder}. Stop it, or choose {instead}.") from None
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} (since {time.strftime('%H:%M')})")

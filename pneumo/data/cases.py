@@ -174,7 +174,7 @@ def load_test(
     if not root.is_dir():
         return [], [], [_problem(root, "no such folder. Set data.root.")]
     files = _find_folder(root, test, "data.test", problems)
-    source = _find(root, sample, SAMPLE_NAMES, (), "sample", problems)
+    source = find_sample(root, sample, problems)
     ids = sorted(files)
     if source is not None:
         ids, more = read_sample(source)
@@ -197,13 +197,9 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
         files.
     """
     found: dict[str, Path] = {}
-    problems: list[Problem] = []
-    others: list[Path] = []
-    for path in _files(Path(folder), problems):
-        if not images.is_image(path):
-            others.append(path)
-            continue
-        image_id = path.stem if path.suffix.lower() in images.SUFFIXES else path.name
+    paths, others, problems = list_images(folder)
+    for path in paths:
+        image_id = name_of(path)
         if not _ID.fullmatch(image_id):
             problems.append(_problem(path, f"{_ID_RULE} Rename it."))
         elif image_id in found:
@@ -217,6 +213,25 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
         message = f"{folder}: {text}: {_some(path.name for path in others)}"
         problems.append(Problem(str(folder), None, "", message, False, each))
     return dict(sorted(found.items())), problems
+
+
+def list_images(folder: Path) -> tuple[list[Path], list[Path], list[Problem]]:
+    """List the images in a folder and the folders in it, whatever their names.
+
+    Returns:
+        Images, and files that are none, folder by folder, each sorted; problems: folders that cannot be read.
+    """
+    found: list[Path] = []
+    others: list[Path] = []
+    problems: list[Problem] = []
+    for path in _files(Path(folder), problems):
+        (found if images.is_image(path) else others).append(path)
+    return found, others, problems
+
+
+def name_of(path: Path) -> str:
+    """An image file's name without its suffix; a DICOM often has none, but dots in its name."""
+    return path.stem if path.suffix.lower() in images.SUFFIXES else path.name
 
 
 def read_codes(
@@ -244,13 +259,18 @@ def read_patients(path: Path) -> tuple[dict[str, str], list[Problem]]:
     """
     patient_of: dict[str, str] = {}
     problems: list[Problem] = []
-    for line, (image_id, patient) in _rows(path, ("ImageId", "patient_id"), problems):
+    for line, (image_id, patient) in read_rows(path, ("ImageId", "patient_id"), problems):
         if not patient:
             problems.append(_problem(path, "patient_id is empty", row=line, image_id=image_id))
         elif patient_of.setdefault(image_id, patient) != patient:
             text = "a second patient_id for this image"
             problems.append(_problem(path, text, row=line, image_id=image_id))
     return patient_of, problems
+
+
+def find_sample(root: Path, sample: str, problems: list[Problem]) -> Path | None:
+    """The sample submission of that name in `root`, or under a usual one; None if there is none."""
+    return _find(root, sample, SAMPLE_NAMES, (), "sample", problems)
 
 
 def read_sample(path: Path) -> tuple[list[str], list[Problem]]:
@@ -263,7 +283,7 @@ def read_sample(path: Path) -> tuple[list[str], list[Problem]]:
     lines: dict[str, int] = {}
     repeated: list[Problem] = []
     count = 0
-    for line, (image_id,) in _rows(path, ("ImageId",), problems):
+    for line, (image_id,) in read_rows(path, ("ImageId",), problems):
         count += 1
         if lines.setdefault(image_id, line) != line:
             text = f"repeats line {lines[image_id]}"
@@ -479,7 +499,7 @@ def _read_codes(
     rows: dict[str, list[tuple[int, str, np.ndarray]]] = {}
     lines: dict[str, int] = {}
     bad = set()
-    for line, (image_id, code) in _rows(path, ("ImageId", "EncodedPixels"), problems):
+    for line, (image_id, code) in read_rows(path, ("ImageId", "EncodedPixels"), problems):
         lines.setdefault(image_id, line)
         try:
             code = rle.EMPTY if code.strip() in also_empty else code
@@ -587,7 +607,7 @@ def _in_threads(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> Iterator[tuple[int, tuple[str, ...]]]:
+def read_rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Line number and stripped values of the named columns of each row; the first is an id, and checked.
 
     Every value is text, and a row must have as many fields as the header: nothing is guessed, padded or

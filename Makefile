@@ -19,7 +19,7 @@ OPTIONS = --recipe $(RECIPE) $(if $(SET),--set $(SET))
 LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow faults lint format recipe verify pack folds phantom train cv oof tune submit score report clean
+.PHONY: help setup demo test test-slow faults lint format recipe verify pack folds phantom train cv oof tune submit score check-submission report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -91,6 +91,9 @@ submit: $(READY)  ## ensemble -> submission.csv [FOLDS=0,1] [GPUS=2]
 
 score: $(READY)  ## score any submission: SUBMISSION=a.csv TRUTH=train-rle.csv
 	$(PYTHON) -m pneumo score $(SUBMISSION) $(TRUTH) $(OPTIONS)
+
+check-submission: $(READY)  ## rows, ids and codes of a submission [SUBMISSION=a.csv TRUTH=train-rle.csv SAMPLE=a.csv]
+	$(PYTHON) -m pneumo check-submission $(SUBMISSION) $(if $(TRUTH),--truth $(TRUTH)) $(if $(SAMPLE),--sample $(SAMPLE)) $(OPTIONS)
 
 report: $(READY)  ## report.html and its figures [BESIDE=seed-image]
 	$(PYTHON) -m pneumo report $(OPTIONS) $(if $(BESIDE),--beside $(BESIDE))

@@ -1,12 +1,14 @@
-"""The small commands: `python -m pneumo recipe|verify|pack|folds|cv|oof|tune|score|phantom|report --recipe NAME`."""
+"""The small commands: `python -m pneumo recipe|verify|pack|folds|cv|oof|tune|score|check-submission|phantom|report`."""
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from pneumo import cli, config, dataset, dist, log, training
+from pneumo import checkpoint, cli, config, dataset, dist, log, training
 from pneumo import oof as oofs
+from pneumo.config import Recipe
 from pneumo.errors import DataError
 
 
@@ -137,6 +139,58 @@ def score(options: argparse.Namespace) -> None:
     )
 
 
+def check_submission(options: argparse.Namespace) -> None:
+    """Check a submission's rows, ids and codes, and print what it says."""
+    from pneumo import submission
+    from pneumo.data import cases
+
+    recipe = cli.load_recipe(options)
+    data, root = recipe.data, Path(recipe.data.root)
+    path = options.submission or recipe.folder / "submission.csv"
+    problems: list[cases.Problem] = []
+    sample, sample_ids = options.sample, None
+    if sample is None and root.is_dir():
+        sample = cases.find_sample(root, data.sample, problems)
+    if sample is not None:
+        sample_ids, more = cases.read_sample(sample)
+        problems += more
+    codes, more = submission.check(path, sample_ids, data.annotation_size)
+    problems += more
+    for problem in problems:
+        log.say(f"{'ERROR' if problem.fatal else 'note '} {problem.message}")
+    if codes:
+        log.say(f"{path}: {submission.summary(codes, data.annotation_size)}")
+    log.say("no sample submission: ids were not compared" if sample is None else f"{sample}: {len(sample_ids)} ids")
+    empty = _empty(options.truth, recipe)
+    log.say("no annotations" if empty is None else f"all masks empty: Dice {empty[0]:.4f} on {empty[1]}")
+    origin = path.with_suffix(".json")
+    if origin.exists() and path.exists():
+        told = json.loads(origin.read_text(encoding="utf-8"))
+        same = told.get("sha256") == checkpoint.sha256(path)
+        log.say(f"{origin}: {'what made it' if same else 'tells of another file, which this one has replaced'}")
+    cases.raise_fatal(problems, None)
+
+
+def _empty(truth: Path | None, recipe: Recipe) -> tuple[float, str] | None:
+    """Mean Dice of empty masks on the training annotations, and which these are; None if there are none."""
+    from pneumo.data import cases
+
+    data, root = recipe.data, Path(recipe.data.root)
+    if truth is None and not root.is_dir():
+        return None
+    if truth is not None:
+        runs_of, problems = cases.read_codes(truth, data.annotation_size)
+        positive = [len(runs) > 0 for runs in runs_of.values()]
+    else:
+        found, problems = cases.load_train(
+            root, annotations=data.annotations, annotation_size=data.annotation_size, need_images=False
+        )
+        positive = [case.positive for case in found]
+    if not positive or any(problem.fatal for problem in problems):
+        return None
+    return 1 - sum(positive) / len(positive), f"{len(positive):,} training images of {truth or root}"
+
+
 def phantom(options: argparse.Namespace) -> None:
     """Write synthetic X-rays with annotations into the recipe's data folder."""
     from pneumo.data import phantom as phantoms
@@ -171,15 +225,19 @@ def report(options: argparse.Namespace) -> None:
     reports.write(recipe, beside)
 
 
-COMMANDS = (recipe, verify, pack, folds, cv, oof, tune, score, phantom, report)
+COMMANDS = (recipe, verify, pack, folds, cv, oof, tune, score, check_submission, phantom, report)
+
+
+def _name(command: Callable) -> str:
+    return command.__name__.replace("_", "-")
 
 
 def main() -> int:
     """Read the command line and run one command."""
     parser = argparse.ArgumentParser(prog="python -m pneumo", description=__doc__)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(c.__name__ for c in COMMANDS))
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(map(_name, COMMANDS)))
     for command in COMMANDS:
-        subparser = subparsers.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
+        subparser = subparsers.add_parser(_name(command), help=command.__doc__, description=command.__doc__)
         subparser.set_defaults(run=command)
         cli.add_recipe_options(subparser)
         if command is folds:
@@ -195,6 +253,10 @@ def main() -> int:
             subparser.add_argument("truth", type=Path, help="CSV file of annotations")
             subparser.add_argument("--patients", type=Path, help="CSV file: ImageId,patient_id, for the intervals")
             subparser.add_argument("--json", action="store_true", help="print one JSON object")
+        if command is check_submission:
+            subparser.add_argument("submission", type=Path, nargs="?", help="CSV file (default: the recipe's)")
+            subparser.add_argument("--sample", type=Path, help="CSV file of ids (default: the data folder's)")
+            subparser.add_argument("--truth", type=Path, help="CSV file of annotations (default: the data folder's)")
     return cli.run(lambda options: options.run(options), parser)
 
 

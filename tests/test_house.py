@@ -18,14 +18,16 @@ ALLOWED = {
     "log": {"checkpoint", "dist", "errors"},
     "cli": {"config", "checkpoint", "dist", "errors"},
     "score": {"data", "decision", "kernels", "errors"},
-    "submission": {"data", "checkpoint", "errors"},
+    "submission": {"data", "kernels", "checkpoint", "errors"},
+    "journal": {"checkpoint", "dist", "log", "errors"},
     "dataset": {"data"} | BASE,
     "engine": {"data", "model", "decision"} | BASE,
     "training": {"data", "model", "decision", "dataset", "engine"} | BASE,
     "ensemble": {"model", "decision", "engine", "training"} | BASE,
     "oof": {"data", "decision", "dataset", "training", "ensemble"} | BASE,
     "tuning": {"decision", "dataset", "ensemble", "oof"} | BASE,
-    "inference": {"data", "decision", "kernels", "dataset", "ensemble", "tuning", "submission"} | BASE,
+    "inference": {"data", "decision", "dataset", "ensemble", "tuning", "submission", "journal"} | BASE,
+    "given": {"data", "decision", "kernels", "ensemble", "tuning", "inference", "journal"} | BASE,
     "report": {"data", "decision", "kernels", "dataset", "training", "ensemble", "oof", "tuning"} | BASE,
 }
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from pneumo import checkpoint, cli, config, dataset, dist, log, training
 from pneumo import oof as oofs
 from pneumo.config import Recipe
-from pneumo.errors import DataError
+from pneumo.errors import DataError, UsageError
 
 
 def recipe(options: argparse.Namespace) -> None:
@@ -83,13 +84,22 @@ def folds(options: argparse.Namespace) -> None:
 
 def cv(options: argparse.Namespace) -> None:
     """Train all folds and stages that are not done yet, then predict each fold's held-out images."""
+    from pneumo import ensemble, jobs
+
     recipe = cli.load_recipe(options)
+    chosen = ensemble.parse_folds(options.folds, recipe.folds.count)
+    if options.jobs > 1:
+        if "WORLD_SIZE" in os.environ:
+            raise UsageError("--jobs starts processes of its own: run it without torchrun (make cv JOBS=5, no GPUS=)")
+        dataset.load(recipe)  # split and packed once, before the folds ask for it
+        jobs.run_folds(chosen, options.jobs, lambda fold: jobs.python("cv", "--folds", str(fold), *cli.words(options)))
+        return
     with dist.launch(recipe.train.timeout_seconds) as device:
         data = dataset.load(recipe)
-        for fold in range(recipe.folds.count):
+        for fold in chosen:
             for stage in recipe.own_stages:
                 training.train_stage(recipe, data, fold, stage, device)
-        oofs.write(recipe, data, device)
+        oofs.write(recipe, data, device, folds=chosen)
 
 
 def oof(options: argparse.Namespace) -> None:
@@ -242,6 +252,9 @@ def main() -> int:
         cli.add_recipe_options(subparser)
         if command is folds:
             subparser.add_argument("--force", action="store_true", help="split anew though folds.csv is there")
+        if command is cv:
+            subparser.add_argument("--folds", default="all", help="all (default), or some as 0,1")
+            subparser.add_argument("--jobs", type=int, default=1, help="folds side by side, each on its own GPU")
         if command is oof:
             subparser.add_argument("--maps", action="store_true", help="keep each case's probabilities as a PNG, too")
         if command is report:

@@ -17,6 +17,7 @@ ALLOWED = {
     "checkpoint": {"errors"},
     "log": {"checkpoint", "dist", "errors"},
     "cli": {"config", "checkpoint", "dist", "errors"},
+    "jobs": {"dist", "log", "errors"},
     "score": {"data", "decision", "kernels", "errors"},
     "submission": {"data", "kernels", "checkpoint", "errors"},
     "journal": {"checkpoint", "dist", "log", "errors"},

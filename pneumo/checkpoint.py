@@ -26,6 +26,8 @@ from pneumo.errors import DataError, NoSpaceError, NotFiniteError, UsageError, W
 FORMAT = 1
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, largest file
 
+_LEFT = re.compile(r".+\.[0-9]+\.tmp")  # what `write_atomic` leaves if it is killed
+
 
 def save(state: dict[str, Any], path: Path, *, keep: Path | None = None) -> None:
     """Write a checkpoint so that at every moment a whole one is on the disk.
@@ -189,10 +191,13 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, *, instead: str = "another recipe or --set runs=DIR") -> Iterator[None]:
     """Hold a run folder against a second writer; released when the process ends, however it ends.
 
     What an earlier writer left half-written is removed.
+
+    Args:
+        instead: what else a second one could choose, for the error.
 
     Raises:
         UsageError: another process holds it; names that process.
@@ -207,16 +212,15 @@ def lock(folder: Path) -> Iterator[None]:
                 if holder := file.read().strip():
                     break
                 time.sleep(0.05)
-            raise UsageError(
-                f"{folder} is in use by {holder or 'another process'}. Stop it, or choose another recipe or "
-                f"--set runs=DIR."
-            ) from None
+            holder = holder or "another process"
+            raise UsageError(f"{folder} is in use by {holder}. Stop it, or choose {instead}.") from None
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} (since {time.strftime('%H:%M')})")
         file.flush()
         for left in folder.glob("*.tmp"):
-            left.unlink()
+            if _LEFT.fullmatch(left.name):  # a user's own .tmp file is none of ours
+                left.unlink()
         yield
         file.seek(0)
         file.truncate()

@@ -38,6 +38,16 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def words(options: argparse.Namespace) -> list[str]:
+    """The options of `add_recipe_options` as words of a command line."""
+    return [
+        f"--recipe={options.recipe}",
+        *([f"--config={options.config}"] if options.config else []),
+        *(f"--set={item}" for group in options.set for item in group),
+        *(["--debug"] if options.debug else []),
+    ]
+
+
 def load_recipe(options: argparse.Namespace) -> Recipe:
     """The recipe that the options name."""
     local = Path("configs.toml")

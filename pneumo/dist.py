@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pneumo.errors import PeerError, Stopped, UsageError
 
+JOB = "PNEUMO_JOB"  # in the environment of a process that is to end with the one that started it
 GRACE = 3.0  # seconds in which a process may find out by itself that another failed
 ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 FAILED = f"pneumo/{ATTEMPT}/failed"  # key of the store: "rank<newline>message" of the process that failed first
@@ -51,6 +52,8 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
     """
     global _store
     device = torch.device("cpu")
+    if JOB in os.environ:
+        _end_with_parent()
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", 0))
         here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))

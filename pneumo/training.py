@@ -203,6 +203,8 @@ class _Run:
         self._build(saved)
         if dist.is_main():
             checkpoint.write_atomic(self.folder / "config.toml", config.dumps(self.recipe).encode())
+            settings = ", ".join(f"{key} {value}" for key, value in asdict(self.settings).items())
+            log.say(f"{self.folder / 'config.toml'}: {settings}")
             self._status("running")
         pack = dataset.open_pack(self.recipe, "train", self.data.cases, self.settings.image_size)
         reserve = int(self.recipe.train.gpu_reserve_gb * 2**30)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -34,6 +34,8 @@ PATIENT_NAMES = ("patients",)
 MASK_FOLDERS = ("mask", "masks")
 ALIASES = {"fname": "ImageId", "mask": "EncodedPixels"}
 MAX_BYTES = 256 * 2**20  # of a CSV, unpacked
+MAX_ROWS = 1_000_000  # of a CSV; a row that packs to a few bits takes hundreds of bytes of memory
+ENOUGH = 20  # masks that do not all lie in the leftmost quarter of their grid by chance
 SHOWN = 5  # ids in a message; data_report.csv has all
 
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -167,14 +169,14 @@ def load_test(
         allow_missing: leave out ids without an image with a warning; they stay in the list of ids.
 
     Returns:
-        Cases, without runs, in the order of the ids; the ids that a submission must have, in the sample's
-        order, or those of all images, sorted; and all problems.
+        Cases by id, without runs; the ids that a submission must have, in the sample's order, or those of all images,
+        sorted; and all problems.
     """
     root, problems = Path(root), []
     if not root.is_dir():
         return [], [], [_problem(root, "no such folder. Set data.root.")]
     files = _find_folder(root, test, "data.test", problems)
-    source = _find(root, sample, SAMPLE_NAMES, (), "sample", problems)
+    source = find_sample(root, sample, problems)
     ids = sorted(files)
     if source is not None:
         ids, more = read_sample(source)
@@ -183,7 +185,7 @@ def load_test(
     else:
         there = set(ids)
     nothing = np.zeros((0, 2), dtype=np.int64)
-    return [Case(image_id, files[image_id], nothing) for image_id in ids if image_id in there], ids, problems
+    return [Case(image_id, files[image_id], nothing) for image_id in sorted(there)], ids, problems
 
 
 def find_images(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
@@ -197,13 +199,9 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
         files.
     """
     found: dict[str, Path] = {}
-    problems: list[Problem] = []
-    others: list[Path] = []
-    for path in _files(Path(folder), problems):
-        if not images.is_image(path):
-            others.append(path)
-            continue
-        image_id = path.stem if path.suffix.lower() in images.SUFFIXES else path.name
+    paths, others, problems = list_images(folder)
+    for path in paths:
+        image_id = name_of(path)
         if not _ID.fullmatch(image_id):
             problems.append(_problem(path, f"{_ID_RULE} Rename it."))
         elif image_id in found:
@@ -217,6 +215,25 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
         message = f"{folder}: {text}: {_some(path.name for path in others)}"
         problems.append(Problem(str(folder), None, "", message, False, each))
     return dict(sorted(found.items())), problems
+
+
+def list_images(folder: Path) -> tuple[list[Path], list[Path], list[Problem]]:
+    """List the images in a folder and the folders in it, whatever their names.
+
+    Returns:
+        Images, and files that are none, folder by folder, each sorted; problems: folders that cannot be read.
+    """
+    found: list[Path] = []
+    others: list[Path] = []
+    problems: list[Problem] = []
+    for path in _files(Path(folder), problems):
+        (found if images.is_image(path) else others).append(path)
+    return found, others, problems
+
+
+def name_of(path: Path) -> str:
+    """An image file's name without its suffix; a DICOM often has none, but dots in its name."""
+    return path.stem if path.suffix.lower() in images.SUFFIXES else path.name
 
 
 def read_codes(
@@ -244,13 +261,19 @@ def read_patients(path: Path) -> tuple[dict[str, str], list[Problem]]:
     """
     patient_of: dict[str, str] = {}
     problems: list[Problem] = []
-    for line, (image_id, patient) in _rows(path, ("ImageId", "patient_id"), problems):
+    for line, (image_id, patient) in read_rows(path, ("ImageId", "patient_id"), problems):
         if not patient:
-            problems.append(_problem(path, "patient_id is empty", row=line, image_id=image_id))
+            text = "empty. Give the patient, or delete the row."
+            problems.append(_problem(path, text, row=line, image_id=image_id, field="patient_id"))
         elif patient_of.setdefault(image_id, patient) != patient:
-            text = "a second patient_id for this image"
-            problems.append(_problem(path, text, row=line, image_id=image_id))
+            text = "another patient than in a row before. Delete one of them."
+            problems.append(_problem(path, text, row=line, image_id=image_id, field="patient_id"))
     return patient_of, problems
+
+
+def find_sample(root: Path, sample: str, problems: list[Problem]) -> Path | None:
+    """The sample submission of that name in `root`, or under a usual one; None if there is none."""
+    return _find(root, sample, SAMPLE_NAMES, (), "sample", problems)
 
 
 def read_sample(path: Path) -> tuple[list[str], list[Problem]]:
@@ -263,7 +286,7 @@ def read_sample(path: Path) -> tuple[list[str], list[Problem]]:
     lines: dict[str, int] = {}
     repeated: list[Problem] = []
     count = 0
-    for line, (image_id,) in _rows(path, ("ImageId",), problems):
+    for line, (image_id,) in read_rows(path, ("ImageId",), problems):
         count += 1
         if lines.setdefault(image_id, line) != line:
             text = f"repeats line {lines[image_id]}"
@@ -335,8 +358,11 @@ def raise_fatal(problems: Sequence[Problem], report: Path | None) -> None:
 _ID_RULE = "an ImageId is 1 to 128 of A-Z, a-z, 0-9, dot, underscore and hyphen, and begins with no dot."
 
 
-def _problem(file: Path, text: str, *, row: int | None = None, image_id: str = "", fatal: bool = True) -> Problem:
-    where = str(file) + (f" line {row}" if row else "") + (f", ImageId {image_id}" if image_id else "")
+def _problem(
+    file: Path, text: str, *, row: int | None = None, image_id: str = "", field: str = "", fatal: bool = True
+) -> Problem:
+    where = f"{file}{f' line {row}' if row else ''}{f', ImageId {image_id}' if image_id else ''}"
+    where += f", {field}" if field else ""
     return Problem(str(file), row, image_id, f"{where}: {text}", fatal)
 
 
@@ -479,15 +505,14 @@ def _read_codes(
     rows: dict[str, list[tuple[int, str, np.ndarray]]] = {}
     lines: dict[str, int] = {}
     bad = set()
-    for line, (image_id, code) in _rows(path, ("ImageId", "EncodedPixels"), problems):
+    for line, (image_id, code) in read_rows(path, ("ImageId", "EncodedPixels"), problems):
         lines.setdefault(image_id, line)
         try:
             code = rle.EMPTY if code.strip() in also_empty else code
             runs = rle.decode_runs(code, annotation_size, annotation_size)
         except ValueError as error:
             bad.add(image_id)
-            text = f"EncodedPixels: {error}"
-            problems.append(_problem(path, text, row=line, image_id=image_id))
+            problems.append(_problem(path, str(error), row=line, image_id=image_id, field="EncodedPixels"))
             continue
         rows.setdefault(image_id, []).append((line, code, runs))
 
@@ -504,7 +529,7 @@ def _read_codes(
         if empty and len(empty) < len(its):
             other = next(line for line, _, runs in its if len(runs))
             text = f"empty here, but line {other} has a mask of it. Delete one of them."
-            problems.append(_problem(path, text, row=empty[0], image_id=image_id))
+            problems.append(_problem(path, text, row=empty[0], image_id=image_id, field="EncodedPixels"))
             continue
         runs_of[image_id] = union([runs for _, _, runs in its])
         pixels = sum(area(runs) for _, _, runs in its) - area(runs_of[image_id])
@@ -521,6 +546,13 @@ def _read_codes(
         problems.append(Problem(str(path), None, "", message, False, tuple(overlaps)))
     if not lines and not any(problem.fatal for problem in problems if problem.file == str(path)):
         problems.append(_problem(path, "no rows"))
+    ends = [int(runs[-1, 1]) for runs in runs_of.values() if len(runs)]
+    if len(ends) >= ENOUGH and max(ends) <= (annotation_size // 2) ** 2:
+        text = (
+            f"all {len(ends):,} masks end within the first {max(ends):,} pixels of {annotation_size}×{annotation_size}."
+            f" Were they made for a smaller size? Set data.annotation_size."
+        )
+        problems.append(_problem(path, text, fatal=False))
     return runs_of, lines
 
 
@@ -587,7 +619,7 @@ def _in_threads(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> Iterator[tuple[int, tuple[str, ...]]]:
+def read_rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Line number and stripped values of the named columns of each row; the first is an id, and checked.
 
     Every value is text, and a row must have as many fields as the header: nothing is guessed, padded or
@@ -596,7 +628,9 @@ def _rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> Iterat
     try:
         reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
         header: list[str] | None = None
-        for fields in reader:
+        for count, fields in enumerate(reader):
+            if count > MAX_ROWS:
+                raise DataError(f"more than {MAX_ROWS:,} rows")
             fields = [field.strip() for field in fields]
             if not any(fields):
                 continue
@@ -605,7 +639,7 @@ def _rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> Iterat
                 places = _places(header, columns)
                 continue
             if len(fields) != len(header):
-                text = f"{len(fields)} fields, the header has {len(header)}"
+                text = f"{len(fields)} fields, the header has {len(header)}: a comma too many or too few"
                 problems.append(_problem(path, text, row=reader.line_num))
                 continue
             values = tuple(fields[place] for place in places)
@@ -640,22 +674,31 @@ def _places(header: list[str], columns: Sequence[str]) -> list[int]:
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
+def _bounded(file: IO[bytes]) -> bytes:
+    """All of a file, which may unpack to thousands of times its size, unless that is too much."""
+    parts, size = [], 0
+    while part := file.read(2**20):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_BYTES:
+            raise DataError(f"larger than {MAX_BYTES // 2**20} MB")
+    return b"".join(parts)
+
+
 def _text(path: Path) -> str:
     """The text of a UTF-8 file, perhaps gzipped; what else downloads turn out to be is refused by name."""
     try:
         if not Path(path).is_file():  # to open a pipe is to wait for ever
             raise DataError("no such file")
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = _bounded(file)
         if data.startswith(b"\x1f\x8b"):
             with gzip.open(io.BytesIO(data)) as file:
-                data = file.read(MAX_BYTES + 1)
+                data = _bounded(file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"damaged gzip file ({error}); copy it again") from None
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}") from None
-    if len(data) > MAX_BYTES:
-        raise DataError(f"larger than {MAX_BYTES // 2**20} MB")
     if not data.strip():
         raise DataError("empty")
     if data.startswith(b"version https://git-lfs"):

@@ -5,6 +5,7 @@ RECIPE ?= seed
 FOLD ?= 0
 STAGE ?= 1
 GPUS ?= 1
+JOBS ?= 1
 SET ?=
 FOLDS ?= all
 
@@ -19,11 +20,11 @@ OPTIONS = --recipe $(RECIPE) $(if $(SET),--set $(SET))
 LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow faults lint format verify pack folds phantom train cv oof tune submit score check-submission report clean
+.PHONY: help setup demo test test-slow faults lint format recipe verify pack folds phantom train cv oof tune submit score check-submission report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
-	@echo; echo '  variables: RECIPE=seed FOLD=0 STAGE=1 GPUS=1 FOLDS=all SET="stage.2.epochs=1 data.root=/data/siim" PYTHON=python3'
+	@echo; echo '  variables: RECIPE=seed FOLD=0 STAGE=1 GPUS=1 JOBS=1 FOLDS=all SET="stage.2.epochs=1 data.root=/data/siim" PYTHON=python3'
 
 setup: $(READY)  ## install everything into .venv
 
@@ -59,6 +60,9 @@ format: $(READY)  ## let ruff format the code
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
+recipe: $(READY)  ## print every number of a recipe, base and SET included
+	@$(PYTHON) -m pneumo recipe $(OPTIONS)
+
 verify: $(READY)  ## read every image and annotation once, list every problem
 	$(PYTHON) -m pneumo verify $(OPTIONS)
 
@@ -74,8 +78,8 @@ phantom: $(READY)  ## write synthetic X-rays
 train: $(READY)  ## one stage of one fold: FOLD=0 STAGE=2 [GPUS=2]
 	$(LAUNCH) train.py --fold $(FOLD) --stage $(STAGE) $(OPTIONS)
 
-cv: $(READY)  ## all folds, all stages; skips what is done [GPUS=2]
-	$(LAUNCH) -m pneumo cv $(OPTIONS)
+cv: $(READY)  ## all folds, all stages; skips what is done [GPUS=2 | JOBS=5 folds side by side, a GPU each]
+	$(LAUNCH) -m pneumo cv --folds $(FOLDS) --jobs $(JOBS) $(OPTIONS)
 
 oof: $(READY)  ## predict each fold's held-out images; cv does it as well [GPUS=2]
 	$(LAUNCH) -m pneumo oof $(OPTIONS)

@@ -1,15 +1,21 @@
-"""The small commands: `python -m pneumo verify|pack|folds|cv|oof|tune|score|check-submission|phantom|report`."""
+"""The small commands: `python -m pneumo recipe|verify|pack|folds|cv|oof|tune|score|check-submission|phantom|report`."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pneumo import checkpoint, cli, dataset, dist, log, training
+from pneumo import checkpoint, cli, config, dataset, dist, log, training
 from pneumo import oof as oofs
 from pneumo.config import Recipe
-from pneumo.errors import DataError
+from pneumo.errors import DataError, UsageError
+
+
+def recipe(options: argparse.Namespace) -> None:
+    """Print the recipe as it is with its base and all overrides; --config reads it again."""
+    print(config.dumps(cli.load_recipe(options)))
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -32,15 +38,19 @@ def verify(options: argparse.Namespace) -> None:
     else:
         test = []
         log.say(f"{root / data.test}: no such folder; only training images are verified")
-    problems += cases.verify([*found, *test], progress=log.bar)
+    # of images whose annotation is bad the pixels are looked at as well: all problems in one go
+    bad = {problem.image_id for problem in problems if problem.fatal}
+    suspects = [cases.Case(image_id, path, ()) for image_id, path in cases.find_images(root / data.train)[0].items()]
+    problems += cases.verify([*found, *test, *(case for case in suspects if case.image_id in bad)], progress=log.bar)
+    report = recipe.folder / "data_report.csv"
     for problem in problems:
         log.say(f"{'ERROR' if problem.fatal else 'note '} {problem.message}")
     positive = sum(case.positive for case in found)
     log.say(
         f"{len(found)} training images, {positive} with pneumothorax, {len(test)} test images; "
-        f"{sum(p.fatal for p in problems)} errors, {sum(not p.fatal for p in problems)} notes"
+        f"{sum(p.fatal for p in problems)} errors, {sum(not p.fatal for p in problems)} notes; all are in {report}"
     )
-    cases.raise_fatal(problems, recipe.folder / "data_report.csv")
+    cases.raise_fatal(problems, report)
 
 
 def pack(options: argparse.Namespace) -> None:
@@ -74,13 +84,22 @@ def folds(options: argparse.Namespace) -> None:
 
 def cv(options: argparse.Namespace) -> None:
     """Train all folds and stages that are not done yet, then predict each fold's held-out images."""
+    from pneumo import ensemble, jobs
+
     recipe = cli.load_recipe(options)
+    chosen = ensemble.parse_folds(options.folds, recipe.folds.count)
+    if options.jobs > 1:
+        if "WORLD_SIZE" in os.environ:
+            raise UsageError("--jobs starts processes of its own: run it without torchrun (make cv JOBS=5, no GPUS=)")
+        dataset.load(recipe)  # split and packed once, before the folds ask for it
+        jobs.run_folds(chosen, options.jobs, lambda fold: jobs.python("cv", "--folds", str(fold), *cli.words(options)))
+        return
     with dist.launch(recipe.train.timeout_seconds) as device:
         data = dataset.load(recipe)
-        for fold in range(recipe.folds.count):
+        for fold in chosen:
             for stage in recipe.own_stages:
                 training.train_stage(recipe, data, fold, stage, device)
-        oofs.write(recipe, data, device)
+        oofs.write(recipe, data, device, folds=chosen)
 
 
 def oof(options: argparse.Namespace) -> None:
@@ -216,7 +235,7 @@ def report(options: argparse.Namespace) -> None:
     reports.write(recipe, beside)
 
 
-COMMANDS = (verify, pack, folds, cv, oof, tune, score, check_submission, phantom, report)
+COMMANDS = (recipe, verify, pack, folds, cv, oof, tune, score, check_submission, phantom, report)
 
 
 def _name(command: Callable) -> str:
@@ -233,6 +252,9 @@ def main() -> int:
         cli.add_recipe_options(subparser)
         if command is folds:
             subparser.add_argument("--force", action="store_true", help="split anew though folds.csv is there")
+        if command is cv:
+            subparser.add_argument("--folds", default="all", help="all (default), or some as 0,1")
+            subparser.add_argument("--jobs", type=int, default=1, help="folds side by side, each on its own GPU")
         if command is oof:
             subparser.add_argument("--maps", action="store_true", help="keep each case's probabilities as a PNG, too")
         if command is report:

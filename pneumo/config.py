@@ -1,13 +1,15 @@
 """A recipe of configs.toml as frozen dataclasses: every tunable number of the program, strictly checked.
 
-A mistake is an error that names the dotted key and the nearest valid one. Imports errors.
+A mistake is an error that names the file, the section, the key, its value and what is allowed, and of an unknown key
+the nearest known one. Imports errors.
 """
 
 import difflib
 import json
+import re
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,6 +19,8 @@ from pneumo.errors import UsageError
 Positive = "[1, inf)"
 Share = "[0, 1]"
 NotNegative = "[0, inf)"
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")  # of a recipe: it becomes a folder's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +56,8 @@ class ModelConfig:
     decoder_channels: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.decoder_channels) != 5 or min(self.decoder_channels) < 1:
-            raise UsageError(f"decoder_channels must be 5 positive numbers, got {list(self.decoder_channels)}")
+        if len(self.decoder_channels) != 5 or not all(1 <= count <= 4096 for count in self.decoder_channels):
+            raise UsageError(f"decoder_channels must be 5 numbers from 1 to 4096, got {list(self.decoder_channels)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +82,8 @@ class AugmentConfig:
     rotate: Annotated[float, "[0, 180]"]
 
     def __post_init__(self) -> None:
-        if len(self.gamma) != 2 or not 0 < self.gamma[0] <= self.gamma[1]:
-            raise UsageError(f"gamma must be [low, high] with 0 < low <= high, got {list(self.gamma)}")
+        if len(self.gamma) != 2 or not 0 < self.gamma[0] <= self.gamma[1] <= 10:
+            raise UsageError(f"gamma must be [low, high] with 0 < low <= high <= 10, got {list(self.gamma)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,12 +198,17 @@ class Recipe:
     phantom: PhantomConfig
 
     def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise UsageError(f"name must be of A-Z, a-z, 0-9, dot, underscore and hyphen, got {self.name!r}")
         if list(self.stage) != list(range(1, len(self.stage) + 1)):
-            raise UsageError(f"stage tables must be numbered 1, 2, ... without gaps, got {list(self.stage)}")
+            raise UsageError(f"stage must have tables numbered 1, 2, ... without gaps, got {list(self.stage)}")
         if self.stages > len(self.stage):
-            raise UsageError(f"stages: {self.stages} wanted, but only {len(self.stage)} are described")
+            raise UsageError(f"stages is {self.stages}, but only {len(self.stage)} are described")
         if self.stage[1].start == "previous":
-            raise UsageError('stage.1.start: there is no stage before the first; "encoder" or a recipe\'s name')
+            raise UsageError('stage.1.start is "previous", but there is no stage before the first')
+        for number, stage in self.stage.items():
+            if not _NAME.fullmatch(stage.start):
+                raise UsageError(f'stage.{number}.start must be "encoder", "previous" or a recipe, got {stage.start!r}')
 
     @property
     def folder(self) -> Path:
@@ -235,24 +244,53 @@ def load(path: Path, name: str, overrides: Sequence[str] = ()) -> Recipe:
         overrides: "key=value" with a dotted key, as "stage.2.lr=1e-4"; typed by the recipe's own value.
 
     Raises:
-        UsageError: the file, the recipe, a key, a type or a range is wrong; names the dotted key.
+        UsageError: the file, the recipe, a key, a type or a range is wrong; says where it stands, and what is allowed.
     """
+    path = Path(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read recipes from {path}: {error}") from None
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        if not path.is_file():
+            raise UsageError(f"cannot read recipes from {path}: no such file. Say --config FILE.")
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"cannot read recipes from {path}: not UTF-8 at byte {error.start:,}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read recipes from {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # of numbers of thousands of digits, and brackets as deep
         raise UsageError(f"{path}: not valid TOML: {error}") from None
+    if loose := [key for key, value in document.items() if not isinstance(value, dict)]:
+        raise UsageError(f'{path}: "{loose[0]}" stands in no recipe. Put it under [{name}].')
+    tables = _lineage(path, document, name)
+    table: dict[str, Any] = {}
+    for _, own in reversed(tables):
+        table = _merge(table, own)
+    for override in overrides:
+        _override(path, name, table, override)
     try:
-        table = _inherit(document, name, ())
-        for override in overrides:
-            _override(table, override)
-        recipe = _build(Recipe, {"name": name, **table}, "")
-    except UsageError as error:
-        raise UsageError(f"{path} [{name}] {error}") from None
-    return recipe
+        return _build(Recipe, {"name": name, **table}, "")
+    except _Mistake as mistake:
+        raise UsageError(mistake.told(path, tables, overrides)) from None
+
+
+class _Mistake(Exception):
+    """Something is wrong with a key; `before` and `after` its name, they make a sentence.
+
+    Attributes:
+        key: dotted, within the recipe.
+    """
+
+    def __init__(self, key: str, before: str, after: str) -> None:
+        self.key, self.before, self.after = key, before, after
+
+    def told(self, path: Path, tables: Sequence[tuple[str, dict[str, Any]]], overrides: Sequence[str]) -> str:
+        """The sentence, with the place where the key has its value from: an override, a recipe, or a base of it."""
+        for override in reversed(overrides):
+            if override.partition("=")[0].strip() == self.key:
+                return f"{path} [{tables[0][0]}] --set {override}: {self.before}{self.key}{self.after}"
+        section, _, last = self.key.rpartition(".")
+        name = next(
+            (name for name, table in tables if _has(table, self.key.partition("[")[0].split("."))), tables[0][0]
+        )
+        return f"{path} [{name}{'.' if section else ''}{section}] {self.before}{last}{self.after}"
 
 
 def dumps(recipe: Recipe) -> str:
@@ -296,15 +334,33 @@ def _flatten(table: Mapping[str, Any], where: str) -> Any:
             yield f"{where}{key}", list(value) if isinstance(value, tuple) else value
 
 
-def _inherit(document: Mapping[str, Any], name: str, above: tuple[str, ...]) -> dict[str, Any]:
-    """Resolve `base` and return a recipe's own copy of its table."""
-    if name not in document or not isinstance(document[name], dict):
-        raise UsageError(f"no recipe {name!r}{_near(name, document)}; there are: {', '.join(document)}")
-    if name in above:
-        raise UsageError(f"base: a circle, {' -> '.join((*above, name))}")
-    table = {key: value for key, value in document[name].items() if key != "base"}
-    base = document[name].get("base")
-    return _merge(_inherit(document, base, (*above, name)) if base is not None else {}, table)
+def _lineage(path: Path, document: Mapping[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
+    """A recipe's own table and, one after the other, those of its bases; with their names."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    while True:
+        if name not in document:
+            where = f"{path} [{found[-1][0]}] base" if found else str(path)
+            raise UsageError(f"{where}: no recipe {name!r}.{_near(name, document)} There are: {', '.join(document)}")
+        if name in [above for above, _ in found]:
+            circle = " -> ".join([above for above, _ in found] + [name])
+            raise UsageError(f"{path} [{found[-1][0]}] base: a circle, {circle}")
+        table = dict(document[name])
+        base = table.pop("base", None)
+        found.append((name, table))
+        if base is None:
+            return found
+        if not isinstance(base, str):
+            raise UsageError(f"{path} [{name}] base: expected a recipe's name, got {base!r}")
+        name = base
+
+
+def _has(table: Any, path: Sequence[str]) -> bool:
+    """Whether nested tables have a key."""
+    for part in path:
+        if not isinstance(table, dict) or part not in table:
+            return False
+        table = table[part]
+    return True
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,29 +371,39 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(table: dict[str, Any], override: str) -> None:
-    """Set one "dotted.key=value" in place."""
+def _override(path: Path, name: str, table: dict[str, Any], override: str) -> None:
+    """Set one "dotted.key=value" in place; the value takes the type of the one that was there."""
+    where = f"{path} [{name}] --set {override}"
     key, equals, text = override.partition("=")
     key, text = key.strip(), text.strip()
     if not equals:
-        raise UsageError(f"--set {override}: expected key=value")
-    *path, last = key.split(".")
-    for part in path:
-        if not isinstance(table.get(part), dict):
-            raise UsageError(f"--set {override}: unknown key {key}{_near(part, table)}")
-        table = table[part]
-    if last not in table:
-        raise UsageError(f"--set {override}: unknown key {key}{_near(last, table)}")
-    old = table[last]
-    if isinstance(old, dict):
-        raise UsageError(f"--set {override}: {key} is a table; set one of its keys: {', '.join(old)}")
-    if isinstance(old, str) and text[:1] not in ('"', "'"):
-        table[last] = {"true": True, "false": False}.get(text, text) if last == "pretrained" else text
-        return
-    try:
-        table[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        table[last] = text  # a path for `pretrained`; for a number, refused where types are checked
+        raise UsageError(f"{where}: expected key=value")
+    *parts, last = key.split(".")
+    for part in [*parts, last]:
+        if not isinstance(table, dict) or part not in table:
+            raise UsageError(f"{where}: unknown key {key}.{_near(part, table if isinstance(table, dict) else ())}")
+        inside, table = table, table[part]
+    if isinstance(table, dict):
+        raise UsageError(f"{where}: {key} is a table; set one of its keys: {', '.join(table)}")
+    inside[last] = _typed(text, table, last)
+
+
+def _typed(text: str, old: Any, key: str) -> Any:
+    """A value as text to a value of the type of `old`; what it cannot be stays text, to be refused with all others."""
+    if (isinstance(old, bool) or key == "pretrained") and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if isinstance(old, list) or text[:1] in ('"', "'"):
+        try:
+            return tomllib.loads(f"value = {text}")["value"]
+        except (ValueError, RecursionError):
+            return text
+    if isinstance(old, (int, float)) and not isinstance(old, bool):
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return text
 
 
 def _build(hint: Any, value: Any, where: str) -> Any:
@@ -348,49 +414,55 @@ def _build(hint: Any, value: Any, where: str) -> Any:
     if origin is Annotated:
         number = _build(arguments[0], value, where)
         if not _inside(number, arguments[1]):
-            raise UsageError(f"{where} must be in {arguments[1]}, got {number}")
+            raise _Mistake(where, "", f" must be in {arguments[1]}, got {number}")
         return number
     if origin is Literal:
         if value not in arguments:
-            raise UsageError(f"{where}: expected one of {', '.join(map(repr, arguments))}, got {value!r}")
+            raise _Mistake(where, "", f": expected one of {', '.join(map(repr, arguments))}, got {value!r}")
         return value
     if origin is tuple:
         if not isinstance(value, list):
-            raise UsageError(f"{where}: expected a list, got {value!r}")
+            raise _Mistake(where, "", f": expected a list, got {value!r}")
         return tuple(_build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict) or not value:
-            raise UsageError(f"{where}: expected tables [{where}.1], [{where}.2], ..., got {value!r}")
-        if bad := [key for key in value if not str(key).isdecimal()]:
-            raise UsageError(f"{where}.{bad[0]}: expected a number")
+            raise _Mistake(where, "", f": expected tables [{where}.1], [{where}.2], ..., got {value!r}")
+        if bad := [key for key in value if not re.fullmatch("[1-9][0-9]{0,2}", key)]:
+            raise _Mistake(f"{where}.{bad[0]}", "", ": expected a number")
         return {int(key): _build(arguments[1], value[key], f"{where}.{key}") for key in sorted(value, key=int)}
     if origin in (Union, types.UnionType):
         if type(value) not in arguments:
-            names = " or ".join(kind.__name__ for kind in arguments)
-            raise UsageError(f"{where}: expected {names}, got {value!r}")
+            raise _Mistake(where, "", f": expected {' or '.join(map(_called, arguments))}, got {value!r}")
         return value
+    if type(value) is int and abs(value) >= 2**63:
+        raise _Mistake(where, "", " must be a number of 64 bits")
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:  # exactly, so that true is not an int
-        raise UsageError(f"{where}: expected {hint.__name__}, got {value!r}")
+        raise _Mistake(where, "", f": expected {_called(hint)}, got {value!r}")
     return value
 
 
 def _build_table(cls: type, table: Any, where: str) -> Any:
     """Build dataclass `cls` from a TOML table, refusing unknown and missing keys."""
     if not isinstance(table, dict):
-        raise UsageError(f"{where}: expected a table, got {table!r}")
+        raise _Mistake(where, "", f": expected a table, got {table!r}")
     hints = get_type_hints(cls, include_extras=True)
     prefix = f"{where}." if where else ""
-    for key in sorted(map(str, table.keys() - hints.keys())):
-        raise UsageError(f"unknown key {prefix}{key}{_near(key, hints)}")
+    for key in sorted(table.keys() - hints.keys()):
+        raise _Mistake(f"{prefix}{key}", 'unknown key "', f'".{_near(key, hints)}')
     if missing := [field.name for field in fields(cls) if field.name not in table]:
-        raise UsageError(f"missing key {prefix}{missing[0]}")
+        raise _Mistake(f"{prefix}{missing[0]}", 'missing key "', '"')
     values = {key: _build(hints[key], item, f"{prefix}{key}") for key, item in table.items()}
     try:
         return cls(**values)
-    except UsageError as error:  # from __post_init__, which does not know its table's name
-        raise UsageError(f"{prefix}{error}") from None
+    except UsageError as error:  # from __post_init__, which begins with the key but does not know its table's name
+        key, _, text = str(error).partition(" ")
+        raise _Mistake(f"{prefix}{key}", "", f" {text}") from None
+
+
+def _called(kind: type) -> str:
+    return "true or false" if kind is bool else kind.__name__
 
 
 def _inside(number: float, interval: str) -> bool:
@@ -400,6 +472,6 @@ def _inside(number: float, interval: str) -> bool:
     return above and below
 
 
-def _near(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, map(str, known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f' Did you mean "{near[0]}"?' if near else ""

@@ -82,6 +82,7 @@ def open_pack(
         annotation_size=recipe.data.annotation_size,
         progress=log.bar,
         check=check,
+        report=recipe.folder / "data_report.csv" if dist.is_main() else None,
     )
 
 
@@ -127,12 +128,12 @@ def split(recipe: Recipe, found: list[Case], packed: Pack | None) -> None:
 
 
 def _judge(recipe: Recipe, problems: list[Problem]) -> None:
+    report = recipe.folder / "data_report.csv"
     for problem in problems:
         if not problem.fatal:
-            log.warn(problem.message)
+            log.warn(problem.message + (f" All are listed in {report}." if len(problem.each) > cases.SHOWN else ""))
     if problems:
-        # one process writes the report; all stop
-        cases.raise_fatal(problems, recipe.folder / "data_report.csv" if dist.is_main() else None)
+        cases.raise_fatal(problems, report if dist.is_main() else None)  # one process writes it; all stop
 
 
 def check_fold(recipe: Recipe, dataset: Dataset, fold: int) -> None:

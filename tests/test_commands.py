@@ -148,8 +148,8 @@ def test_report(repo, place, options, trained):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["train.py", "--recipe", "sead"], 2, "did you mean 'seed'?"),
-        (["train.py", "--set", "stage.1.epoch=3"], 2, "did you mean 'epochs'?"),
+        (["train.py", "--recipe", "sead"], 2, 'Did you mean "seed"?'),
+        (["train.py", "--set", "stage.1.epoch=3"], 2, 'Did you mean "epochs"?'),
         (["train.py", "--fold", "9"], 2, "--fold 9: the recipe has folds 0 to 4"),
         (["train.py", "--stage", "0"], 2, "--stage 0"),
         (["train.py", "--set", "data.root=nowhere"], 3, "nowhere: no such folder. Set data.root."),

@@ -1,3 +1,4 @@
+import re
 from dataclasses import asdict
 
 import pytest
@@ -40,85 +41,212 @@ def test_a_resolved_recipe_reads_back_the_same(repo, tmp_path, name):
     assert config.load(tmp_path / "config.toml", name) == recipe
 
 
-@pytest.mark.parametrize(
-    ("override", "where", "value"),
-    [
-        ("stage.2.epochs=1", ("stage", 2, "epochs"), 1),
-        ("stage.1.lr=1e-3", ("stage", 1, "lr"), 1e-3),
-        ("stage.1.lr=1", ("stage", 1, "lr"), 1.0),
-        ("seed=7", ("seed",), 7),
-        ("runs=/tmp/with space", ("runs",), "/tmp/with space"),
-        ("runs=7", ("runs",), "7"),
-        ("data.allow_missing=true", ("data", "allow_missing"), True),
-        ("data.root=a=b", ("data", "root"), "a=b"),
-        ("model.pretrained=false", ("model", "pretrained"), False),
-        ("model.pretrained=weights/r34.pth", ("model", "pretrained"), "weights/r34.pth"),
-        ("model.decoder_channels=[8, 8, 8, 8, 8]", ("model", "decoder_channels"), (8, 8, 8, 8, 8)),
-        ("augment.gamma=[1, 1]", ("augment", "gamma"), (1.0, 1.0)),
+@pytest.mark.fault("C5", "--set of every type: int, float, text, true and false, list, either of two")
+def test_overrides_take_the_type_of_what_they_replace(repo, figure):
+    rows = [
+        ("stage.2.epochs=1", 1),
+        ("stage.1.lr=1e-3", 1e-3),
+        ("stage.1.lr=1", 1.0),
+        ("stage.1.positive_fraction=.5", 0.5),
+        ("seed=7", 7),
+        ("runs=/tmp/with space", "/tmp/with space"),
+        ("runs=7", "7"),
+        ('runs="7"', "7"),
+        ("runs=true", "true"),
+        ("data.allow_missing=True", True),
+        ("predict.mirror=false", False),
+        ("data.root=a=b", "a=b"),
+        ("model.pretrained=false", False),
+        ("model.pretrained=weights/r34.pth", "weights/r34.pth"),
+        ("model.decoder_channels=[8, 8, 8, 8, 8]", (8, 8, 8, 8, 8)),
+        ("augment.gamma=[1, 1]", (1.0, 1.0)),
+    ]
+    for override, value in rows:
+        found = asdict(config.load(repo / "configs.toml", "seed", [override]))
+        for key in override.partition("=")[0].split("."):
+            found = found[int(key) if key.isdecimal() else key]
+        assert found == value and type(found) is type(value), override
+    figure(f"{len(rows)} of {len(rows)} values of the right type")
+
+
+OVERRIDES = {
+    "C1": [
+        ("stage.2.epoch=1", r'unknown key stage\.2\.epoch\. Did you mean "epochs"\?$'),
+        ("stage.9.epochs=1", r"unknown key stage\.9\.epochs\.$"),
+        ("wokers=8", r"unknown key wokers\.$"),
+        ("seed.x=8", r"unknown key seed\.x\.$"),
+        ("seed", "expected key=value$"),
+        ("stage.2=1", "stage.2 is a table; set one of its keys: epochs, "),
     ],
-)
-def test_overrides_take_the_type_of_what_they_replace(repo, override, where, value):
-    table = asdict(config.load(repo / "configs.toml", "seed", [override]))
-    for key in where:
-        table = table[key]
-    assert table == value
-    assert type(table) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("stage.2.epoch=1", r"unknown key stage\.2\.epoch \(did you mean 'epochs'\?\)"),
-        ("stage.9.epochs=1", r"unknown key stage\.9\.epochs"),
-        ("wokers=8", "unknown key wokers"),
-        ("seed", "expected key=value"),
-        ("stage.2=1", "is a table"),
-        ("seed=true", "seed: expected int, got True"),
+    "C2": [
+        ("seed=true", "seed: expected int, got 'true'"),
         ("seed=x", "seed: expected int, got 'x'"),
-        ("stage.2.lr=fast", r"stage\.2\.lr: expected float"),
+        ("seed=1e3", r"seed: expected int, got 1000\.0"),
+        (f"seed={2**63}", "seed must be a number of 64 bits"),
+        ("predict.mirror=yes", "mirror: expected true or false, got 'yes'"),
+        ("stage.2.lr=fast", r"stage\.2\.lr: expected float, got 'fast'"),
         ("stage.2.lr=-1", r"stage\.2\.lr must be in \(0, inf\), got -1"),
-        ("stage.2.positive_fraction=80", r"stage\.2\.positive_fraction must be in \(0, 1\]"),
-        ("stage.2.image_size=1000", r"stage\.2\.image_size must be a multiple of 32, got 1000; nearest: 992"),
-        ("stage.2.loss=dice", r"stage\.2\.loss: expected one of 'focal_dice', 'bce_dice', 'lovasz'"),
-        ("rule.threshold=0.3", r"rule\.threshold must be a multiple of 1/256"),
-        ("stage.1.start=previous", "there is no stage before the first"),
-        ("stages=4", "only 3 are described"),
-        ("model.decoder_channels=[1, 2]", r"model\.decoder_channels must be 5"),
+        ("stage.2.lr=nan", r"stage\.2\.lr must be in \(0, inf\), got nan"),
+        ("stage.2.positive_fraction=80", r"stage\.2\.positive_fraction must be in \(0, 1\], got 80"),
+        ("stage.2.loss=dice", r"stage\.2\.loss: expected one of 'focal_dice', 'bce_dice', 'lovasz', got 'dice'"),
+        ("rule.threshold=0.3", r"rule\.threshold must be a multiple of 1/256, got 0\.3; nearest: 0\.30078125"),
+        ("stage.1.start=previous", 'stage.1.start is "previous", but there is no stage before the first'),
+        ("stage.3.start=../../x", 'stage.3.start must be "encoder", "previous" or a recipe'),
+        ("stages=4", "stages is 4, but only 3 are described"),
+        ("model.decoder_channels=[1, 2]", r"model\.decoder_channels must be 5 numbers from 1 to 4096, got \[1, 2\]"),
+        ("model.decoder_channels=8", r"model\.decoder_channels: expected a list, got 8"),
         ("augment.gamma=[2.0, 1.0]", r"augment\.gamma must be \[low, high\]"),
-        ("augment.optical_limit=2.0", r"augment\.optical_limit must be in \[0, 0\.3\]"),
-        ("model.pretrained=3", "model.pretrained: expected bool or str"),
+        ("augment.gamma=[0.5, inf]", r"augment\.gamma must be \[low, high\]"),
+        ("augment.optical_limit=2.0", r"augment\.optical_limit must be in \[0, 0\.3\], got 2\.0"),
     ],
-)
-def test_mistakes_in_overrides_are_named(repo, override, message):
-    with pytest.raises(UsageError, match=message) as caught:
-        config.load(repo / "configs.toml", "seed", [override])
-    assert "configs.toml [seed]" in str(caught.value)
-    assert caught.value.exit_code == 2
+    "C3": [
+        ("stage.2.image_size=1000", r"stage\.2\.image_size must be a multiple of 32, got 1000; nearest: 992"),
+        ("stage.1.image_size=32", r"stage\.1\.image_size must be in \[64, 8192\], got 32"),
+    ],
+}
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    "row",
     [
-        ("[seed.stage.1]\nepochs = 20", "[seed.stage.1]\nepoch = 20", "unknown key stage.1.epoch"),
-        ("flip = 0.5", "", r"missing key augment\.flip"),
-        ("[seed.stage.3]", "[seed.stage.4]", "without gaps"),
-        ("[seed.stage.3]", "[seed.stage.three]", "stage.three: expected a number"),
-        ('base = "seed"', 'base = "sed"', r"no recipe 'sed' \(did you mean 'seed'\?\)"),
-        ('base = "seed"', 'base = "demo"', "a circle"),
-        ("seed = 0", "seed = = 0", "not valid TOML"),
+        pytest.param("C1", marks=pytest.mark.fault("C1", "unknown keys in --set")),
+        pytest.param("C2", marks=pytest.mark.fault("C2", "wrong types and ranges in --set")),
+        pytest.param("C3", marks=pytest.mark.fault("C3", "image_size of 1000 and of 32")),
     ],
 )
-def test_mistakes_in_the_file_are_named(repo, tmp_path, old, new, message):
+def test_mistakes_in_overrides_are_named(repo, figure, row):
+    for override, message in OVERRIDES[row]:
+        with pytest.raises(UsageError) as caught:
+            config.load(repo / "configs.toml", "seed", [override])
+        assert str(caught.value).startswith(f"{repo / 'configs.toml'} [seed] --set {override}: ")
+        assert re.search(message, str(caught.value)), caught.value
+        assert caught.value.exit_code == 2
+    figure(f"{len(OVERRIDES[row])} of {len(OVERRIDES[row])} named")
+
+
+FILES = {
+    "C1": [
+        (
+            "seed",
+            "[seed.stage.2]\nepochs",
+            "[seed.stage.2]\nepoch",
+            '[seed.stage.2] unknown key "epoch". Did you mean "epochs"?',
+        ),
+        (
+            "demo",
+            "[seed.stage.2]\nepochs",
+            "[seed.stage.2]\nepoch",
+            '[seed.stage.2] unknown key "epoch". Did you mean "epochs"?',
+        ),
+        ("demo", "min_area = 300 ", "min_aera = 300 ", '[demo.rule] unknown key "min_aera". Did you mean "min_area"?'),
+        ("seed", "flip = 0.5 ", "# ", '[seed.augment] missing key "flip"'),
+        ("seed", "[seed.stage.3]", "[seed.stage.three]", "[seed.stage] three: expected a number"),
+        ("seed", "[seed.stage.3]", "[seed.stage.03]", "[seed.stage] 03: expected a number"),
+        (
+            "demo",
+            '[demo]\nbase = "seed"',
+            '[demo]\nbase = "sed"',
+            "[demo] base: no recipe 'sed'. Did you mean \"seed\"? There are: seed, ",
+        ),
+        ("demo", '[demo]\nbase = "seed"', "[demo]\nbase = 3", "[demo] base: expected a recipe's name, got 3"),
+        (
+            "demo",
+            '[demo]\nbase = "seed"',
+            '[demo]\nbase = "demo-focal"',
+            "[demo-focal] base: a circle, demo -> demo-focal -> demo",
+        ),
+        ("seed", "[seed]\n", "lr = 1\n[seed]\n", '"lr" stands in no recipe. Put it under [seed].'),
+        ("a/b", "[seed]\n", "['a/b']\nbase = 'seed'\n[seed]\n", "[a/b] name must be of A-Z, a-z, 0-9, dot, "),
+    ],
+    "C2": [
+        ("demo", "rotate = 45.0", "rotate = 450.0", ""),
+        ("demo", "rotate = 8.0", "rotate = 450.0", "[demo.augment] rotate must be in [0, 180], got 450.0"),
+        ("demo", "contrast = 0.2", "contrast = 2", "[seed.augment] contrast must be in [0, 1), got 2.0"),
+        ("seed", "gamma = [0.8, 1.2]", 'gamma = [0.8, "x"]', "[seed.augment] gamma[1]: expected float, got 'x'"),
+        ("seed", "mirror = true", "mirror = 1", "[seed.predict] mirror: expected true or false, got 1"),
+        (
+            "seed",
+            "pretrained = true ",
+            "pretrained = 3 ",
+            "[seed.model] pretrained: expected true or false or str, got 3",
+        ),
+        (
+            "seed",
+            'group = "patient"',
+            'group = "patents"',
+            "[seed.folds] group: expected one of 'patient', 'image', got 'patents'",
+        ),
+        (
+            "seed",
+            "[seed.stage.3]",
+            "[seed.stage.4]",
+            "[seed] stage must have tables numbered 1, 2, ... without gaps, got [1, 2, 4]",
+        ),
+        ("seed", "[seed]\nseed = 0", "[seed]\nseed = = 0", "not valid TOML: Invalid value (at line 8, column 8)"),
+        ("seed", "[seed]\nseed = 0", "[seed]\nseed = " + "9" * 5000, "not valid TOML: "),
+        ("seed", "[seed]\nseed = 0", "[seed]\nseed = " + "[" * 5000, "not valid TOML: "),
+    ],
+    "C3": [
+        (
+            "seed",
+            "image_size = 512",
+            "image_size = 500",
+            "[seed.stage.1] image_size must be a multiple of 32, got 500; nearest: 512",
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(
+            "C1",
+            marks=pytest.mark.fault(
+                "C1", "unknown and missing keys in the file, in a recipe's own and its base's tables"
+            ),
+        ),
+        pytest.param("C2", marks=pytest.mark.fault("C2", "wrong types, ranges, and no TOML at all in the file")),
+        pytest.param("C3", marks=pytest.mark.fault("C3", "image_size of 500 in the file")),
+    ],
+)
+def test_mistakes_in_the_file_are_named(repo, tmp_path, figure, row):
     text = (repo / "configs.toml").read_text(encoding="utf-8")
-    assert old in text
-    (tmp_path / "c.toml").write_text(text.replace(old, new, 1 if "stage" in old else -1), encoding="utf-8")
-    with pytest.raises(UsageError, match=message):
-        config.load(tmp_path / "c.toml", "demo" if "base" in old else "seed")
+    path = tmp_path / "c.toml"
+    for name, old, new, message in FILES[row]:
+        assert old in text
+        path.write_text(text.replace(old, new, 1), encoding="utf-8")
+        if not message:  # overridden by the recipe that is read
+            config.load(path, name)
+            continue
+        with pytest.raises(UsageError) as caught:
+            config.load(path, name)
+        assert str(caught.value).startswith(str(path)) and message in str(caught.value), caught.value
+    named = sum(bool(message) for *_, message in FILES[row])
+    figure(f"{named} of {named} named")
 
 
-def test_an_unreadable_file_is_named(tmp_path):
-    with pytest.raises(UsageError, match=r"no-such\.toml"):
-        config.load(tmp_path / "no-such.toml", "seed")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("[seed]".encode("utf-16"), "not UTF-8 at byte 0"),
+        (b"", ": no recipe 'seed'. There are: "),
+        (b"<!DOCTYPE html>", "not valid TOML"),
+    ],
+)
+def test_an_unreadable_file_is_named(tmp_path, content, message):
+    path = tmp_path / "other.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        config.load(path, "seed")
+    assert "other.toml" in str(caught.value) and message in str(caught.value)
+
+
+def test_a_byte_order_mark_is_passed_over(repo, tmp_path):
+    (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbf" + (repo / "configs.toml").read_bytes())
+    assert config.load(tmp_path / "c.toml", "seed") == config.load(repo / "configs.toml", "seed")
 
 
 def test_settings_of_a_stage_leave_out_what_changes_no_weight(repo):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -34,6 +34,8 @@ PATIENT_NAMES = ("patients",)
 MASK_FOLDERS = ("mask", "masks")
 ALIASES = {"fname": "ImageId", "mask": "EncodedPixels"}
 MAX_BYTES = 256 * 2**20  # of a CSV, unpacked
+MAX_ROWS = 1_000_000  # of a CSV; a row that packs to a few bits takes hundreds of bytes of memory
+ENOUGH = 20  # masks that do not all lie in the leftmost quarter of their grid by chance
 SHOWN = 5  # ids in a message; data_report.csv has all
 
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -261,10 +263,11 @@ def read_patients(path: Path) -> tuple[dict[str, str], list[Problem]]:
     problems: list[Problem] = []
     for line, (image_id, patient) in read_rows(path, ("ImageId", "patient_id"), problems):
         if not patient:
-            problems.append(_problem(path, "patient_id is empty", row=line, image_id=image_id))
+            text = "empty. Give the patient, or delete the row."
+            problems.append(_problem(path, text, row=line, image_id=image_id, field="patient_id"))
         elif patient_of.setdefault(image_id, patient) != patient:
-            text = "a second patient_id for this image"
-            problems.append(_problem(path, text, row=line, image_id=image_id))
+            text = "another patient than in a row before. Delete one of them."
+            problems.append(_problem(path, text, row=line, image_id=image_id, field="patient_id"))
     return patient_of, problems
 
 
@@ -355,8 +358,11 @@ def raise_fatal(problems: Sequence[Problem], report: Path | None) -> None:
 _ID_RULE = "an ImageId is 1 to 128 of A-Z, a-z, 0-9, dot, underscore and hyphen, and begins with no dot."
 
 
-def _problem(file: Path, text: str, *, row: int | None = None, image_id: str = "", fatal: bool = True) -> Problem:
-    where = str(file) + (f" line {row}" if row else "") + (f", ImageId {image_id}" if image_id else "")
+def _problem(
+    file: Path, text: str, *, row: int | None = None, image_id: str = "", field: str = "", fatal: bool = True
+) -> Problem:
+    where = f"{file}{f' line {row}' if row else ''}{f', ImageId {image_id}' if image_id else ''}"
+    where += f", {field}" if field else ""
     return Problem(str(file), row, image_id, f"{where}: {text}", fatal)
 
 
@@ -506,8 +512,7 @@ def _read_codes(
             runs = rle.decode_runs(code, annotation_size, annotation_size)
         except ValueError as error:
             bad.add(image_id)
-            text = f"EncodedPixels: {error}"
-            problems.append(_problem(path, text, row=line, image_id=image_id))
+            problems.append(_problem(path, str(error), row=line, image_id=image_id, field="EncodedPixels"))
             continue
         rows.setdefault(image_id, []).append((line, code, runs))
 
@@ -524,7 +529,7 @@ def _read_codes(
         if empty and len(empty) < len(its):
             other = next(line for line, _, runs in its if len(runs))
             text = f"empty here, but line {other} has a mask of it. Delete one of them."
-            problems.append(_problem(path, text, row=empty[0], image_id=image_id))
+            problems.append(_problem(path, text, row=empty[0], image_id=image_id, field="EncodedPixels"))
             continue
         runs_of[image_id] = union([runs for _, _, runs in its])
         pixels = sum(area(runs) for _, _, runs in its) - area(runs_of[image_id])
@@ -541,6 +546,13 @@ def _read_codes(
         problems.append(Problem(str(path), None, "", message, False, tuple(overlaps)))
     if not lines and not any(problem.fatal for problem in problems if problem.file == str(path)):
         problems.append(_problem(path, "no rows"))
+    ends = [int(runs[-1, 1]) for runs in runs_of.values() if len(runs)]
+    if len(ends) >= ENOUGH and max(ends) <= (annotation_size // 2) ** 2:
+        text = (
+            f"all {len(ends):,} masks end within the first {max(ends):,} pixels of {annotation_size}×{annotation_size}."
+            f" Were they made for a smaller size? Set data.annotation_size."
+        )
+        problems.append(_problem(path, text, fatal=False))
     return runs_of, lines
 
 
@@ -616,7 +628,9 @@ def read_rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> It
     try:
         reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
         header: list[str] | None = None
-        for fields in reader:
+        for count, fields in enumerate(reader):
+            if count > MAX_ROWS:
+                raise DataError(f"more than {MAX_ROWS:,} rows")
             fields = [field.strip() for field in fields]
             if not any(fields):
                 continue
@@ -625,7 +639,7 @@ def read_rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> It
                 places = _places(header, columns)
                 continue
             if len(fields) != len(header):
-                text = f"{len(fields)} fields, the header has {len(header)}"
+                text = f"{len(fields)} fields, the header has {len(header)}: a comma too many or too few"
                 problems.append(_problem(path, text, row=reader.line_num))
                 continue
             values = tuple(fields[place] for place in places)
@@ -660,22 +674,31 @@ def _places(header: list[str], columns: Sequence[str]) -> list[int]:
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
+def _bounded(file: IO[bytes]) -> bytes:
+    """All of a file, which may unpack to thousands of times its size, unless that is too much."""
+    parts, size = [], 0
+    while part := file.read(2**20):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_BYTES:
+            raise DataError(f"larger than {MAX_BYTES // 2**20} MB")
+    return b"".join(parts)
+
+
 def _text(path: Path) -> str:
     """The text of a UTF-8 file, perhaps gzipped; what else downloads turn out to be is refused by name."""
     try:
         if not Path(path).is_file():  # to open a pipe is to wait for ever
             raise DataError("no such file")
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = _bounded(file)
         if data.startswith(b"\x1f\x8b"):
             with gzip.open(io.BytesIO(data)) as file:
-                data = file.read(MAX_BYTES + 1)
+                data = _bounded(file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"damaged gzip file ({error}); copy it again") from None
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}") from None
-    if len(data) > MAX_BYTES:
-        raise DataError(f"larger than {MAX_BYTES // 2**20} MB")
     if not data.strip():
         raise DataError("empty")
     if data.startswith(b"version https://git-lfs"):

@@ -23,6 +23,7 @@ from pneumo.errors import DataError
 
 MAX_DEPTH = 16  # of nested sequences
 MAX_ELEMENTS = 100_000  # a radiograph has hundreds
+MAX_SCANS = 100  # of a progressive JPEG, each of which passes over all pixels; encoders write ten
 
 IMPLICIT_LITTLE, EXPLICIT_LITTLE = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"
 EXPLICIT_BIG, DEFLATED = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
@@ -125,6 +126,16 @@ def decode(data: bytes, known: Outline) -> tuple[np.ndarray, tuple[float, float]
         stored = _decode_jpeg(frame, known, signed=header.PixelRepresentation == 1)
     with _pydicom() as pydicom:
         return _render(pydicom, header, stored, known.order), spacing, remarks
+
+
+def check_scans(jpeg: bytes) -> None:
+    """Refuse a JPEG that would keep the decoder busy: a few bytes a scan, each as long as a whole image.
+
+    Raises:
+        DataError: it has more scans than an encoder writes.
+    """
+    if (scans := jpeg.count(b"\xff\xda")) > MAX_SCANS:
+        raise DataError(f"a JPEG of {scans:,} scans, made to keep a decoder busy; {MAX_SCANS} are the limit")
 
 
 @contextlib.contextmanager
@@ -297,10 +308,15 @@ def _unpack(pydicom: ModuleType, header: Any, known: Outline) -> np.ndarray:
 
 def _decode_jpeg(frame: bytes, known: Outline, *, signed: bool) -> np.ndarray:
     """Decode an 8-bit JPEG with Pillow: (H, W) integers of 8 bits."""
+    check_scans(frame)
     try:
         image = Image.open(io.BytesIO(frame), formats=("JPEG",))
     except UnidentifiedImageError:
         raise DataError("damaged DICOM: no 8-bit JPEG inside. Copy it again.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(
+            f"damaged DICOM: its header says {known.width:,} x {known.height:,} pixels, the JPEG inside far more"
+        ) from None
     if image.size != (known.width, known.height):
         raise DataError(
             f"damaged DICOM: its header says {known.width:,} x {known.height:,} pixels, "

@@ -1,6 +1,6 @@
 """Stratified folds that keep a patient, and near-duplicate images, on one side; and the audit that shows it.
 
-By image and never by annotation row; the order of the input does not matter. Imports errors.
+By image and never by annotation row; the order of the input does not matter. Imports cases, errors.
 """
 
 import csv
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pneumo.data.cases import Problem, raise_fatal, read_rows
 from pneumo.errors import DataError, UsageError
 
 
@@ -196,12 +197,13 @@ def audit_text(report: dict[str, Any]) -> str:
 
 
 def dumps(image_ids: Sequence[str], folds: np.ndarray, groups: Sequence[str | None]) -> str:
-    """folds.csv's content: ImageId,fold,group."""
+    """folds.csv's content: ImageId,fold,group; a group goes by the id of its first image, never by a patient's."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["ImageId", "fold", "group"])
+    first: dict[str, str] = {}
     for image_id, fold, group in zip(image_ids, folds.tolist(), groups, strict=True):
-        writer.writerow([image_id, fold, "" if group is None else group])
+        writer.writerow([image_id, fold, "" if group is None else first.setdefault(group, image_id)])
     return text.getvalue()
 
 
@@ -216,15 +218,16 @@ def load(path: Path, image_ids: Sequence[str], count: int) -> np.ndarray:
     """
     redo = f"Delete {path} and run `python -m pneumo folds` to split anew; earlier runs belong to the old split."
     folds: dict[str, int] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            image_id, fold = row.get("ImageId"), row.get("fold")
-            if image_id is None or fold is None or not fold.isdecimal() or int(fold) >= count:
-                raise DataError(f"{path} line {reader.line_num}: expected ImageId and a fold below {count}, got {row}")
-            if image_id in folds:
-                raise DataError(f"{path} line {reader.line_num}: {image_id} stands there twice")
-            folds[image_id] = int(fold)
+    problems: list[Problem] = []
+    for line, (image_id, fold) in read_rows(path, ("ImageId", "fold"), problems):
+        if fold not in map(str, range(count)):
+            raise DataError(
+                f'{path} line {line}, ImageId {image_id}, fold: "{fold[:40]}" is none below {count}. {redo}'
+            )
+        if image_id in folds:
+            raise DataError(f"{path} line {line}, ImageId {image_id}: it stands there twice. {redo}")
+        folds[image_id] = int(fold)
+    raise_fatal(problems, None)
     for what, odd in (
         ("images without a fold", [i for i in image_ids if i not in folds]),
         ("folds of unknown images", sorted(folds.keys() - set(image_ids))),

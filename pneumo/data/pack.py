@@ -1,7 +1,8 @@
 """Images decoded once into a memory-mapped uint8 array, their masks into bits beside it.
 
 A pack is a folder named by the content of what is in it, so a changed image, mask or list of images makes another one.
-Packing can be interrupted at any point and goes on where it was. Imports cases, images, kernels, checkpoint.
+Packing can be interrupted at any point and goes on where it was. Imports cases, images, kernels, checkpoint,
+log, errors.
 """
 
 import hashlib
@@ -16,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pneumo import checkpoint
+from pneumo import checkpoint, log
 from pneumo.data import images
-from pneumo.data.cases import Case
+from pneumo.data.cases import Case, Problem, raise_fatal
 from pneumo.errors import DataError, WriteError
 from pneumo.kernels.runs import runs_to_mask
 
@@ -57,6 +58,7 @@ def open_pack(
     annotation_size: int,
     progress: Callable[..., object],
     check: bool = False,
+    report: Path | None = None,
 ) -> Pack:
     """Open the pack of these cases at this side, making what is missing of it first.
 
@@ -70,15 +72,16 @@ def open_pack(
         annotation_size: side of the grid that the cases' runs live on.
         progress: makes a bar, as `log.bar`; called with an iterable, total= and title=.
         check: compare every finished row with its checksum, and make anew what differs.
+        report: where to list, as CSV, the images that cannot be read; None: nowhere.
 
     Raises:
-        DataError: an image cannot be read; names it. What was decoded so far is kept.
+        DataError: images cannot be read; names the first, and lists all. What could be decoded is kept.
         WriteError: the disk is full.
     """
     assert all(a.image_id < b.image_id for a, b in pairwise(cases)), "cases must be sorted by id"
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.wait_lock(folder / "lock"):
-        hashes = file_hashes(folder / "files.json", [case.path for case in cases], progress=progress)
+        hashes = file_hashes(folder / "files.json", [case.path for case in cases], progress=progress, report=report)
         digest = content_digest(cases, hashes, annotation_size)
         place = folder / f"{name}-{side}-{digest[:12]}"
         place.mkdir(exist_ok=True)
@@ -91,7 +94,8 @@ def open_pack(
         todo = [i for i in range(count) if rows[i] == UNDONE or (check and rows[i] != _crc(pictures[i], masks[i]))]
         if todo:
             rows[todo] = UNDONE
-            _fill(cases, todo, side, annotation_size, pictures, masks, rows, progress)
+            problems = _fill(cases, todo, side, annotation_size, pictures, masks, rows, progress)
+            _judge(problems, report)
         index = {"format": FORMAT, "digest": digest, "image_ids": [case.image_id for case in cases]}
         checkpoint.write_atomic(place / "index.json", json.dumps(index).encode())
     return Pack(
@@ -119,21 +123,23 @@ def content_digest(cases: Sequence[Case], hashes: dict[str, str], annotation_siz
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def file_hashes(cache: Path, paths: Sequence[Path], *, progress: Callable[..., object]) -> dict[str, str]:
+def file_hashes(
+    cache: Path, paths: Sequence[Path], *, progress: Callable[..., object], report: Path | None = None
+) -> dict[str, str]:
     """The sha256 of every file, read only where its size or time changed since the cache was written.
 
     Returns:
         Hashes by path as text.
 
     Raises:
-        DataError: a file cannot be read.
+        DataError: files cannot be read; names the first, and lists all in `report`.
     """
     try:
         known = json.loads(cache.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         known = {}  # only a cache: a damaged one costs time
 
-    def entry(path: Path) -> list:
+    def entry(path: Path) -> list | Problem:
         try:
             stat = path.stat()
             old = known.get(os.path.abspath(path))
@@ -142,10 +148,12 @@ def file_hashes(cache: Path, paths: Sequence[Path], *, progress: Callable[..., o
             with open(path, "rb") as file:
                 return [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from None
+            what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            return Problem(str(path), None, "", f"{path}: {what}", True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         entries = list(progress(pool.map(entry, paths), total=len(paths), title="hash"))
+    _judge([found for found in entries if isinstance(found, Problem)], report)
     fresh = {os.path.abspath(path): value for path, value in zip(paths, entries, strict=True)}
     if any(known.get(path) != value for path, value in fresh.items()):
         checkpoint.write_atomic(cache, json.dumps({**known, **fresh}).encode())
@@ -180,12 +188,26 @@ def _fill(
     masks: np.ndarray,
     rows: np.ndarray,
     progress: Callable[..., object],
-) -> None:
-    """Decode rows `todo`; a row counts as done only after its pixels are on the disk."""
+) -> list[Problem]:
+    """Decode rows `todo`; a row counts as done only after its pixels are on the disk.
 
-    def decode(row: int) -> int:
-        pictures[row] = pack_image(images.read(cases[row].path).pixels, side)
-        masks[row] = pack_mask(cases[row].runs, annotation_size, side)
+    Returns:
+        What cannot be read, which does not stop the others, and what is odd.
+    """
+    problems: list[Problem] = []
+
+    def decode(row: int) -> int | None:
+        case = cases[row]
+        try:
+            scan = images.read(case.path)
+        except DataError as error:
+            problems.append(Problem(str(case.path), None, case.image_id, str(error), True))
+            return None
+        problems.extend(
+            Problem(str(case.path), None, case.image_id, f"{case.path}: {remark}", False) for remark in scan.warnings
+        )
+        pictures[row] = pack_image(scan.pixels, side)
+        masks[row] = pack_mask(case.runs, annotation_size, side)
         return row
 
     finished: list[int] = []
@@ -201,12 +223,24 @@ def _fill(
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and zlib release the interpreter's lock
         try:
             for row in progress(pool.map(decode, todo), total=len(todo), title=f"pack {side} px"):
-                finished.append(row)
+                if row is not None:
+                    finished.append(row)
                 if len(finished) == FLUSH_EVERY:
                     make_durable()
         finally:
             pool.shutdown(cancel_futures=True)
             make_durable()
+    return sorted(problems, key=lambda problem: problem.file)
+
+
+def _judge(problems: Sequence[Problem], report: Path | None) -> None:
+    """Warn once of what is odd; stop if something cannot be read."""
+    odd = [problem.message for problem in problems if not problem.fatal]
+    if odd:
+        more = f" and {len(odd) - 1:,} more; `make verify` lists all" if len(odd) > 1 else ""
+        log.warn(f"{odd[0]}{more}")
+    if fatal := [problem for problem in problems if problem.fatal]:
+        raise_fatal(fatal, report)
 
 
 def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> tuple[np.ndarray, bool]:

@@ -69,10 +69,17 @@ def decode_runs(code: str, height: int, width: int) -> np.ndarray:
 
     Raises:
         ValueError: the code has an odd count of numbers, a token that is no whole number, a negative gap, an empty
-            run, or does not fit in height * width pixels; says which token or run.
+            run, or does not fit in height * width pixels, or is longer than any such mask needs; says which token or
+            run.
     """
     if code.strip() == EMPTY:
         return np.empty((0, 2), dtype=np.int64)
+    size = height * width
+    if len(code) > 4 * size + 64:  # "0 1 " for every pixel: before memory is spent on it
+        raise ValueError(
+            f"{len(code):,} characters, more than any mask of {height}×{width} needs. "
+            f"Was the mask made for another size? Set data.annotation_size"
+        )
     tokens = code.split()
     if not _PLAIN.fullmatch(code):  # int() would take 1_0, +3 and the digits of other scripts
         raise ValueError(_not_whole(tokens))
@@ -84,7 +91,6 @@ def decode_runs(code: str, height: int, width: int) -> np.ndarray:
         raise ValueError(f'an empty code; an empty mask is "{EMPTY}"')
     if counts.size % 2:
         raise ValueError(f'{counts.size} numbers; gap/length pairs need an even count (last token "{tokens[-1]}")')
-    size = height * width
     if (bad := np.flatnonzero((counts < 0) | (counts > size))).size:
         what = "negative" if counts[bad[0]] < 0 else f"larger than {height}×{width} = {size:,} pixels"
         raise ValueError(f'token {bad[0] + 1} is {what}: "{tokens[bad[0]]}"; the runs do not fit')
@@ -97,7 +103,7 @@ def decode_runs(code: str, height: int, width: int) -> np.ndarray:
     if edges[-1] > size:
         run = int(np.flatnonzero(edges[1::2] > size)[0])
         raise ValueError(
-            f"run {run + 1} ends at pixel {edges[2 * run + 1]:,}, past {height}×{width} = {size:,}; it does not fit. "
+            f"run {run + 1} ends at pixel {edges[2 * run + 1]:,}, past {height}×{width} = {size:,}. "
             f"Was the mask made for another size? Set data.annotation_size"
         )
     return edges.reshape(-1, 2)

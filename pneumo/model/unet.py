@@ -5,10 +5,14 @@ errors.
 """
 
 import logging
+import socket
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import huggingface_hub
 import safetensors
 import safetensors.torch
 import timm
@@ -18,6 +22,9 @@ from torch import Tensor, nn
 
 from pneumo import checkpoint
 from pneumo.errors import DataError, UsageError
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a timm model on the hub, in timm's order
+HUB_SECONDS = 3.0  # for the hub to answer
 
 
 class DecoderBlock(nn.Module):
@@ -150,17 +157,48 @@ def _create_encoder(name: str, pretrained: bool | str) -> nn.Module:
         _check_weights(name, Path(pretrained))
         logging.getLogger("timm.models").setLevel(logging.ERROR)  # it warns of the head that was just checked
         overlay = {"file": pretrained}
+    elif pretrained:
+        overlay = _from_hub(name)
     try:
         return timm.create_model(name, features_only=True, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay)
     except Exception as error:  # offline, hub and timm raise many types, some without a message
         if not pretrained:
             raise UsageError(f"model.encoder: timm cannot make features of {name}: {error}") from None
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UsageError(
-            f"weights of {name} could not be loaded through timm ({reason}). Download {name}'s weights on a machine "
-            f"with a network (huggingface.co/timm) and pass --set model.pretrained=FILE, or train from random weights "
-            f"with --set model.pretrained=false"
-        ) from None
+        raise UsageError(_no_weights(name, " ".join(str(error).split())[:160] or type(error).__name__)) from None
+
+
+def _from_hub(name: str) -> dict[str, Any] | None:
+    """A weights file of the hub's cache, as timm takes it; None where timm is to download.
+
+    Raises:
+        UsageError: neither is possible. Left to itself, the hub's client would try for most of a minute.
+    """
+    hub = timm.get_pretrained_cfg(name).hf_hub_id
+    if hub is None or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return None  # weights from elsewhere; or timm finds out at once
+    for file in WEIGHTS:
+        if isinstance(cached := huggingface_hub.try_to_load_from_cache(hub, file), str):
+            return {"file": cached}
+    endpoint = urlsplit(huggingface_hub.constants.ENDPOINT)
+    proxy = urllib.request.getproxies().get(endpoint.scheme)
+    asked = endpoint if proxy is None else urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    try:
+        port = asked.port or {"http": 80}.get(asked.scheme, 443)
+        socket.create_connection((asked.hostname, port), timeout=HUB_SECONDS).close()
+    except OSError as error:
+        reason = f"{asked.hostname}:{port} does not answer: {error.strerror or error}"
+        raise UsageError(_no_weights(name, reason)) from None
+    return None
+
+
+def _no_weights(name: str, reason: str) -> str:
+    hub = timm.get_pretrained_cfg(name).hf_hub_id or name
+    return (
+        f"weights of {name} could not be loaded through timm ({reason}). Wanted: {WEIGHTS[0]} of {hub}, in "
+        f"{huggingface_hub.constants.HF_HUB_CACHE} or from {huggingface_hub.constants.ENDPOINT}/{hub}. Download it on "
+        f"a machine with a network and pass --set model.pretrained=FILE, or train from random weights with "
+        f"--set model.pretrained=false"
+    )
 
 
 def _check_weights(name: str, path: Path) -> None:

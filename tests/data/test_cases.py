@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,24 +42,30 @@ def fatal(root: Path, **options) -> list[str]:
 PLAIN = "ImageId,EncodedPixels\na,3 2\nb,-1\n"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+@pytest.mark.fault("I1", "blanks, BOM, CRLF, CR, quotes, blank lines and columns, other names")
+def test_spellings_in_circulation(tmp_path, figure):
+    spellings = [
         PLAIN,
-        PLAIN.replace(",", ", "),
+        PLAIN.replace(",", ", "),  # as train-rle.csv has it, header and values
+        PLAIN.replace(",-1", ", -1"),
         "\ufeff" + PLAIN,
         PLAIN.replace("\n", "\r\n"),
-        'ImageId,"EncodedPixels"\n"a","3 2"\nb," -1"\n\n',
+        PLAIN.replace("\n", "\r"),
+        'ImageId,"EncodedPixels"\n"a","3 2"\nb," -1"\n',
+        PLAIN + "\n \n,\n",
+        PLAIN.replace("\n", ",,\n"),  # blank columns, as Excel leaves them
         "fname,mask\na,3 2\nb,-1\n",
-    ],
-)
-def test_spellings_in_circulation(tmp_path, text):
-    found, problems = load(folder(tmp_path, text))
-    assert problems == []
-    assert [(case.image_id, case.runs.tolist(), case.positive, case.area) for case in found] == [
-        ("a", [[3, 5]], True, 2),
-        ("b", [], False, 0),
     ]
+    root = folder(tmp_path, PLAIN)
+    for text in spellings:
+        (root / "train-rle.csv").write_bytes(text.encode())
+        found, problems = load(root)
+        assert problems == [], text
+        assert [(case.image_id, case.runs.tolist(), case.positive, case.area) for case in found] == [
+            ("a", [[3, 5]], True, 2),
+            ("b", [], False, 0),
+        ], text
+    figure(f"accepted {len(spellings)}/{len(spellings)}")
 
 
 @pytest.mark.parametrize("name", ["train-rle.csv", "stage_2_train.csv", "train.csv"])
@@ -78,6 +85,7 @@ def test_two_tables_are_a_question(tmp_path):
     assert len(load(root, annotations="stage_2_train.csv")[0]) == 2
 
 
+@pytest.mark.fault("I4", "three rows of an image, two of which overlap")
 def test_rows_of_one_image_are_united_with_one_warning(tmp_path):
     root = folder(tmp_path, "ImageId,EncodedPixels\na,3 4\nb,-1\na,5 4\na,20 1\n")
     found, problems = load(root)
@@ -94,34 +102,89 @@ def test_ids_that_look_like_numbers_or_nothing(tmp_path):
     assert problems == []
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("a,1 2 3", 'line 2, ImageId a.*3 numbers.*last token "3"'),
-        ("a,1 x", 'line 2, ImageId a.*token 2.*"x"'),
-        ("a,1 0", "line 2, ImageId a.*run 1 has length 0"),
-        ("a,-4 2", "line 2, ImageId a.*token 1 is negative"),
-        ("a,4090 9", r"line 2, ImageId a.*run 1 ends at pixel 4,099.*data\.annotation_size"),
-        ("a," + "9" * 20 + " 1", "line 2, ImageId a.*token 1"),
-        ("a,", "line 2, ImageId a.*empty"),
-        ("a,1 2\na,-1", "line 3, ImageId a"),
-        ("../../a,1 2", "line 2.*an ImageId is"),
-        (".a,1 2", "line 2.*an ImageId is"),
-        ("a" * 300 + ",1 2", "line 2.*an ImageId is"),
-        ("a,1 2,3 4", "line 2"),
-    ],
+def each_bad_row_is_named(root: Path, rows: list[tuple[str, str]]) -> None:
+    for row, message in rows:
+        (root / "train-rle.csv").write_text(f"ImageId,EncodedPixels\n{row}\nb,-1\n")
+        found = fatal(root)
+        assert any(re.fullmatch(re.escape(str(root / "train-rle.csv")) + " " + message, text) for text in found), found
+
+
+@pytest.mark.fault("I3", "eight kinds of bad codes; file, line, ImageId, token, value and the way out are named")
+def test_a_bad_code_is_named(tmp_path, figure):
+    where = "line 2, ImageId a, EncodedPixels: "
+    rows = [
+        ("a,1 2 3", where + r'3 numbers; gap/length pairs need an even count \(last token "3"\)'),
+        ("a,1 x", where + 'token 2 is no whole number that can be meant: "x"'),
+        ("a,1 0", where + r'run 1 has length 0 \(token 2: "0"\); not pairs of gap and length'),
+        ("a,-4 2", where + 'token 1 is negative: "-4"; the runs do not fit'),
+        ("a,4 -2", where + 'token 2 is negative: "-2"; the runs do not fit'),
+        (
+            "a,4090 9",
+            where + r"run 1 ends at pixel 4,099, past 64×64 = 4,096\. Was the mask made for another size\? "
+            r"Set data\.annotation_size",
+        ),
+        ("a," + "9" * 20 + " 1", where + f'token 1 is no whole number that can be meant: "{"9" * 20}"'),
+        ("a,", where + 'an empty code; an empty mask is "-1"'),
+    ]
+    each_bad_row_is_named(folder(tmp_path, ""), rows)
+    longer = [
+        ("a,5000 1", where + 'token 1 is larger than 64×64 = 4,096 pixels: "5000"; the runs do not fit'),
+        ("a," + "1 " * 10_000, where + r"19,999 characters, more than any mask of 64×64 needs\. Was .*"),
+        ("a,1 2,3 4", "line 2: 3 fields, the header has 2: a comma too many or too few"),
+    ]
+    each_bad_row_is_named(tmp_path, longer)
+    figure(f"{len(rows)} of {len(rows)} kinds named")
+
+
+@pytest.mark.fault("I5", "-1 and a mask for one image, in either order")
+def test_empty_and_not_empty_is_refused(tmp_path, figure):
+    where = r"line {}, ImageId a, EncodedPixels: empty here, but line {} has a mask of it\. Delete one of them\."
+    rows = [("a,1 2\na,-1", where.format(3, 2)), ("a,-1\na,1 2", where.format(2, 3))]
+    each_bad_row_is_named(folder(tmp_path, ""), rows)
+    figure("2 of 2 named")
+
+
+@pytest.mark.fault(
+    "I7", "ids that lead out of the folder, of NUL, blanks, 300 characters or nothing; files opened are watched"
 )
-def test_a_bad_row_is_named(tmp_path, row, message):
-    root = folder(tmp_path, f"ImageId,EncodedPixels\n{row}\nb,-1\n")
-    assert any(re.search(message, text) for text in fatal(root)), fatal(root)
+def test_an_id_is_never_a_way_out(tmp_path, figure):
+    ids = ["../../a", "/etc/passwd", "a/../a", "..", ".a", "a" * 300, "a b", "ä", "C:\\a", "~root", ""]
+    (tmp_path / "data").mkdir()
+    root = folder(tmp_path / "data", "")
+    (root / "test").mkdir()
+    (tmp_path / "a.png").write_bytes(b"secret")
+    opened: list[str] = []
+    watching = True
+
+    def watch(event, arguments):  # a hook stays for as long as the process lives
+        if watching and event == "open":
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(watch)
+    for image_id in ids:
+        for name in ("train-rle.csv", "sample.csv", "patients.csv"):
+            (root / name).write_text(f"ImageId,EncodedPixels,patient_id\n{image_id},1 1,1\nb,-1,2\n")
+        opened.clear()
+        found, problems = load(root, allow_missing=True)
+        assert sum("line 2: ImageId" in problem.message and problem.fatal for problem in problems) == 2, image_id
+        assert [case.image_id for case in found] == ["b"]
+        _, _, problems = cases.load_test(root, test="train", sample="sample.csv", allow_missing=True)
+        assert sum("line 2: ImageId" in problem.message and problem.fatal for problem in problems) == 1, image_id
+        ours = [path for path in opened if not path.startswith(sys.base_prefix)]  # Python reads modules late
+        assert ours and all(path.startswith(str(root)) for path in ours), ours
+    watching = False
+    (root / "train-rle.csv").write_text("ImageId,EncodedPixels\na\0b,1 1\n")
+    assert "binary" in fatal(root)[0]
+    figure(f"{len(ids) + 1} of {len(ids) + 1} refused in 3 tables, 0 files opened outside the data folder")
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
+@pytest.mark.fault("I2", "no table, or one of another kind: file, what was found, what is expected")
+def test_what_is_no_table_is_named(tmp_path, figure):
+    contents = [
         (b"", "empty"),
         (b" \n\r\n", "empty"),
-        (b"ImageId;EncodedPixels\na;-1\n", "separated by semicolons"),
+        (b"ImageId;EncodedPixels\na;-1\n", "found 'ImageId;EncodedPixels', columns are separated by semicolons"),
+        (b"sep=;\nImageId;EncodedPixels\na;-1\n", "found 'sep=;', columns are separated by semicolons"),
         (PLAIN.encode("utf-16"), "UTF-16"),
         (PLAIN.encode("utf-16-le"), "UTF-16"),
         (PLAIN.replace("a", "\xe9").encode("latin-1"), "not UTF-8 at byte 2"),
@@ -136,13 +199,17 @@ def test_a_bad_row_is_named(tmp_path, row, message):
         (b"\x1f\x8b\x08broken", "gzip"),
         (gzip.compress(PLAIN.encode())[:-9], "gzip"),
         (b"a\x00b", "binary"),
-    ],
-)
-def test_what_is_no_table_is_named(tmp_path, content, reason):
-    (message,) = fatal(folder(tmp_path, content))
-    assert message.startswith(str(tmp_path / "train-rle.csv")) and reason in message
+    ]
+    root = folder(tmp_path, b"")
+    for content, reason in contents:
+        (root / "train-rle.csv").write_bytes(content)
+        (message,) = fatal(root)
+        assert message.startswith(str(tmp_path / "train-rle.csv")) and reason in message, message
+        assert reason in ("no rows", "line 3: not a CSV") or "Expected: a CSV with columns ImageId" in message, message
+    figure(f"{len(contents)} of {len(contents)} named")
 
 
+@pytest.mark.fault("I6", "rows without an image: an error, or dropped with a warning by data.allow_missing")
 def test_rows_without_image_stop_unless_allowed(tmp_path):
     root = folder(tmp_path, PLAIN + "c,-1\nd,1 1\n")
     assert "c, d" in fatal(root)[0]
@@ -151,12 +218,14 @@ def test_rows_without_image_stop_unless_allowed(tmp_path):
     assert "c, d" in problems[0].message and not problems[0].fatal
 
 
+@pytest.mark.fault("I6", "an image without a row: dropped with a warning")
 def test_images_without_row_are_left_out_with_a_warning(tmp_path):
     found, problems = load(folder(tmp_path, PLAIN, ids=("a", "b", "lateral")))
     assert len(found) == 2
     assert "lateral" in problems[0].message and not problems[0].fatal
 
 
+@pytest.mark.fault("I6", "no image at all, where none is needed")
 def test_annotations_alone(tmp_path):
     (tmp_path / "train-rle.csv").write_text(PLAIN)
     assert "no such folder" in fatal(tmp_path)[0]
@@ -165,6 +234,7 @@ def test_annotations_alone(tmp_path):
     assert problems == []
 
 
+@pytest.mark.fault("I11", "masks of 0 and 1, of 0 and 255")
 @pytest.mark.parametrize("white", [1, 255])
 def test_mask_pictures(tmp_path, white):
     root = folder(tmp_path, "nothing", "notes.txt")
@@ -179,14 +249,25 @@ def test_mask_pictures(tmp_path, white):
     assert not found[1].positive
 
 
-@pytest.mark.parametrize(("size", "values"), [((GRID, GRID), (0, 128, 255)), ((32, GRID), (0, 255))])
-def test_doubtful_mask_pictures_are_refused(tmp_path, size, values):
-    root = folder(tmp_path, "nothing", "notes.txt")
+@pytest.mark.fault("I11", "smoothed, three-channel and other-sized masks: named with their values or sizes")
+def test_doubtful_mask_pictures_are_refused(tmp_path, figure):
+    root = folder(tmp_path, "nothing", "notes.txt", ids=("a",))
     (root / "masks").mkdir()
-    for image_id in "ab":
-        pixels = np.random.default_rng(0).choice(np.array(values, np.uint8), size)
-        Image.fromarray(pixels).save(root / "masks" / f"{image_id}.png")
-    assert len(fatal(root)) >= 1
+    path = root / "masks" / "a.png"
+    plain = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (GRID, GRID))
+    smoothed = np.where(plain[:, ::-1] > 0, 128, plain)
+    doubtful = [
+        (smoothed, "nothing but 0 and 255, or 0 and 1; found 3 values: 0, 128, 255."),
+        (np.stack([plain, 0 * plain, plain], axis=-1), "a mask must be grey, of 0 and 255; this one has colours"),
+        (plain[: GRID // 2], f"the mask is 64 x 32 pixels, its image {root / 'train' / 'a.png'} is 64 x 64."),
+    ]
+    for pixels, message in doubtful:
+        Image.fromarray(pixels).save(path)
+        (found,) = fatal(root)
+        assert found.startswith(str(path)) and message in found, found
+    Image.fromarray(np.stack([plain] * 3, axis=-1)).save(path)  # three channels, but grey
+    assert load(root)[0][0].area == (plain > 0).sum()
+    figure(f"{len(doubtful)} of {len(doubtful)} named")
 
 
 def test_patients(tmp_path):
@@ -199,7 +280,22 @@ def test_patients(tmp_path):
     assert len(fatal(root)) == 2
 
 
-def test_a_sample_with_repeated_ids(tmp_path):
+@pytest.mark.fault("I8", "a sample of 1,484 rows and 1,372 ids, as the challenge's first one")
+def test_a_sample_with_repeated_ids(tmp_path, figure):
+    rng = random.Random(0)
+    unique = [f"id-{i}" for i in range(1372)]
+    rows = unique + rng.choices(unique, k=112)
+    rng.shuffle(rows)
+    path = tmp_path / "sample_submission.csv"
+    path.write_text("ImageId,EncodedPixels\n" + "".join(f"{image_id},-1\n" for image_id in rows))
+    ids, (problem,) = cases.read_sample(path)
+    assert ids == list(dict.fromkeys(rows))
+    assert "1,484 rows have 1,372 different ids; one row each is written" in problem.message and not problem.fatal
+    assert len(problem.each) == 112
+    figure(f"1,484 rows: {len(ids):,} ids, in the order of first appearance")
+
+
+def test_test_cases_stand_by_id_whatever_the_samples_order(tmp_path):
     folder(tmp_path, PLAIN)
     (tmp_path / "train").rename(tmp_path / "test")
     (tmp_path / "sample_submission.csv").write_text("ImageId,EncodedPixels\nb,-1\na,-1\nb,1 2\n")
@@ -215,6 +311,7 @@ def test_without_a_sample_all_images_count(tmp_path):
     assert cases.load_test(tmp_path)[1] == ["a", "b"]
 
 
+@pytest.mark.fault("P7", "._a.png, Thumbs.db, .DS_Store, a folder in a folder, .PNG")
 def test_folders_are_searched_and_junk_is_passed_over(tmp_path):
     root = folder(tmp_path, PLAIN)
     (root / "train" / "study" / "series").mkdir(parents=True)
@@ -233,6 +330,7 @@ def test_one_id_twice_is_refused(tmp_path):
     assert "twice" in fatal(root)[0]
 
 
+@pytest.mark.fault("P1", "two bad files and an odd one: all listed")
 def test_verify_lists_every_problem_in_one_go(tmp_path):
     root = folder(tmp_path, PLAIN.replace("b,-1", "b,-1\nc,-1\nd,-1"), ids=("a", "b", "c", "d"))
     (root / "train" / "b.png").write_bytes((root / "train" / "b.png").read_bytes()[:400])

@@ -144,10 +144,10 @@ def test_a_fold_file_reads_back(tmp_path):
     [
         ("ImageId,fold\na,0\n", "1 images without a fold, as b"),
         ("ImageId,fold\na,0\nb,1\nc,1\n", "1 folds of unknown images, as c"),
-        ("ImageId,fold\na,0\nb,5\n", "line 3: expected ImageId and a fold below 5"),
-        ("ImageId,fold\na,0\na,1\n", "line 3: a stands there twice"),
-        ("id;fold\na;0\n", "line 2: expected"),
-        ("", "2 images without a fold"),
+        ("ImageId,fold\na,0\nb,5\n", 'line 3, ImageId b, fold: "5" is none below 5'),
+        ("ImageId,fold\na,0\na,1\n", "line 3, ImageId a: it stands there twice"),
+        ("id;fold\na;0\n", "separated by semicolons"),
+        ("", "folds.csv: empty"),
     ],
 )
 def test_a_wrong_fold_file_is_refused(tmp_path, text, message):

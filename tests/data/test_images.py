@@ -2,6 +2,7 @@ import io
 import os
 import random
 import re
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -47,6 +48,7 @@ def refusal(path, reader=images.read):
 # Decoding
 
 
+@pytest.mark.fault("P3", "L, LA, P, RGB, RGBA of one grey picture: the same pixels")
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA"])
 def test_grey_in_any_mode_is_the_same(write, mode):
     scan = images.read(write(encode(Image.fromarray(ramp()).convert(mode))))
@@ -55,6 +57,7 @@ def test_grey_in_any_mode_is_the_same(write, mode):
     assert scan.warnings == () and scan.spacing is None
 
 
+@pytest.mark.fault("P3", "a bilevel picture")
 def test_bilevel():
     image = Image.fromarray(ramp() > 99)
     assert image.mode == "1"
@@ -68,12 +71,14 @@ def test_palette_gives_colours_and_not_indices(write):
     np.testing.assert_array_equal(images.read(write(encode(image))).pixels, np.where(ramp() % 2, 10, 200))
 
 
+@pytest.mark.fault("P2", "16-bit PNG using 8, 9, 10, 12, 14 and 16 bits: shifted to 8, never clipped")
 @pytest.mark.parametrize(("high", "shift"), [(200, 0), (256, 2), (1023, 2), (4095, 4), (9000, 6), (65535, 8)])
 def test_sixteen_bits_are_shifted_by_their_maximum(write, high, shift):
     stored = np.linspace(0, high, 48 * 40).round().astype(np.uint16).reshape(48, 40)
     np.testing.assert_array_equal(images.read(write(encode(stored))).pixels, stored >> shift)
 
 
+@pytest.mark.fault("P3", "one pixel whose channels differ: luma, with a warning")
 def test_colours_become_luma_with_a_warning(write):
     rgb = np.stack([ramp(), ramp(), ramp()], axis=-1)
     rgb[5, 7, 0] ^= 1  # one pixel is enough
@@ -90,6 +95,7 @@ def test_transparency_is_dropped_with_a_warning(write):
     np.testing.assert_array_equal(scan.pixels, ramp())
 
 
+@pytest.mark.fault("P4", "a JPEG named .png: the same pixels as .jpg, with a warning")
 def test_content_decides_and_a_wrong_suffix_warns(write):
     content = encode(ramp(), "JPEG", quality=90)
     right, wrong = images.read(write(content, "a.JPG")), images.read(write(content, "a.png"))
@@ -98,6 +104,7 @@ def test_content_decides_and_a_wrong_suffix_warns(write):
     assert wrong.warnings == ("named .png, but its content is JPEG",)
 
 
+@pytest.mark.fault("P6", "a constant image: a warning")
 def test_constant_image_warns(write):
     assert "constant" in images.read(write(encode(np.full((40, 40), 7, np.uint8)))).warnings[0]
 
@@ -130,29 +137,73 @@ def test_what_is_no_radiograph_is_named(write, content, reason):
     assert reason in refusal(path)
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked(write):
-    def chunk(name, body):
-        return len(body).to_bytes(4) + name + body + zlib.crc32(name + body).to_bytes(4)
+def chunk(name, body):
+    return len(body).to_bytes(4) + name + body + zlib.crc32(name + body).to_bytes(4)
 
-    for side in (9_000, 12_000, 60_000):  # beyond our limit, Pillow's warning, Pillow's error
+
+@pytest.mark.fault("P5", "headers of 81 Mpx to 4,294 Mpx, PNG and JPEG: refused before a pixel is unpacked")
+def test_a_bomb_is_refused_before_it_is_unpacked(write, figure):
+    jpeg = encode(ramp(), "JPEG")
+    at = jpeg.index(b"\xff\xc0") + 5  # height and width, of two bytes each
+    tracemalloc.start()
+    count = 0
+    for side in (9_000, 12_000, 16_000, 60_000, 65_500):  # beyond our limit, Pillow's warning, Pillow's error
         header = side.to_bytes(4) * 2 + bytes([8, 0, 0, 0, 0])
         body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-        path = write(b"\x89PNG\r\n\x1a\n" + body)
-        assert re.search(r"limit|exceeds", refusal(path))
-        assert re.search(r"limit|exceeds", refusal(path, images.size))
+        for content in (b"\x89PNG\r\n\x1a\n" + body, jpeg[:at] + side.to_bytes(2) * 2 + jpeg[at + 4 :]):
+            for reader in (images.read, images.size):
+                text = refusal(write(content), reader)
+                assert f"{side:,} x {side:,} pixels; 64 Mpx" in text or "more pixels than the limit of 64 Mpx" in text
+                count += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+    figure(f"{count} of {count} refused, at most {peak / 1024:.0f} KiB of memory taken")
 
 
+@pytest.mark.fault("P1", "PNG and JPEG cut at every 1 %")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_every_truncation_is_refused(write, kind):
+def test_every_truncation_is_refused(write, figure, kind):
     content = encode(ramp(), kind)
     for percent in range(100):
-        refusal(write(content[: len(content) * percent // 100]))
+        text = refusal(write(content[: len(content) * percent // 100]))
+        if kind == "PNG" and percent > 2:  # from where on it is known to be one
+            assert "truncated" in text
+    figure(f"{kind}: 100 of 100 refused")
 
 
-def test_flipped_bit_in_a_png_is_refused(write):
-    content = bytearray(encode(ramp()))
-    content[len(content) // 2] ^= 16
-    assert "Copy it again" in refusal(write(content))
+@pytest.mark.fault("P1", "every single bit of a PNG flipped")
+def test_every_flipped_bit_in_a_png_is_found(write, figure):
+    content = encode(np.add.outer(np.arange(32), np.arange(33)).astype(np.uint8))
+    found = 0
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        refusal(write(damaged))
+        found += 1
+    figure(f"{found:,} of {8 * len(content):,} found")
+
+
+def test_cut_off_png_says_how_much_is_there(write):
+    content = encode(ramp())
+    size = len(content)
+    text = refusal(write(content[:-20]))
+    assert f"image file is truncated ({size - 20:,} of at least {size - 12:,} bytes are there). Copy it again." in text
+
+
+def test_texts_and_names_in_a_png_are_passed_over(write):
+    content = encode(ramp())
+    texts = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(60_000_000))) + chunk(b"tEXt", b"Author\0ROENTGEN")
+    assert len(texts) < 100_000
+    scan = images.read(write(content[:33] + texts + content[33:]))
+    np.testing.assert_array_equal(scan.pixels, ramp())
+
+
+def test_a_jpeg_of_countless_scans_is_refused_at_once(write):
+    content = encode(ramp(), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    path = write(content[:last] + content[last:-2] * 200 + b"\xff\xd9", "case.jpg")
+    assert re.search(r"a JPEG of \d+ scans, made to keep a decoder busy; 100 are the limit", refusal(path))
 
 
 def test_not_a_file(tmp_path):
@@ -177,6 +228,7 @@ def test_no_memory_is_no_fault_of_the_file(write, monkeypatch):
         images.read(write(encode(ramp())))
 
 
+@pytest.mark.fault("P1", "random bytes changed, put in or taken out")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_damage_never_raises_anything_else(write, kind):
     rng = random.Random(0)

@@ -128,7 +128,7 @@ def test_a_bad_image_is_named_and_the_rest_is_kept(tmp_path):
 def test_a_missing_image_is_named(tmp_path):
     cases = made_up(tmp_path / "x")
     cases[2].path.unlink()
-    with pytest.raises(DataError, match=r"c2\.png: No such file"):
+    with pytest.raises(DataError, match=r"c2\.png: no such file"):
         open_it(tmp_path / "p", cases)
 
 

@@ -19,17 +19,23 @@ def test_golden():
     assert rle.encode(mask) == "1026 2 2044 1 1044484 2"
 
 
-@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 0.98, 1.0])
-def test_round_trip(density):
+@pytest.mark.fault(
+    "I10", "random masks of every density and shape up to 8 x 8, with last pixel, full, single pixel, checkerboard"
+)
+def test_round_trip(figure):
     rng = np.random.default_rng(0)
-    for _ in range(200):
-        mask = rng.random(rng.integers(1, 9, 2)) < density
+    masks = [rng.random(rng.integers(1, 9, 2)) < rng.choice([0, 0.02, 0.5, 0.98, 1]) for _ in range(9_000)]
+    for shape in [(height, width) for height in range(1, 11) for width in range(1, 11)]:
+        pixels = np.arange(shape[0] * shape[1]).reshape(shape)
+        single = int(rng.integers(pixels.size))
+        masks += [pixels == pixels[-1, -1], pixels >= 0, pixels == single, np.indices(shape).sum(axis=0) % 2 == 1]
+        masks += [pixels != pixels[-1, -1], pixels != pixels[0, 0], pixels == pixels[0, 0], pixels < 0]
+        masks += [pixels % 2 == 0, pixels != single]
+    exact = 0
+    for mask in masks:
         np.testing.assert_array_equal(rle.decode(rle.encode(mask), *mask.shape), mask)
-
-
-def test_checkerboard():
-    mask = np.indices((6, 7)).sum(axis=0) % 2 == 1
-    np.testing.assert_array_equal(rle.decode(rle.encode(mask), 6, 7), mask)
+        exact += 1
+    figure(f"{exact:,}/{len(masks):,}")
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (-1, -1)])

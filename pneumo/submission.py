@@ -75,8 +75,11 @@ def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) ->
     codes: dict[str, str] = {}
     lines: dict[str, int] = {}
 
-    def complain(text: str, line: int | None = None, image_id: str = "", fatal: bool = True) -> None:
+    def complain(
+        text: str, line: int | None = None, image_id: str = "", *, field: str = "", fatal: bool = True
+    ) -> None:
         where = f"{path}{f' line {line}' if line else ''}{f', ImageId {image_id}' if image_id else ''}"
+        where += f", {field}" if field else ""
         problems.append(Problem(str(path), line, image_id, f"{where}: {text}", fatal))
 
     for line, (image_id, code) in cases.read_rows(path, ("ImageId", "EncodedPixels"), problems):
@@ -87,11 +90,12 @@ def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) ->
         try:
             runs = rle.decode_runs(code, annotation_size, annotation_size)
         except ValueError as error:
-            complain(f"EncodedPixels: {error}", line, image_id)
+            complain(str(error), line, image_id, field="EncodedPixels")
             continue
         codes[image_id] = rle.encode_runs(join(runs))
         if codes[image_id] != code:
-            complain("EncodedPixels: runs that touch, or zeros or blanks too many. Encode it anew.", line, image_id)
+            text = "runs that touch, or zeros or blanks too many. Encode it anew."
+            complain(text, line, image_id, field="EncodedPixels")
     if lines:
         with open(path, "rb") as file:
             first = file.readline(100).strip()

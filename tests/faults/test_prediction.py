@@ -348,11 +348,13 @@ def test_bad_files_are_listed_together_and_the_others_predicted(predict, scans, 
     (scans / "test-002.png").write_bytes(good[:300])
     (scans / "test-005.png").write_bytes(b"<!DOCTYPE html>")
     out = tmp_path / "out"
-    with pytest.raises(DataError, match=r"3 of 8 files could not be read: .*test-002.png: truncated") as caught:
+    with pytest.raises(
+        DataError, match=r"3 of 8 files could not be read: .*test-002.png: image file is truncated"
+    ) as caught:
         predict([scans, tmp_path / "typo.png"], out)
     assert caught.value.exit_code == 3
     said = capsys.readouterr().err
-    for text in ("test-002.png: truncated", "test-005.png: an HTML page", "typo.png: no such file"):
+    for text in ("test-002.png: image file is truncated", "test-005.png: an HTML page", "typo.png: no such file"):
         assert said.count(text) == 1
     assert len(list(out.glob("*_mask.png"))) == len((out / "predictions.jsonl").read_text().splitlines()) == 5
     (scans / "test-002.png").write_bytes(good)

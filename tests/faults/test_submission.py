@@ -138,17 +138,18 @@ def test_a_submission_is_checked(recipe, tmp_path, capsys, figure):
     inference.predict_test(recipe, models, ruling, CPU)
     capsys.readouterr()
     said = check(recipe, capsys, code=0)
-    assert "9 rows, 9 ids; 9 images, 0.0% empty, median area of the others 2," in said
+    written = dict(rows_of(recipe.folder / "submission.csv"))
+    assert f"submission.csv: 9 rows, 9 ids; {submission.summary(written, 64)}" in said
     assert "sample_submission.csv: 9 ids" in said and "all masks empty: Dice 0.6667 on 18 training images" in said
     assert "submission.json: what made it" in said
     bad = tmp_path / "bad.csv"
     head = "ImageId,EncodedPixels\n"
     rest = "".join(f"test-{number:03d},-1\n" for number in range(1, 9))
     for text, message in (
-        (rest + "test-000,1 2 3\n", "line 10, ImageId test-000: EncodedPixels: 3 numbers"),
-        (rest + "test-000,4000 97\n", "line 10, ImageId test-000: EncodedPixels: run 1 ends at pixel 4,097"),
-        (rest + "test-000,5 5 0 5\n", "line 10, ImageId test-000: EncodedPixels: runs that touch"),
-        (rest + "test-000,\n", "line 10, ImageId test-000: EncodedPixels: an empty code"),
+        (rest + "test-000,1 2 3\n", "line 10, ImageId test-000, EncodedPixels: 3 numbers"),
+        (rest + "test-000,4000 97\n", "line 10, ImageId test-000, EncodedPixels: run 1 ends at pixel 4,097"),
+        (rest + "test-000,5 5 0 5\n", "line 10, ImageId test-000, EncodedPixels: runs that touch"),
+        (rest + "test-000,\n", "line 10, ImageId test-000, EncodedPixels: an empty code"),
         (
             rest + "test-000,1 2\ntest-000,2 9\n",
             "line 11, ImageId test-000: a second row for this id, which has one on",

@@ -120,7 +120,6 @@ class TrainConfig:
 
     amp: Literal["auto", "bf16", "fp16", "off"]
     compile: Literal["auto", "on", "off"]
-    recompute: bool
     ema: Annotated[float, "[0, 1)"]
     keep_best: Annotated[int, Positive]
     checkpoint_minutes: Annotated[float, "(0, inf)"]

@@ -265,8 +265,6 @@ class _Run:
             if self.average is not None:
                 self.average.load_state_dict(saved["average"])
             self.position, self.saved = Position(**saved["position"]), saved["position"]
-        if self.recipe.train.recompute:
-            self.model.recompute_activations()
         if self.recipe.train.compile == "on" or (self.recipe.train.compile == "auto" and self.device.type == "cuda"):
             self.model.compile()
         self.wrapped: nn.Module = dist.wrap(self.model)

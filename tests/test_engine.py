@@ -12,7 +12,6 @@ from torch import nn
 
 from pneumo import engine
 from pneumo.engine import Late, RunningStatistics
-from pneumo.model.unet import UNet
 
 
 def run_processes(world: int, folder: Path) -> list[dict[str, dict[str, torch.Tensor]]]:
@@ -176,44 +175,3 @@ def test_a_step_does_not_wait_for_the_gpu():
             )
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("encoder", ["resnet18", "tf_efficientnet_lite0"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recomputed_activations_take_less_memory_and_change_nothing(encoder, dtype):
-    ends, saved = [], []
-    for again in (False, True):
-        torch.manual_seed(0)
-        model = UNet(encoder, decoder_channels=(16, 8, 8, 8, 4)).to(memory_format=torch.channels_last)
-        if again:
-            model.recompute_activations()
-        running = RunningStatistics(model)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-        generator = torch.Generator().manual_seed(1)
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        for _ in range(2):
-            batch = [
-                (torch.rand(2, 1, 128, 128, generator=generator), torch.ones(2, 1, 128, 128, dtype=torch.uint8))
-                for _ in range(2)
-            ]
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                engine.train_step(
-                    model,
-                    batch,
-                    optimizer,
-                    torch.amp.GradScaler("cpu", enabled=False),
-                    running,
-                    engine.LossSettings("bce_dice", 10.0, 2.0, 1.0),
-                    dtype,
-                    count=2,
-                )
-        ends.append(model.state_dict())
-        saved.append(sum(kept.values()))
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-    assert saved[1] < 0.7 * saved[0]

@@ -19,7 +19,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
 from pneumo import checkpoint
 from pneumo.errors import DataError, UsageError
@@ -87,16 +86,6 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(decoder_channels[-1], 1, 3, padding=1)
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.recompute = False
-
-    def recompute_activations(self) -> None:
-        """Keep only the features between encoder stages and decoder blocks; the backward pass computes the rest again.
-
-        Gradients stay the same. Running statistics of batch norm are written twice, by the same values if their
-        momentum is 1, as `engine.RunningStatistics` has it.
-        """
-        self.recompute = True
-        self.encoder.set_grad_checkpointing(True)
 
     def forward(self, image: Tensor) -> Tensor:
         """Predict.
@@ -109,8 +98,7 @@ class UNet(nn.Module):
         """
         *skips, x = self.encoder((image - self.mean) / self.std)  # grey to the encoder's three channels
         for block, skip in zip(self.blocks, [*reversed(skips), None], strict=True):
-            again = self.recompute and torch.is_grad_enabled()
-            x = checkpoint_activations(block, x, skip, use_reentrant=False) if again else block(x, skip)
+            x = block(x, skip)
         return self.head(x)
 
 

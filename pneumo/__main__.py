@@ -164,12 +164,12 @@ def check_submission(options: argparse.Namespace) -> None:
     if sample is not None:
         sample_ids, more = cases.read_sample(sample)
         problems += more
-    codes, more = submission.check(path, sample_ids, data.annotation_size)
-    problems += more
+    checked = submission.check(path, sample_ids, data.annotation_size)
+    problems += checked.problems
     for problem in problems:
         log.say(f"{'ERROR' if problem.fatal else 'note '} {problem.message}")
-    if codes:
-        log.say(f"{path}: {submission.summary(codes, data.annotation_size)}")
+    what = submission.summary(checked.codes, data.annotation_size) if checked.codes else "no good one"
+    log.say(f"{path}: {checked.rows} rows, {checked.ids} ids; {what}")
     log.say("no sample submission: ids were not compared" if sample is None else f"{sample}: {len(sample_ids)} ids")
     empty = _empty(options.truth, recipe)
     log.say("no annotations" if empty is None else f"all masks empty: Dice {empty[0]:.4f} on {empty[1]}")

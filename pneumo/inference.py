@@ -97,7 +97,7 @@ def _write_submission(
 ) -> None:
     """Write the files of a submission from each test image's record and code, in any order."""
     size, path = recipe.data.annotation_size, recipe.folder / "submission.csv"
-    clean(recipe.folder.glob("*.tmp"))
+    clean(path for name in ("submission", "referral") for path in recipe.folder.glob(f"{name}.*.tmp"))
     codes = {record["ImageId"]: code for record, code in written}
     # ids of the sample without an image, which `load_test_cases` let pass with a warning, are empty
     codes |= {image_id: rle.EMPTY for image_id in sample_ids if image_id not in codes}

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,36 +44,58 @@ def write(path: Path, codes: Mapping[str, str], sample_ids: Sequence[str], annot
     checkpoint.write_atomic(path, text.getvalue().encode())
 
 
-def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) -> tuple[dict[str, str], list[Problem]]:
+@dataclass(frozen=True)
+class Checked:
+    """A submission that somebody wrote.
+
+    Attributes:
+        rows: how many.
+        ids: how many different ones.
+        codes: of each id whose row is good, in the file's order.
+        problems: fatal or not.
+    """
+
+    rows: int
+    ids: int
+    codes: dict[str, str]
+    problems: list[Problem]
+
+
+def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) -> Checked:
     """Read a submission, whoever wrote it, as strictly as who will grade it might.
+
+    Problems are rows that are wrong, second rows of an id, codes that do not decode or are not written as `rle.encode`
+    would, ids that are missing or left over, a first line that is not `HEADER`.
 
     Args:
         sample_ids: ids that it must have; None where they are not known.
-
-    Returns:
-        The code of each id, in the file's order; and all problems: rows that are wrong, second rows of an id, codes
-        that do not decode or are not written as `rle.encode` would, ids that are missing or left over.
     """
+    rows = 0
     problems: list[Problem] = []
     codes: dict[str, str] = {}
     lines: dict[str, int] = {}
 
-    def complain(text: str, line: int | None = None, image_id: str = "", fatal: bool = True) -> None:
+    def complain(
+        text: str, line: int | None = None, image_id: str = "", *, field: str = "", fatal: bool = True
+    ) -> None:
         where = f"{path}{f' line {line}' if line else ''}{f', ImageId {image_id}' if image_id else ''}"
+        where += f", {field}" if field else ""
         problems.append(Problem(str(path), line, image_id, f"{where}: {text}", fatal))
 
     for line, (image_id, code) in cases.read_rows(path, ("ImageId", "EncodedPixels"), problems):
+        rows += 1
         if lines.setdefault(image_id, line) != line:
             complain(f"a second row for this id, which has one on line {lines[image_id]}. Unite them.", line, image_id)
             continue
         try:
             runs = rle.decode_runs(code, annotation_size, annotation_size)
         except ValueError as error:
-            complain(f"EncodedPixels: {error}", line, image_id)
+            complain(str(error), line, image_id, field="EncodedPixels")
             continue
         codes[image_id] = rle.encode_runs(join(runs))
         if codes[image_id] != code:
-            complain("EncodedPixels: runs that touch, or zeros or blanks too many. Encode it anew.", line, image_id)
+            text = "runs that touch, or zeros or blanks too many. Encode it anew."
+            complain(text, line, image_id, field="EncodedPixels")
     if lines:
         with open(path, "rb") as file:
             first = file.readline(100).strip()
@@ -88,7 +111,7 @@ def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) ->
                 complain(f"{len(odd):,} {what}: {', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}")
         if list(lines) != list(sample_ids) and set(lines) == wanted:
             complain("its rows are not in the sample's order", fatal=False)
-    return codes, problems
+    return Checked(rows, len(lines), codes, problems)
 
 
 def summary(codes: Mapping[str, str], annotation_size: int) -> str:

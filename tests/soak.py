@@ -45,7 +45,13 @@ class Result:
 
 def command(data: Path, runs: Path, world: int) -> list[str]:
     """Two stages of two folds; accumulation, an average of weights, bf16."""
-    settings = (f"train.checkpoint_steps={EVERY}", "train.amp=bf16", "train.ema=0.9", "train.keep_best=2")
+    settings = (
+        f"train.checkpoint_steps={EVERY}",
+        "train.amp=bf16",
+        "train.ema=0.9",
+        "train.keep_best=2",
+        "tune.thresholds=3",
+    )
     return forked.cross_validate(data, runs, *settings, *(["stage.2.schedule=cosine"] if world == 2 else []))
 
 

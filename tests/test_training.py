@@ -197,3 +197,17 @@ def test_other_choices_train(repo, root, tmp_path, change):
     recipe = small_run.recipe(repo, root, tmp_path, change, "stage.1.epochs=1")
     (line,) = log.read_jsonl(train(recipe) / "log.jsonl")
     assert line["val_loss"] > 0
+
+
+@pytest.mark.fault("R15", "a Dice that is no number, in the first of two epochs")
+def test_a_dice_that_is_no_number_never_wins(repo, root, tmp_path, monkeypatch, figure):
+    real, calls = training._record, []
+
+    def record(*arguments):
+        calls.append(1)
+        return {**real(*arguments), **({"dice": float("nan")} if len(calls) == 1 else {})}
+
+    monkeypatch.setattr(training, "_record", record)
+    folder = train(small_run.recipe(repo, root, tmp_path))
+    assert checkpoint.load(folder / "best.pt")["record"]["epoch"] == 2
+    figure("best.pt is of the other")

@@ -1,14 +1,10 @@
 """A disk that fills up: a small file system, mounted for the test."""
 
-import os
 import subprocess
 from pathlib import Path
 
 import forked
-import numpy as np
 import pytest
-import small_run
-from PIL import Image
 
 from pneumo import checkpoint
 
@@ -28,13 +24,6 @@ class Disk:
 
     def grow(self, megabytes: float) -> None:
         self._mount(f"remount,size={int(megabytes * 1024)}k")
-
-    def fill(self, leave: int) -> Path:
-        """Fill all but `leave` bytes."""
-        stat = os.statvfs(self.place)
-        path = self.place / "filler"
-        path.write_bytes(bytes(max(0, stat.f_bavail * stat.f_frsize - leave)))
-        return path
 
     def close(self) -> None:
         subprocess.run(["umount", self.place], check=True)
@@ -110,26 +99,3 @@ def test_the_only_good_one_is_not_given_up(data, straight, disk, tmp_path, figur
     assert "Removing" not in job.text
     assert checkpoint.load(place.place / STAGE / "prev.pt")
     figure("exit 5, prev.pt loads")
-
-
-@pytest.mark.fault("R7", "no room for masks, predictions.jsonl, submission.csv: exit 5, the old submission stays")
-def test_no_room_for_predictions(data, repo, disk, tmp_path, figure):
-    place = disk(64)
-    runs, options = place.place / "runs", ["--set", *small_run.settings(data, place.place / "runs")]
-    small_run.pretend_trained(small_run.recipe(repo, data, runs))
-    assert forked.start("predict.py", *options, cwd=tmp_path).wait() == 0
-    submission = runs / "seed" / "submission.csv"
-    before = submission.read_bytes()
-    place.fill(0)
-    again = forked.start("predict.py", *options, cwd=tmp_path)
-    noise = np.random.default_rng(0).integers(0, 256, (900, 900), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "noise.png")
-    files = forked.start(
-        "predict.py", str(tmp_path / "noise.png"), "--out", str(place.place / "masks"), *options, cwd=tmp_path
-    )
-    for job in (again, files):
-        assert job.wait() == 5, job.text
-        (line,) = job.complaints
-        assert "No space left" in line or " MB needed, " in line
-    assert submission.read_bytes() == before
-    figure("2 of 2 exit 5, submission.csv as it was")

@@ -52,7 +52,6 @@ def test_a_process_is_killed_for_memory(data, tmp_path, figure):
     figure("named")
 
 
-@pytest.mark.fault("R17", "a thread of the pack meets a bad image: its own message, as R23 wants")
 @pytest.mark.fault("R23", "a truncated image read by a thread of the pack; last line of the output")
 def test_a_bad_image_in_a_thread(data, tmp_path, figure):
     root = tmp_path / "data"
@@ -95,6 +94,7 @@ def test_weights_that_cannot_be_had(data, tmp_path, figure, kind):
     figure(f"{kind}: path and 2 remedies after {seconds:.1f} s")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "R24", "LC_ALL=C, no HOME, blanks and umlauts in paths, linked images in a folder that cannot be written"
 )
@@ -124,6 +124,7 @@ def test_odd_surroundings(data, tmp_path, figure):
     figure("pass")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("R24", "the clock set back by a year between two starts")
 def test_a_clock_that_goes_back(data, tmp_path, figure):
     straight, runs = tmp_path / "straight", tmp_path / "runs"

@@ -1,6 +1,5 @@
 """Losses and weights that are not numbers, and half precision."""
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def test_one_bad_step_is_skipped_by_all(data, tmp_path, figure, kind):
 
 
 @pytest.mark.fault("R15", "a loss that is never finite again: exit 4 after nonfinite_steps, nothing bad saved")
-@pytest.mark.parametrize("kind", ["loss", "pixel"])
+@pytest.mark.parametrize("kind", ["loss", pytest.param("pixel", marks=pytest.mark.slow)])
 def test_a_loss_that_is_never_finite_again(data, tmp_path, figure, kind):
     command = forked.train(data, tmp_path, "stage.1.epochs=20")
     job = forked.start(*command, cwd=tmp_path, hook=partial(forked.spoil, kind, 4, 10**9))
@@ -50,10 +49,6 @@ def test_a_loss_that_is_never_finite_again(data, tmp_path, figure, kind):
     status = forked.status(tmp_path / STAGE)
     assert status["state"] == "failed" and "not finite" in status["reason"]
     figure(f"{kind}: exit 4 after 10, last.pt finite")
-
-
-def test_a_dice_that_is_no_number_never_wins():
-    assert not math.nan >= -1.0  # what training compares: a later epoch on ties, never NaN
 
 
 @pytest.mark.fault("R15", "weights spoilt outside of a step: not saved, exit 4")

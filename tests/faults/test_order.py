@@ -15,11 +15,11 @@ from pneumo import dataset
 from pneumo.data import rle
 
 
-@pytest.mark.fault("R19", "CSV rows shuffled, files written in another order, 1, 2 and 4 threads; trained to the end")
+@pytest.mark.fault("R19", "CSV rows shuffled, files written in another order, 1 and 4 threads; trained to the end")
 def test_order_and_threads_do_not_matter(data, tmp_path, figure):
     straight = tmp_path / "straight"
     assert forked.start(*forked.train(data, straight), cwd=straight).wait() == 0
-    for seed, threads in enumerate((1, 2, 4)):
+    for seed, threads in enumerate((1, 4)):
         root, runs = tmp_path / f"data{seed}", tmp_path / f"runs{seed}"
         for part in ("train", "test"):
             (root / part).mkdir(parents=True)
@@ -34,7 +34,7 @@ def test_order_and_threads_do_not_matter(data, tmp_path, figure):
         assert job.wait() == 0, job.text
         assert (runs / "seed" / "folds.csv").read_bytes() == (straight / "seed" / "folds.csv").read_bytes()
         assert forked.differing_files(straight, runs) == []
-    figure("3 of 3: same folds.csv, same weights")
+    figure("2 of 2: same folds.csv, same weights")
 
 
 def write_random(root: Path, seed: int) -> tuple[dict[str, str], list[tuple[str, str]]]:

@@ -66,8 +66,9 @@ def test_a_mistake_is_said_once(data, tmp_path, figure):
     figure("one line")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("R11", "one process of two hangs for good, train.timeout_seconds = 3")
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_one_process_hangs(data, tmp_path, figure, rank):
     hooks = {rank: partial(forked.sleep_at_step, 2, 600)}
     command = forked.train(data, tmp_path, "train.timeout_seconds=3")

@@ -223,7 +223,7 @@ def _peak_kilobytes() -> int:
     return int(status.split("VmHWM:")[1].split()[0])
 
 
-COUNTS = [100, pytest.param(3_000, marks=pytest.mark.slow)]
+COUNTS = [100, pytest.param(20_000, marks=pytest.mark.slow)]
 
 
 @pytest.fixture

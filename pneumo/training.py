@@ -25,7 +25,7 @@ from pneumo.data.feed import Feed
 from pneumo.dataset import Dataset
 from pneumo.decision.rule import Rule
 from pneumo.engine import LossSettings, RunningStatistics
-from pneumo.errors import DataError, NoSpaceError, NotFiniteError, Stopped, UsageError, WriteError
+from pneumo.errors import DataError, NoSpaceError, NotFiniteError, Stopped, UsageError, WriteError, one_line
 from pneumo.model import augment
 from pneumo.model.unet import UNet
 
@@ -152,6 +152,10 @@ def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int
         DataError: damaged, or trained on other data, another split or another fold.
     """
     state = checkpoint.load(path)
+    if missing := [key for key in ("settings", "digest", "split", "fold", "model") if key not in state]:
+        raise DataError(f"{path} is no checkpoint of a stage: it has no {missing[0]}. Train the stage again.")
+    if not (isinstance(state["settings"], dict) and isinstance(state["model"], dict)):
+        raise DataError(f"{path} is no checkpoint of a stage: its settings or weights are no tables.")
     for what, saved, wanted in (
         ("data", state["digest"], digest),
         ("folds", state["split"], split),
@@ -159,7 +163,7 @@ def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int
     ):
         if wanted is not None and saved != wanted:
             raise DataError(
-                f"{path} was trained on other {what} ({str(saved)[:12]}, not {str(wanted)[:12]}): it "
+                f"{path} was trained on other {what} ({one_line(saved)[:12]}, not {one_line(wanted)[:12]}): it "
                 f"may have seen this fold's validation images. Restore the data or train from stage 1 again."
             )
     return state

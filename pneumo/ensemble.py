@@ -16,6 +16,7 @@ from pneumo.config import Recipe
 from pneumo.decision import tables
 from pneumo.decision.rule import resize_quantise
 from pneumo.errors import DataError, NotFiniteError, UsageError
+from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
 
 
@@ -51,6 +52,7 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
     """
     stage = recipe.stages
     models, sources, origins = [], {}, set()
+    dtype = engine.autocast_dtype(recipe.train.amp, device)
     for fold in folds:
         folder = recipe.stage_folder(fold, stage)
         command = f"make train FOLD={fold} STAGE={stage}" + ("" if recipe.name == "seed" else f" RECIPE={recipe.name}")
@@ -71,13 +73,12 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
                 decoder_channels=state["settings"]["model.decoder_channels"],
             )
             model.load_state_dict(state["model"])
-            models.append(model.to(device, memory_format=torch.channels_last).eval())
+            models.append(FoldedUNet(model.to(device), dtype).eval())
             sources[str(path)] = checkpoint.sha256(path)
             origins.add((state["digest"], state["split"]))
     if len(origins) > 1:
         raise DataError(f"the folds {list(folds)} of {recipe.folder} were not trained on one split of one data set")
     data, split = origins.pop()
-    dtype = engine.autocast_dtype(recipe.train.amp, device)
     return Ensemble(tuple(models), recipe.stage[stage].image_size, sources, dtype, recipe.predict.mirror, data, split)
 
 

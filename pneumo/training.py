@@ -1,8 +1,9 @@
 """One stage of one fold: chained to the stage before it, resumable at any step, stopped cleanly by a signal.
 
-Imports config, dataset, engine, checkpoint, log, dist, model, data.
+Imports config, dataset, engine, checkpoint, log, dist, model, data, decision, kernels.
 """
 
+import json
 import math
 import os
 import signal
@@ -26,7 +27,9 @@ from pneumo.dataset import Dataset
 from pneumo.decision.rule import Rule
 from pneumo.engine import LossSettings, RunningStatistics
 from pneumo.errors import DataError, NoSpaceError, NotFiniteError, Stopped, UsageError, WriteError, one_line
+from pneumo.kernels.upconv import is_faster
 from pneumo.model import augment
+from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
 
 KEPT = "epoch{}.pt"  # one of the `train.keep_best` epochs that an ensemble may average
@@ -216,7 +219,8 @@ class _Run:
         log.say(
             f"fold {self.fold} stage {self.stage}: {len(self.training)} images to train on, {len(self.validation)} to "
             f"validate, {self.settings.image_size} px {feed}; {dist.world()} x {self.device.type}, "
-            f"{str(self.dtype).removeprefix('torch.')}"
+            f"{str(self.dtype).removeprefix('torch.')}, "
+            f"{sum(self.merged)} of {len(self.merged)} blocks merged"
             + (f"; goes on at epoch {self.position.epoch}, step {self.position.step}" if saved else "")
         )
         positive = self.data.positive
@@ -246,10 +250,15 @@ class _Run:
                 self.recipe.model.encoder,
                 False if known else self.recipe.model.pretrained,
                 self.recipe.model.decoder_channels,
+                self.recipe.model.checkpointing,
             )
         if known:
             model.load_state_dict((saved or begin)["model"])
         self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.merged = saved["merged"] if saved is not None else self._merged_blocks()
+        for block, merged in zip(self.model.blocks, self.merged, strict=True):
+            block.merged = merged
+        self.folded = FoldedUNet(self.model, self.dtype)
         self.running = RunningStatistics(self.model)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=True
@@ -270,8 +279,34 @@ class _Run:
                 self.average.load_state_dict(saved["average"])
             self.position, self.saved = Position(**saved["position"]), saved["position"]
         if self.recipe.train.compile == "on" or (self.recipe.train.compile == "auto" and self.device.type == "cuda"):
-            self.model.compile()
+            # each shape once: a full micro-batch and the last one of an epoch, in training and in validation
+            self.model.compile(dynamic=False)
+            self.folded.compile(dynamic=False)
         self.wrapped: nn.Module = dist.wrap(self.model)
+
+    def _merged_blocks(self) -> list[bool]:
+        """Which blocks of the decoder train in their merged form; the same on every process.
+
+        What was timed on a GPU is kept beside the packed images, so that a second run there computes the same.
+        """
+        how, blocks = (
+            self.recipe.model.upsample,
+            self.model.block_shapes(self.settings.batch_size, self.settings.image_size),
+        )
+        if how != "auto":
+            return [how == "merged"] * len(blocks)
+        if self.device.type == "cpu":
+            return [is_faster(*block, self.device, self.dtype) for block in blocks]
+        path = Path(self.recipe.runs) / "upsample.json"
+        device = f"{torch.cuda.get_device_name(self.device)}, torch {torch.__version__}, {self.dtype}"
+        if dist.is_main():
+            with checkpoint.wait_lock(path.with_suffix(".lock")):
+                known = json.loads(path.read_text()) if path.exists() else {}
+                for block in blocks:
+                    if f"{device}, {block}" not in known:
+                        known[f"{device}, {block}"] = is_faster(*block, self.device, self.dtype)
+                checkpoint.write_atomic(path, json.dumps(known, indent=1).encode())
+        return dist.broadcast([known[f"{device}, {block}"] for block in blocks] if dist.is_main() else None)
 
     def _start_weights(self) -> dict[str, Any] | None:
         """The best checkpoint of the stage before; None if this stage starts from the encoder."""
@@ -479,13 +514,14 @@ class _Run:
             self._stop()
 
     def _validate(self, feed: Feed) -> engine.Evaluation:
-        """Score the fold's held-out images with the weights that the model now has.
+        """Score the fold's held-out images with the weights that the model now has, as a prediction would.
 
         Raises:
             _StopAsked: on every process, after a signal to one.
         """
+        self.folded.fill(self.model)
         result = engine.evaluate(
-            self.model,
+            self.folded,
             feed,
             self.validation,
             lambda row: self.data.cases[row].runs,
@@ -529,6 +565,7 @@ class _Run:
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "position": asdict(self.position),
+            "merged": self.merged,
             "processes": dist.world(),
             "autocast": str(self.dtype),
             "versions": _versions(),

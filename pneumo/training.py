@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -187,6 +187,7 @@ class _Run:
         }
         inside = data.folds == fold
         self.training, self.validation = np.flatnonzero(~inside), np.flatnonzero(inside)
+        self.apply = augment.apply
         self.position = Position()
 
     def train(self) -> None:
@@ -262,6 +263,7 @@ class _Run:
             self.position = Position(**saved["position"])
         if self.recipe.train.compile == "on" or (self.recipe.train.compile == "auto" and self.device.type == "cuda"):
             self.model.compile()
+            self.apply = torch.compile(augment.apply)
         self.wrapped: nn.Module = dist.wrap(self.model)
 
     def _start_weights(self) -> dict[str, Any] | None:
@@ -373,7 +375,7 @@ class _Run:
             image, mask = next(batches)
             seed = feeds.key(self.recipe.seed, self.fold, self.stage, epoch, step, place, "augment")
             generator = torch.Generator(self.device).manual_seed(seed)
-            yield augmented(image, mask, self.recipe.augment, generator)
+            yield augmented(image, mask, self.recipe.augment, generator, self.apply)
 
     def _note(self, finished_steps: list[list[float]], plan: list[list[np.ndarray]]) -> tuple[bool, bool]:
         """Take in what the host now knows of earlier steps; return whether to stop and whether to save."""
@@ -540,13 +542,18 @@ class _Run:
 
 
 def augmented(
-    image: Tensor, mask: Tensor, settings: AugmentConfig, generator: torch.Generator
+    image: Tensor,
+    mask: Tensor,
+    settings: AugmentConfig,
+    generator: torch.Generator,
+    apply: Callable[..., tuple[Tensor, Tensor]] = augment.apply,
 ) -> tuple[Tensor, Tensor]:
     """Augment a batch as a recipe says.
 
     Args:
         image, mask: (B, 1, S, S) uint8.
         generator: on the same device.
+        apply: `augment.apply`, or that compiled.
 
     Returns:
         (B, 1, S, S) float32 in [0, 1], channels_last, and (B, 1, S, S) float32 of 0 and 1.
@@ -554,7 +561,7 @@ def augmented(
     low, high = settings.gamma
     values = {**asdict(settings), "gamma": (low, high)}
     warp = augment.draw(len(image), image.shape[-1], generator, **values)
-    image, mask = augment.apply(image, mask, warp)
+    image, mask = apply(image, mask, warp)
     return image.contiguous(memory_format=torch.channels_last), mask
 
 

@@ -263,7 +263,8 @@ class _Run:
             self.position = Position(**saved["position"])
         if self.recipe.train.compile == "on" or (self.recipe.train.compile == "auto" and self.device.type == "cuda"):
             self.model.compile()
-            self.apply = torch.compile(augment.apply)
+            if self.device.type == "cuda":
+                self.apply = torch.compile(augment.apply)
         self.wrapped: nn.Module = dist.wrap(self.model)
 
     def _start_weights(self) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -193,6 +193,7 @@ class _Run:
         }
         inside = data.folds == fold
         self.training, self.validation = np.flatnonzero(~inside), np.flatnonzero(inside)
+        self.apply = augment.apply
         self.position = Position()
         self.saved: dict[str, Any] | None = None  # the position that last.pt holds
         self.noted = 0  # the step of the epoch whose numbers the host reads next
@@ -282,6 +283,8 @@ class _Run:
             # each shape once: a full micro-batch and the last one of an epoch, in training and in validation
             self.model.compile(dynamic=False)
             self.folded.compile(dynamic=False)
+            if self.device.type == "cuda":
+                self.apply = torch.compile(augment.apply, dynamic=False)
         self.wrapped: nn.Module = dist.wrap(self.model)
 
     def _merged_blocks(self) -> list[bool]:
@@ -426,7 +429,7 @@ class _Run:
             image, mask = next(batches)
             seed = feeds.key(self.recipe.seed, self.fold, self.stage, epoch, step, place, "augment")
             generator = torch.Generator(self.device).manual_seed(seed)
-            yield augmented(image, mask, self.recipe.augment, generator)
+            yield augmented(image, mask, self.recipe.augment, generator, self.apply)
 
     def _note(self, finished_steps: list[list[float]], plan: list[list[np.ndarray]]) -> tuple[bool, bool]:
         """Take in what the host now knows of earlier steps; return whether to stop and whether to save."""
@@ -664,13 +667,18 @@ class _Run:
 
 
 def augmented(
-    image: Tensor, mask: Tensor, settings: AugmentConfig, generator: torch.Generator
+    image: Tensor,
+    mask: Tensor,
+    settings: AugmentConfig,
+    generator: torch.Generator,
+    apply: Callable[..., tuple[Tensor, Tensor]] = augment.apply,
 ) -> tuple[Tensor, Tensor]:
     """Augment a batch as a recipe says.
 
     Args:
         image, mask: (B, 1, S, S) uint8.
         generator: on the same device.
+        apply: `augment.apply`, or that compiled.
 
     Returns:
         (B, 1, S, S) float32 in [0, 1], channels_last, and (B, 1, S, S) float32 of 0 and 1.
@@ -678,7 +686,7 @@ def augmented(
     low, high = settings.gamma
     values = {**asdict(settings), "gamma": (low, high)}
     warp = augment.draw(len(image), image.shape[-1], generator, **values)
-    image, mask = augment.apply(image, mask, warp)
+    image, mask = apply(image, mask, warp)
     return image.contiguous(memory_format=torch.channels_last), mask
 
 

@@ -74,8 +74,8 @@ phantom: $(READY)  ## write synthetic X-rays
 train: $(READY)  ## one stage of one fold: FOLD=0 STAGE=2 [GPUS=2]
 	$(LAUNCH) train.py --fold $(FOLD) --stage $(STAGE) $(OPTIONS)
 
-cv: $(READY)  ## all folds, all stages; skips what is done [GPUS=2]
-	$(LAUNCH) -m pneumo cv $(OPTIONS)
+cv: $(READY)  ## all folds, all stages; skips what is done [GPUS=2 | JOBS=5]
+	$(LAUNCH) -m pneumo cv $(OPTIONS) $(if $(JOBS),--jobs $(JOBS))
 
 oof: $(READY)  ## predict each fold's held-out images; cv does it as well [GPUS=2]
 	$(LAUNCH) -m pneumo oof $(OPTIONS)

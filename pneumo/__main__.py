@@ -5,9 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-from pneumo import cli, dataset, dist, log, training
+from pneumo import cli, dataset, dist, jobs, log, training
 from pneumo import oof as oofs
-from pneumo.errors import DataError
+from pneumo.errors import DataError, UsageError
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -73,12 +73,22 @@ def folds(options: argparse.Namespace) -> None:
 def cv(options: argparse.Namespace) -> None:
     """Train all folds and stages that are not done yet, then predict each fold's held-out images."""
     recipe = cli.load_recipe(options)
+    if options.fold is not None and options.fold not in range(recipe.folds.count):
+        raise UsageError(f"--fold {options.fold}: the recipe has folds 0 to {recipe.folds.count - 1}")
+    folds = range(recipe.folds.count) if options.fold is None else [options.fold]
     with dist.launch(recipe.train.timeout_seconds) as device:
         data = dataset.load(recipe)
-        for fold in range(recipe.folds.count):
-            for stage in recipe.own_stages:
-                training.train_stage(recipe, data, fold, stage, device)
-        oofs.write(recipe, data, device)
+        if options.jobs > 1:
+            if dist.world() > 1:
+                raise UsageError("--jobs starts processes of its own; use it without torchrun (GPUS=1)")
+            again = [sys.executable, "-m", "pneumo", *options.argv]
+            jobs.run([(f"fold {fold}", [*again, "--jobs", "1", "--fold", str(fold)]) for fold in folds], options.jobs)
+        else:
+            for fold in folds:
+                for stage in recipe.own_stages:
+                    training.train_stage(recipe, data, fold, stage, device)
+        if options.fold is None:
+            oofs.write(recipe, data, device)
 
 
 def oof(options: argparse.Namespace) -> None:
@@ -175,6 +185,9 @@ def main() -> int:
         cli.add_recipe_options(subparser)
         if command is folds:
             subparser.add_argument("--force", action="store_true", help="split anew though folds.csv is there")
+        if command is cv:
+            subparser.add_argument("--jobs", type=int, default=1, metavar="N", help="train N folds side by side")
+            subparser.add_argument("--fold", type=int, default=None, help="this one alone, without predicting")
         if command is oof:
             subparser.add_argument("--maps", action="store_true", help="keep each case's probabilities as a PNG, too")
         if command is report:
@@ -186,6 +199,7 @@ def main() -> int:
             subparser.add_argument("truth", type=Path, help="CSV file of annotations")
             subparser.add_argument("--patients", type=Path, help="CSV file: ImageId,patient_id, for the intervals")
             subparser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(argv=sys.argv[1:])
     return cli.run(lambda options: options.run(options), parser)
 
 

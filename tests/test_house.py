@@ -14,6 +14,7 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "dist": {"errors"},
+    "jobs": {"errors"},
     "checkpoint": {"errors"},
     "log": {"checkpoint", "dist", "errors"},
     "cli": {"config", "errors", "log"},

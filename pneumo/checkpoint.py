@@ -100,6 +100,10 @@ def read(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):  # files of torch before 1.6 are none
             with zipfile.ZipFile(path) as archive:
+                if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+                    raise DataError(
+                        f"{path} cannot be read: it would unpack to more than it is, as torch never writes."
+                    )
                 bad = archive.testzip()
             if bad is not None:
                 raise DataError(f"{path} is damaged (CRC of {bad} differs).")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pneumo.errors import UsageError
+from pneumo.errors import UsageError, one_line
 
 Positive = "[1, inf)"
 Share = "[0, 1]"
@@ -54,6 +54,8 @@ class ModelConfig:
     encoder: str
     pretrained: bool | str
     decoder_channels: tuple[int, ...]
+    upsample: Literal["auto", "merged", "plain"]
+    checkpointing: bool
 
     def __post_init__(self) -> None:
         if len(self.decoder_channels) != 5 or not all(1 <= count <= 4096 for count in self.decoder_channels):
@@ -246,29 +248,39 @@ def load(path: Path, name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: the file, the recipe, a key, a type or a range is wrong; says where it stands, and what is allowed.
     """
-    path = Path(path)
     try:
-        if not path.is_file():
-            raise UsageError(f"cannot read recipes from {path}: no such file. Say --config FILE.")
+        return _load(Path(path), name, overrides)
+    except UsageError as error:
+        text = one_line(error)
+        raise UsageError(f"{path}{' ' if text[:1] == '[' else ': '}{text}") from None
+
+
+def _load(path: Path, name: str, overrides: Sequence[str]) -> Recipe:
+    """As `load`; errors do not name the file."""
+    try:
+        if not path.is_file():  # to open a pipe is to wait for ever
+            raise UsageError("no such file. Say --config FILE.")
         document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UsageError(f"cannot read recipes from {path}: not UTF-8 at byte {error.start:,}") from None
+        raise UsageError(f"not UTF-8 at byte {error.start:,}") from None
     except OSError as error:
-        raise UsageError(f"cannot read recipes from {path}: {error.strerror}") from None
+        raise UsageError(f"cannot be read: {error.strerror}") from None
+    except UsageError:
+        raise
     except (ValueError, RecursionError) as error:  # of numbers of thousands of digits, and brackets as deep
-        raise UsageError(f"{path}: not valid TOML: {error}") from None
+        raise UsageError(f"not valid TOML: {error}") from None
     if loose := [key for key, value in document.items() if not isinstance(value, dict)]:
-        raise UsageError(f'{path}: "{loose[0]}" stands in no recipe. Put it under [{name}].')
-    tables = _lineage(path, document, name)
+        raise UsageError(f'"{loose[0]}" stands in no recipe. Put it under [{name}].')
+    tables = _lineage(document, name)
     table: dict[str, Any] = {}
     for _, own in reversed(tables):
         table = _merge(table, own)
     for override in overrides:
-        _override(path, name, table, override)
+        _override(name, table, override)
     try:
         return _build(Recipe, {"name": name, **table}, "")
     except _Mistake as mistake:
-        raise UsageError(mistake.told(path, tables, overrides)) from None
+        raise UsageError(mistake.told(tables, overrides)) from None
 
 
 class _Mistake(Exception):
@@ -281,16 +293,16 @@ class _Mistake(Exception):
     def __init__(self, key: str, before: str, after: str) -> None:
         self.key, self.before, self.after = key, before, after
 
-    def told(self, path: Path, tables: Sequence[tuple[str, dict[str, Any]]], overrides: Sequence[str]) -> str:
+    def told(self, tables: Sequence[tuple[str, dict[str, Any]]], overrides: Sequence[str]) -> str:
         """The sentence, with the place where the key has its value from: an override, a recipe, or a base of it."""
         for override in reversed(overrides):
             if override.partition("=")[0].strip() == self.key:
-                return f"{path} [{tables[0][0]}] --set {override}: {self.before}{self.key}{self.after}"
+                return f"[{tables[0][0]}] --set {override}: {self.before}{self.key}{self.after}"
         section, _, last = self.key.rpartition(".")
         name = next(
             (name for name, table in tables if _has(table, self.key.partition("[")[0].split("."))), tables[0][0]
         )
-        return f"{path} [{name}{'.' if section else ''}{section}] {self.before}{last}{self.after}"
+        return f"[{name}{'.' if section else ''}{section}] {self.before}{last}{self.after}"
 
 
 def dumps(recipe: Recipe) -> str:
@@ -319,6 +331,7 @@ def stage_settings(recipe: Recipe, stage: int) -> dict[str, Any]:
     """All that decides the weights of a stage, flat, by dotted key: what a resumed run must agree with."""
     table = asdict(recipe)
     parts = {key: table[key] for key in ("seed", "folds", "model", "augment", "rule")}
+    del parts["model"]["checkpointing"]  # changes memory and time alone
     parts["data"] = {"annotation_size": recipe.data.annotation_size}
     parts["train"] = {key: table["train"][key] for key in ("amp", "compile", "ema", "keep_best")}
     parts["predict"] = {"batch_size": recipe.predict.batch_size}
@@ -334,23 +347,25 @@ def _flatten(table: Mapping[str, Any], where: str) -> Any:
             yield f"{where}{key}", list(value) if isinstance(value, tuple) else value
 
 
-def _lineage(path: Path, document: Mapping[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
+def _lineage(document: Mapping[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
     """A recipe's own table and, one after the other, those of its bases; with their names."""
     found: list[tuple[str, dict[str, Any]]] = []
     while True:
         if name not in document:
-            where = f"{path} [{found[-1][0]}] base" if found else str(path)
-            raise UsageError(f"{where}: no recipe {name!r}.{_near(name, document)} There are: {', '.join(document)}")
+            where = f"[{found[-1][0]}] base: " if found else ""
+            raise UsageError(
+                f"{where}no recipe {name!r}.{_near(name, document)} There are: {', '.join(document) or 'none'}"
+            )
         if name in [above for above, _ in found]:
             circle = " -> ".join([above for above, _ in found] + [name])
-            raise UsageError(f"{path} [{found[-1][0]}] base: a circle, {circle}")
+            raise UsageError(f"[{found[-1][0]}] base: a circle, {circle}")
         table = dict(document[name])
         base = table.pop("base", None)
         found.append((name, table))
         if base is None:
             return found
         if not isinstance(base, str):
-            raise UsageError(f"{path} [{name}] base: expected a recipe's name, got {base!r}")
+            raise UsageError(f"[{name}] base: expected a recipe's name, got {base!r}")
         name = base
 
 
@@ -371,9 +386,9 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(path: Path, name: str, table: dict[str, Any], override: str) -> None:
+def _override(name: str, table: dict[str, Any], override: str) -> None:
     """Set one "dotted.key=value" in place; the value takes the type of the one that was there."""
-    where = f"{path} [{name}] --set {override}"
+    where = f"[{name}] --set {override}"
     key, equals, text = override.partition("=")
     key, text = key.strip(), text.strip()
     if not equals:

@@ -6,16 +6,18 @@ Imports config, engine, model, decision, training, checkpoint, errors.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pneumo import checkpoint, engine, training
-from pneumo.config import Recipe
+from pneumo.config import ModelConfig, Recipe
 from pneumo.decision import tables
 from pneumo.decision.rule import resize_quantise
-from pneumo.errors import DataError, NotFiniteError, UsageError
+from pneumo.errors import DataError, NotFiniteError, UsageError, one_line
+from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
 
 
@@ -51,6 +53,7 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
     """
     stage = recipe.stages
     models, sources, origins = [], {}, set()
+    dtype = engine.autocast_dtype(recipe.train.amp, device)
     for fold in folds:
         folder = recipe.stage_folder(fold, stage)
         command = f"make train FOLD={fold} STAGE={stage}" + ("" if recipe.name == "seed" else f" RECIPE={recipe.name}")
@@ -60,25 +63,44 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
             raise UsageError(f"fold {fold} cannot predict: {error}, or choose folds with --folds") from None
         for path in _files(recipe, folder):
             state = training.load_weights(path, digest=None, split=None, fold=fold)
-            if state["settings"][f"stage.{stage}.image_size"] != recipe.stage[stage].image_size:
+            if (side := state["settings"].get(f"stage.{stage}.image_size")) != recipe.stage[stage].image_size:
                 raise UsageError(
-                    f"{path} was trained at {state['settings'][f'stage.{stage}.image_size']} px, the recipe now says "
+                    f"{path} was trained at {side} px, the recipe now says "
                     f"stage.{stage}.image_size={recipe.stage[stage].image_size}"
                 )
-            model = UNet(
-                state["settings"]["model.encoder"],
-                pretrained=False,
-                decoder_channels=state["settings"]["model.decoder_channels"],
-            )
-            model.load_state_dict(state["model"])
-            models.append(model.to(device, memory_format=torch.channels_last).eval())
+            models.append(FoldedUNet(build(state, path).to(device), dtype).eval())
             sources[str(path)] = checkpoint.sha256(path)
             origins.add((state["digest"], state["split"]))
     if len(origins) > 1:
         raise DataError(f"the folds {list(folds)} of {recipe.folder} were not trained on one split of one data set")
     data, split = origins.pop()
-    dtype = engine.autocast_dtype(recipe.train.amp, device)
     return Ensemble(tuple(models), recipe.stage[stage].image_size, sources, dtype, recipe.predict.mirror, data, split)
+
+
+def build(state: dict[str, Any], path: Path) -> UNet:
+    """The network of a checkpoint.
+
+    Args:
+        state: from `training.load_weights`.
+        path: the file it is from, for the error.
+
+    Raises:
+        DataError: it holds no such network, or weights of another.
+    """
+    settings = state["settings"]
+    try:
+        channels = ModelConfig(
+            encoder=settings["model.encoder"],
+            pretrained=False,
+            decoder_channels=tuple(settings["model.decoder_channels"]),
+            upsample="auto",
+            checkpointing=False,
+        ).decoder_channels
+        model = UNet(settings["model.encoder"], pretrained=False, decoder_channels=channels)
+        model.load_state_dict(state["model"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise DataError(f"{path} holds no network that can be built: {one_line(error)[:300]}") from None
+    return model
 
 
 def _files(recipe: Recipe, folder: Path) -> list[Path]:

@@ -4,6 +4,13 @@ Every message is one line: what, where, why, and what to do. Each class takes th
 its text when it crosses a thread or process. Imports nothing from pneumo.
 """
 
+import re
+
+
+def one_line(text: object) -> str:
+    """What strangers' files put into a message, on one line and without words that no screen would hold."""
+    return re.sub(r"\S{100,}", lambda word: f"{word[0][:97]}...", " ".join(str(text).split()))
+
 
 class PneumoError(ValueError):
     """Base of all errors that a command prints as one line, without a traceback."""

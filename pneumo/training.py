@@ -1,13 +1,14 @@
 """One stage of one fold: chained to the stage before it, resumable at any step, stopped cleanly by a signal.
 
-Imports config, dataset, engine, checkpoint, log, dist, model, data.
+Imports config, dataset, engine, checkpoint, log, dist, model, data, decision, kernels.
 """
 
+import json
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,8 +26,10 @@ from pneumo.data.feed import Feed
 from pneumo.dataset import Dataset
 from pneumo.decision.rule import Rule
 from pneumo.engine import LossSettings, RunningStatistics
-from pneumo.errors import DataError, NoSpaceError, NotFiniteError, Stopped, UsageError, WriteError
+from pneumo.errors import DataError, NoSpaceError, NotFiniteError, Stopped, UsageError, WriteError, one_line
+from pneumo.kernels.upconv import is_faster
 from pneumo.model import augment
+from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
 
 KEPT = "epoch{}.pt"  # one of the `train.keep_best` epochs that an ensemble may average
@@ -152,6 +155,10 @@ def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int
         DataError: damaged, or trained on other data, another split or another fold.
     """
     state = checkpoint.load(path)
+    if missing := [key for key in ("settings", "digest", "split", "fold", "model") if key not in state]:
+        raise DataError(f"{path} is no checkpoint of a stage: it has no {missing[0]}. Train the stage again.")
+    if not (isinstance(state["settings"], dict) and isinstance(state["model"], dict)):
+        raise DataError(f"{path} is no checkpoint of a stage: its settings or weights are no tables.")
     for what, saved, wanted in (
         ("data", state["digest"], digest),
         ("folds", state["split"], split),
@@ -159,7 +166,7 @@ def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int
     ):
         if wanted is not None and saved != wanted:
             raise DataError(
-                f"{path} was trained on other {what} ({str(saved)[:12]}, not {str(wanted)[:12]}): it "
+                f"{path} was trained on other {what} ({one_line(saved)[:12]}, not {one_line(wanted)[:12]}): it "
                 f"may have seen this fold's validation images. Restore the data or train from stage 1 again."
             )
     return state
@@ -186,6 +193,7 @@ class _Run:
         }
         inside = data.folds == fold
         self.training, self.validation = np.flatnonzero(~inside), np.flatnonzero(inside)
+        self.apply = augment.apply
         self.position = Position()
         self.saved: dict[str, Any] | None = None  # the position that last.pt holds
         self.noted = 0  # the step of the epoch whose numbers the host reads next
@@ -212,7 +220,8 @@ class _Run:
         log.say(
             f"fold {self.fold} stage {self.stage}: {len(self.training)} images to train on, {len(self.validation)} to "
             f"validate, {self.settings.image_size} px {feed}; {dist.world()} x {self.device.type}, "
-            f"{str(self.dtype).removeprefix('torch.')}"
+            f"{str(self.dtype).removeprefix('torch.')}, "
+            f"{sum(self.merged)} of {len(self.merged)} blocks merged"
             + (f"; goes on at epoch {self.position.epoch}, step {self.position.step}" if saved else "")
         )
         positive = self.data.positive
@@ -242,10 +251,15 @@ class _Run:
                 self.recipe.model.encoder,
                 False if known else self.recipe.model.pretrained,
                 self.recipe.model.decoder_channels,
+                self.recipe.model.checkpointing,
             )
         if known:
             model.load_state_dict((saved or begin)["model"])
         self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.merged = saved["merged"] if saved is not None else self._merged_blocks()
+        for block, merged in zip(self.model.blocks, self.merged, strict=True):
+            block.merged = merged
+        self.folded = FoldedUNet(self.model, self.dtype)
         self.running = RunningStatistics(self.model)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=True
@@ -266,8 +280,36 @@ class _Run:
                 self.average.load_state_dict(saved["average"])
             self.position, self.saved = Position(**saved["position"]), saved["position"]
         if self.recipe.train.compile == "on" or (self.recipe.train.compile == "auto" and self.device.type == "cuda"):
-            self.model.compile()
+            # each shape once: a full micro-batch and the last one of an epoch, in training and in validation
+            self.model.compile(dynamic=False)
+            self.folded.compile(dynamic=False)
+            if self.device.type == "cuda":
+                self.apply = torch.compile(augment.apply, dynamic=False)
         self.wrapped: nn.Module = dist.wrap(self.model)
+
+    def _merged_blocks(self) -> list[bool]:
+        """Which blocks of the decoder train in their merged form; the same on every process.
+
+        What was timed on a GPU is kept beside the packed images, so that a second run there computes the same.
+        """
+        how, blocks = (
+            self.recipe.model.upsample,
+            self.model.block_shapes(self.settings.batch_size, self.settings.image_size),
+        )
+        if how != "auto":
+            return [how == "merged"] * len(blocks)
+        if self.device.type == "cpu":
+            return [is_faster(*block, self.device, self.dtype) for block in blocks]
+        path = Path(self.recipe.runs) / "upsample.json"
+        device = f"{torch.cuda.get_device_name(self.device)}, torch {torch.__version__}, {self.dtype}"
+        if dist.is_main():
+            with checkpoint.wait_lock(path.with_suffix(".lock")):
+                known = json.loads(path.read_text()) if path.exists() else {}
+                for block in blocks:
+                    if f"{device}, {block}" not in known:
+                        known[f"{device}, {block}"] = is_faster(*block, self.device, self.dtype)
+                checkpoint.write_atomic(path, json.dumps(known, indent=1).encode())
+        return dist.broadcast([known[f"{device}, {block}"] for block in blocks] if dist.is_main() else None)
 
     def _start_weights(self) -> dict[str, Any] | None:
         """The best checkpoint of the stage before; None if this stage starts from the encoder."""
@@ -387,7 +429,7 @@ class _Run:
             image, mask = next(batches)
             seed = feeds.key(self.recipe.seed, self.fold, self.stage, epoch, step, place, "augment")
             generator = torch.Generator(self.device).manual_seed(seed)
-            yield augmented(image, mask, self.recipe.augment, generator)
+            yield augmented(image, mask, self.recipe.augment, generator, self.apply)
 
     def _note(self, finished_steps: list[list[float]], plan: list[list[np.ndarray]]) -> tuple[bool, bool]:
         """Take in what the host now knows of earlier steps; return whether to stop and whether to save."""
@@ -475,13 +517,14 @@ class _Run:
             self._stop()
 
     def _validate(self, feed: Feed) -> engine.Evaluation:
-        """Score the fold's held-out images with the weights that the model now has.
+        """Score the fold's held-out images with the weights that the model now has, as a prediction would.
 
         Raises:
             _StopAsked: on every process, after a signal to one.
         """
+        self.folded.fill(self.model)
         result = engine.evaluate(
-            self.model,
+            self.folded,
             feed,
             self.validation,
             lambda row: self.data.cases[row].runs,
@@ -525,6 +568,7 @@ class _Run:
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "position": asdict(self.position),
+            "merged": self.merged,
             "processes": dist.world(),
             "autocast": str(self.dtype),
             "versions": _versions(),
@@ -623,13 +667,18 @@ class _Run:
 
 
 def augmented(
-    image: Tensor, mask: Tensor, settings: AugmentConfig, generator: torch.Generator
+    image: Tensor,
+    mask: Tensor,
+    settings: AugmentConfig,
+    generator: torch.Generator,
+    apply: Callable[..., tuple[Tensor, Tensor]] = augment.apply,
 ) -> tuple[Tensor, Tensor]:
     """Augment a batch as a recipe says.
 
     Args:
         image, mask: (B, 1, S, S) uint8.
         generator: on the same device.
+        apply: `augment.apply`, or that compiled.
 
     Returns:
         (B, 1, S, S) float32 in [0, 1], channels_last, and (B, 1, S, S) float32 of 0 and 1.
@@ -637,7 +686,7 @@ def augmented(
     low, high = settings.gamma
     values = {**asdict(settings), "gamma": (low, high)}
     warp = augment.draw(len(image), image.shape[-1], generator, **values)
-    image, mask = augment.apply(image, mask, warp)
+    image, mask = apply(image, mask, warp)
     return image.contiguous(memory_format=torch.channels_last), mask
 
 

@@ -19,7 +19,7 @@ from pneumo.decision.rule import Rule
 from pneumo.decision.trust import Signals, Trust
 from pneumo.decision.tune import Tuned
 from pneumo.ensemble import Ensemble
-from pneumo.errors import DataError, UsageError
+from pneumo.errors import DataError, UsageError, one_line
 from pneumo.oof import OutOfFold
 
 
@@ -156,9 +156,13 @@ def read(path: Path) -> tuple[Ruling, dict[str, str]]:
         DataError: no such file, or not such a file; names the key.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise DataError(f"{path}: not a rule file: {error}") from None
+        if not path.is_file():  # to open a pipe is to wait for ever
+            raise DataError(f"{path}: no such rule file")
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except DataError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, no TOML, numbers and brackets without end
+        raise DataError(f"{path}: not a rule file: {one_line(error)}") from None
     try:
         table = document["rule"]
         if odd := table.keys() - asdict(Rule()).keys():
@@ -177,7 +181,7 @@ def read(path: Path) -> tuple[Ruling, dict[str, str]]:
         sources = {str(key): str(value) for key, value in document.get("checkpoints", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"no [{error.args[0]}]" if isinstance(error, KeyError) else error
-        raise DataError(f"{path}: not a rule file: {reason}") from None
+        raise DataError(f"{path}: not a rule file: {one_line(reason)}") from None
     return Ruling(rule, str(path), learned), sources
 
 

@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def test_never_afresh_where_all_is_damaged(tmp_path):
     for _ in range(2):  # the second time as well, when only the corrupt file is left
         with pytest.raises(DataError, match="no good checkpoint is left"):
             checkpoint.load_last(tmp_path)
+
+
+@pytest.mark.fault("R8", "a checkpoint of 30 kB that unpacks to 30 MB")
+def test_a_bomb_is_not_unpacked(tmp_path, figure):
+    whole, path = tmp_path / "whole.pt", tmp_path / "last.pt"
+    checkpoint.save({"model": {"w": torch.zeros(8_000_000)}}, whole)
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(DataError, match="would unpack to more than it is"):
+        checkpoint.load(path)
+    figure(f"{path.stat().st_size:,} bytes, which hold {whole.stat().st_size:,}, refused")
 
 
 def test_other_formats_are_named(tmp_path):

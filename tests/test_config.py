@@ -231,7 +231,7 @@ def test_mistakes_in_the_file_are_named(repo, tmp_path, figure, row):
     [
         (None, "no such file"),
         ("[seed]".encode("utf-16"), "not UTF-8 at byte 0"),
-        (b"", ": no recipe 'seed'. There are: "),
+        (b"", ": no recipe 'seed'. There are: none"),
         (b"<!DOCTYPE html>", "not valid TOML"),
     ],
 )

@@ -23,7 +23,7 @@ ALLOWED = {
     "journal": {"checkpoint", "dist", "log", "errors"},
     "dataset": {"data"} | BASE,
     "engine": {"data", "model", "decision"} | BASE,
-    "training": {"data", "model", "decision", "dataset", "engine"} | BASE,
+    "training": {"data", "model", "decision", "kernels", "dataset", "engine"} | BASE,
     "ensemble": {"model", "decision", "engine", "training"} | BASE,
     "oof": {"data", "decision", "dataset", "training", "ensemble"} | BASE,
     "tuning": {"decision", "dataset", "ensemble", "oof"} | BASE,

@@ -82,16 +82,16 @@ def check_kills(data: Path, folder: Path, straight: Straight, variant: str, coun
 
 
 @pytest.mark.fault("R1", "killed at moments in training, validation and saving; started again; every leaf compared")
-@pytest.mark.parametrize(("variant", "count"), [("float32", 7), ("bf16", 1), ("averaged", 2)])
+@pytest.mark.parametrize(("variant", "count"), [("float32", 5), ("bf16", 1)])
 def test_a_killed_run_ends_in_the_same_weights(data, tmp_path, straight, figure, variant, count):
     check_kills(data, tmp_path, straight, variant, count, 0, figure)
 
 
 @pytest.mark.slow
 @pytest.mark.fault("R1", "the same at more moments, drawn from another seed")
-@pytest.mark.parametrize("variant", ["bf16", "averaged"])
+@pytest.mark.parametrize("variant", ["float32", "bf16", "averaged"])
 def test_a_killed_run_ends_in_the_same_weights_at_more_moments(data, tmp_path, straight, figure, variant):
-    check_kills(data, tmp_path, straight, variant, 11, 1, figure)
+    check_kills(data, tmp_path, straight, variant, 10, 1, figure)
 
 
 @pytest.mark.slow
@@ -180,8 +180,8 @@ def test_killed_while_saving_again_and_again(data, tmp_path, straight, figure):
 
 @pytest.mark.fault("R2", "started again from prev.pt alone, as a kill between the renames leaves it")
 def test_a_start_from_the_checkpoint_before_is_said(data, tmp_path, straight, figure):
-    command = forked.train(data, tmp_path, *VARIANTS["averaged"])
-    reference, (moments,) = straight("averaged", lambda runs: forked.train(data, runs, *VARIANTS["averaged"]))
+    command = forked.train(data, tmp_path, *VARIANTS["float32"])
+    reference, (moments,) = straight("float32", lambda runs: forked.train(data, runs, *VARIANTS["float32"]))
     at = moments.index("after prev.pt")
     assert forked.start(*command, cwd=tmp_path, hook=partial(forked.moments, tmp_path / "m", at)).wait() == -9
     again = forked.start(*command, cwd=tmp_path)

@@ -5,6 +5,7 @@ RECIPE ?= seed
 FOLD ?= 0
 STAGE ?= 1
 GPUS ?= 1
+JOBS ?= 1
 SET ?=
 FOLDS ?= all
 
@@ -19,11 +20,11 @@ OPTIONS = --recipe $(RECIPE) $(if $(SET),--set $(SET))
 LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow faults lint format recipe verify pack folds phantom train cv oof tune submit score report clean
+.PHONY: help setup demo test test-slow faults soak lint format recipe verify pack folds phantom train cv oof tune submit score check-submission report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
-	@echo; echo '  variables: RECIPE=seed FOLD=0 STAGE=1 GPUS=1 FOLDS=all SET="stage.2.epochs=1 data.root=/data/siim" PYTHON=python3'
+	@echo; echo '  variables: RECIPE=seed FOLD=0 STAGE=1 GPUS=1 JOBS=1 FOLDS=all SET="stage.2.epochs=1 data.root=/data/siim" PYTHON=python3'
 
 setup: $(READY)  ## install everything into .venv
 
@@ -51,6 +52,9 @@ test-slow: $(READY)  ## the slow tests
 faults: $(READY)  ## every test of a fault, slow ones too -> tests/faults/RESULTS.md
 	$(PYTHON) -m pytest -m "slow or not slow" --fault-table tests/faults/RESULTS.md
 
+soak: $(READY)  ## kill and start again 50 times at random moments, compare every ending
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) tests/soak.py 50 0
+
 lint: $(READY)  ## ruff's checks and format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -77,8 +81,8 @@ phantom: $(READY)  ## write synthetic X-rays
 train: $(READY)  ## one stage of one fold: FOLD=0 STAGE=2 [GPUS=2]
 	$(LAUNCH) train.py --fold $(FOLD) --stage $(STAGE) $(OPTIONS)
 
-cv: $(READY)  ## all folds, all stages; skips what is done [GPUS=2]
-	$(LAUNCH) -m pneumo cv $(OPTIONS)
+cv: $(READY)  ## all folds, all stages; skips what is done [GPUS=2 | JOBS=5 folds side by side, a GPU each]
+	$(LAUNCH) -m pneumo cv --folds $(FOLDS) --jobs $(JOBS) $(OPTIONS)
 
 oof: $(READY)  ## predict each fold's held-out images; cv does it as well [GPUS=2]
 	$(LAUNCH) -m pneumo oof $(OPTIONS)
@@ -91,6 +95,9 @@ submit: $(READY)  ## ensemble -> submission.csv [FOLDS=0,1] [GPUS=2]
 
 score: $(READY)  ## score any submission: SUBMISSION=a.csv TRUTH=train-rle.csv
 	$(PYTHON) -m pneumo score $(SUBMISSION) $(TRUTH) $(OPTIONS)
+
+check-submission: $(READY)  ## rows, ids and codes of a submission [SUBMISSION=a.csv TRUTH=train-rle.csv SAMPLE=a.csv]
+	$(PYTHON) -m pneumo check-submission $(SUBMISSION) $(if $(TRUTH),--truth $(TRUTH)) $(if $(SAMPLE),--sample $(SAMPLE)) $(OPTIONS)
 
 report: $(READY)  ## report.html and its figures [BESIDE=seed-image]
 	$(PYTHON) -m pneumo report $(OPTIONS) $(if $(BESIDE),--beside $(BESIDE))

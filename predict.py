@@ -1,14 +1,15 @@
 """Predict with all folds of a recipe's last stage.
 
 `python predict.py --recipe seed` writes <runs>/<recipe>/submission.csv for the test images of the data folder;
-`python predict.py a.dcm b.png --out masks/` writes a mask, an overlay and a line of predictions.jsonl for each file.
+`python predict.py scans/ a.dcm --out masks/` writes a mask, an overlay and a line of predictions.jsonl for each file.
+The same command goes on where an interrupted one was.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from pneumo import cli, dist, ensemble, inference, tuning
+from pneumo import cli, dist, ensemble, given, inference, tuning
 from pneumo.errors import UsageError
 
 
@@ -22,14 +23,17 @@ def main(options: argparse.Namespace) -> None:
         models = ensemble.load(recipe, folds, device)
         ruling = tuning.ruling_for(recipe, models, options.rule)
         if options.files:
-            inference.predict_files(recipe, models, ruling, options.files, options.out, device)
+            files = given.find(options.files, options.out)
+            given.predict(recipe, models, ruling, files, options.out, device)
         else:
             inference.predict_test(recipe, models, ruling, device)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, help="X-rays (PNG, JPEG, DICOM); none: the data's test images")
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="X-rays (PNG, JPEG, DICOM) or folders; none: the data's test images"
+    )
     parser.add_argument("--out", type=Path, help="folder for the masks of given files")
     parser.add_argument("--folds", default="all", help="all (default), or some as 0,1")
     parser.add_argument(

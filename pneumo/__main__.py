@@ -1,13 +1,16 @@
-"""The small commands: `python -m pneumo recipe|verify|pack|folds|cv|oof|tune|score|phantom|report --recipe NAME`."""
+"""The small commands: `python -m pneumo recipe|verify|pack|folds|cv|oof|tune|score|check-submission|phantom|report`."""
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from pneumo import cli, config, dataset, dist, log, training
+from pneumo import checkpoint, cli, config, dataset, dist, log, training
 from pneumo import oof as oofs
-from pneumo.errors import DataError
+from pneumo.config import Recipe
+from pneumo.errors import DataError, UsageError
 
 
 def recipe(options: argparse.Namespace) -> None:
@@ -81,13 +84,22 @@ def folds(options: argparse.Namespace) -> None:
 
 def cv(options: argparse.Namespace) -> None:
     """Train all folds and stages that are not done yet, then predict each fold's held-out images."""
+    from pneumo import ensemble, jobs
+
     recipe = cli.load_recipe(options)
+    chosen = ensemble.parse_folds(options.folds, recipe.folds.count)
+    if options.jobs > 1:
+        if "WORLD_SIZE" in os.environ:
+            raise UsageError("--jobs starts processes of its own: run it without torchrun (make cv JOBS=5, no GPUS=)")
+        dataset.load(recipe)  # split and packed once, before the folds ask for it
+        jobs.run_folds(chosen, options.jobs, lambda fold: jobs.python("cv", "--folds", str(fold), *cli.words(options)))
+        return
     with dist.launch(recipe.train.timeout_seconds) as device:
         data = dataset.load(recipe)
-        for fold in range(recipe.folds.count):
+        for fold in chosen:
             for stage in recipe.own_stages:
                 training.train_stage(recipe, data, fold, stage, device)
-        oofs.write(recipe, data, device)
+        oofs.write(recipe, data, device, folds=chosen)
 
 
 def oof(options: argparse.Namespace) -> None:
@@ -137,6 +149,58 @@ def score(options: argparse.Namespace) -> None:
     )
 
 
+def check_submission(options: argparse.Namespace) -> None:
+    """Check a submission's rows, ids and codes, and print what it says."""
+    from pneumo import submission
+    from pneumo.data import cases
+
+    recipe = cli.load_recipe(options)
+    data, root = recipe.data, Path(recipe.data.root)
+    path = options.submission or recipe.folder / "submission.csv"
+    problems: list[cases.Problem] = []
+    sample, sample_ids = options.sample, None
+    if sample is None and root.is_dir():
+        sample = cases.find_sample(root, data.sample, problems)
+    if sample is not None:
+        sample_ids, more = cases.read_sample(sample)
+        problems += more
+    checked = submission.check(path, sample_ids, data.annotation_size)
+    problems += checked.problems
+    for problem in problems:
+        log.say(f"{'ERROR' if problem.fatal else 'note '} {problem.message}")
+    what = submission.summary(checked.codes, data.annotation_size) if checked.codes else "no good one"
+    log.say(f"{path}: {checked.rows} rows, {checked.ids} ids; {what}")
+    log.say("no sample submission: ids were not compared" if sample is None else f"{sample}: {len(sample_ids)} ids")
+    empty = _empty(options.truth, recipe)
+    log.say("no annotations" if empty is None else f"all masks empty: Dice {empty[0]:.4f} on {empty[1]}")
+    origin = path.with_suffix(".json")
+    if origin.exists() and path.exists():
+        told = json.loads(origin.read_text(encoding="utf-8"))
+        same = told.get("sha256") == checkpoint.sha256(path)
+        log.say(f"{origin}: {'what made it' if same else 'tells of another file, which this one has replaced'}")
+    cases.raise_fatal(problems, None)
+
+
+def _empty(truth: Path | None, recipe: Recipe) -> tuple[float, str] | None:
+    """Mean Dice of empty masks on the training annotations, and which these are; None if there are none."""
+    from pneumo.data import cases
+
+    data, root = recipe.data, Path(recipe.data.root)
+    if truth is None and not root.is_dir():
+        return None
+    if truth is not None:
+        runs_of, problems = cases.read_codes(truth, data.annotation_size)
+        positive = [len(runs) > 0 for runs in runs_of.values()]
+    else:
+        found, problems = cases.load_train(
+            root, annotations=data.annotations, annotation_size=data.annotation_size, need_images=False
+        )
+        positive = [case.positive for case in found]
+    if not positive or any(problem.fatal for problem in problems):
+        return None
+    return 1 - sum(positive) / len(positive), f"{len(positive):,} training images of {truth or root}"
+
+
 def phantom(options: argparse.Namespace) -> None:
     """Write synthetic X-rays with annotations into the recipe's data folder."""
     from pneumo.data import phantom as phantoms
@@ -171,19 +235,26 @@ def report(options: argparse.Namespace) -> None:
     reports.write(recipe, beside)
 
 
-COMMANDS = (recipe, verify, pack, folds, cv, oof, tune, score, phantom, report)
+COMMANDS = (recipe, verify, pack, folds, cv, oof, tune, score, check_submission, phantom, report)
+
+
+def _name(command: Callable) -> str:
+    return command.__name__.replace("_", "-")
 
 
 def main() -> int:
     """Read the command line and run one command."""
     parser = argparse.ArgumentParser(prog="python -m pneumo", description=__doc__)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(c.__name__ for c in COMMANDS))
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(map(_name, COMMANDS)))
     for command in COMMANDS:
-        subparser = subparsers.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
+        subparser = subparsers.add_parser(_name(command), help=command.__doc__, description=command.__doc__)
         subparser.set_defaults(run=command)
         cli.add_recipe_options(subparser)
         if command is folds:
             subparser.add_argument("--force", action="store_true", help="split anew though folds.csv is there")
+        if command is cv:
+            subparser.add_argument("--folds", default="all", help="all (default), or some as 0,1")
+            subparser.add_argument("--jobs", type=int, default=1, help="folds side by side, each on its own GPU")
         if command is oof:
             subparser.add_argument("--maps", action="store_true", help="keep each case's probabilities as a PNG, too")
         if command is report:
@@ -195,6 +266,10 @@ def main() -> int:
             subparser.add_argument("truth", type=Path, help="CSV file of annotations")
             subparser.add_argument("--patients", type=Path, help="CSV file: ImageId,patient_id, for the intervals")
             subparser.add_argument("--json", action="store_true", help="print one JSON object")
+        if command is check_submission:
+            subparser.add_argument("submission", type=Path, nargs="?", help="CSV file (default: the recipe's)")
+            subparser.add_argument("--sample", type=Path, help="CSV file of ids (default: the data folder's)")
+            subparser.add_argument("--truth", type=Path, help="CSV file of annotations (default: the data folder's)")
     return cli.run(lambda options: options.run(options), parser)
 
 

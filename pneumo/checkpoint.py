@@ -4,6 +4,7 @@ A run folder has one writer at a time. Imports errors.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -20,9 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pneumo.errors import DataError, NotFiniteError, UsageError, WriteError
+from pneumo.errors import DataError, NoSpaceError, NotFiniteError, UsageError, WriteError
 
 FORMAT = 1
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, largest file
+
+_LEFT = re.compile(r".+\.[0-9]+\.tmp")  # what `write_atomic` leaves if it is killed
 
 
 def save(state: dict[str, Any], path: Path, *, keep: Path | None = None) -> None:
@@ -30,12 +34,12 @@ def save(state: dict[str, Any], path: Path, *, keep: Path | None = None) -> None
 
     Args:
         state: tensors and plain Python, nested in dicts and lists.
-        path: written as `path`.tmp, made durable, then renamed.
+        path: written beside itself as .tmp, made durable, then renamed.
         keep: what was at `path` before is kept under this name.
 
     Raises:
         NotFiniteError: a floating-point tensor holds NaN or infinity; nothing is written.
-        WriteError: no space or no permission; what was there is intact.
+        NoSpaceError, WriteError: no space, no permission; what was there is intact.
     """
     for name, tensor in leaves(state):
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
@@ -49,17 +53,13 @@ def write_atomic(path: Path, content: bytes | memoryview, *, keep: Path | None =
     """Replace a file's content, all or nothing, and durably.
 
     Raises:
-        WriteError: no space or no permission; what was there is intact.
+        NoSpaceError, WriteError: no space, no permission; what was there is intact.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # no other process writes into it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < len(content):
-            raise WriteError(
-                f"Cannot save {path}: {len(content) / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free on "
-                f"{path.parent}. What was there is intact. Free space, then run the same command."
-            )
+        if shutil.disk_usage(path.parent).free < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -75,7 +75,19 @@ def write_atomic(path: Path, content: bytes | memoryview, *, keep: Path | None =
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise WriteError(f"Cannot save {path}: {error.strerror or error}. What was there is intact.") from error
+        if error.errno not in NO_SPACE:
+            raise WriteError(f"Cannot save {path}: {error.strerror or error}. What was there is intact.") from error
+        place = next(folder for folder in path.parents if folder.exists())
+        free = shutil.disk_usage(place).free
+        raise NoSpaceError(
+            f"Cannot save {path}: {megabytes(len(content))} needed, {megabytes(free)} free on {place}"
+            f"{'' if free < len(content) else f' ({error.strerror})'}. What was there is intact."
+        ) from error
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes in words."""
+    return f"{count / 1e6:.0f} MB" if count > 9.5e6 else f"{count / 1e6:.2g} MB"
 
 
 def read(path: Path) -> Any:
@@ -107,7 +119,7 @@ def read(path: Path) -> Any:
         if code := re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|global):? (\S+)", text):
             reason = f"it asks for code ({code[1] or code[2]}), which was not run"
         else:
-            reason = f"it is damaged or no such file ({type(error).__name__})"
+            reason = f"it is cut off, damaged or something else ({path.stat().st_size:,} bytes)"
         raise DataError(f"{path} cannot be read: {reason}.") from None
 
 
@@ -118,10 +130,18 @@ def load(path: Path) -> dict[str, Any]:
         DataError: as `read` does, or it is of another format.
     """
     state = read(path)
+    _check_format(state, path)
+    return state
+
+
+def _check_format(state: Any, path: Path) -> None:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise DataError(f"{path} is no checkpoint of this program's format {FORMAT} (found: {found!r}).")
-    return state
+        newer = isinstance(found, int) and found > FORMAT
+        raise DataError(
+            f"{path} is no checkpoint of this program's format {FORMAT} (found: {found!r})."
+            + (" A newer version of this program wrote it; use that one." if newer else "")
+        )
 
 
 def load_last(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
@@ -131,18 +151,25 @@ def load_last(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
         The state, the file it came from and warnings to print; None if the folder has neither file.
 
     Raises:
-        DataError: there are files, but none is good: never start afresh silently.
+        DataError: there are files, but none is good: never start afresh silently. Or one is whole but of another
+            format.
     """
     complaints: list[str] = []
-    for path in (folder / "last.pt", folder / "prev.pt"):
+    last, previous = folder / "last.pt", folder / "prev.pt"
+    if previous.exists() and not last.exists() and not any(folder.glob("last.pt.corrupt")):
+        complaints.append(f"{last} is not there: the run ended while it was replaced.")
+    for path in (last, previous):
         if not path.exists():
             continue
         try:
-            return load(path), path, complaints
+            state = read(path)
         except DataError as error:
             corrupt = path.with_name(path.name + ".corrupt")
             os.replace(path, corrupt)
             complaints.append(f"{error} Kept as {corrupt.name}.")
+            continue
+        _check_format(state, path)  # whole, so it is not put aside
+        return state, path, complaints
     if complaints or any(folder.glob("*.pt.corrupt")):
         raise DataError(
             f"{folder}: no good checkpoint is left. {' '.join(complaints)} "
@@ -168,8 +195,13 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, *, instead: str = "another recipe or --set runs=DIR") -> Iterator[None]:
     """Hold a run folder against a second writer; released when the process ends, however it ends.
+
+    What an earlier writer left half-written is removed.
+
+    Args:
+        instead: what else a second one could choose, for the error.
 
     Raises:
         UsageError: another process holds it; names that process.
@@ -179,15 +211,20 @@ def lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UsageError(
-                f"{folder} is in use by {holder}. Stop it, or choose another recipe or --set runs=DIR."
-            ) from None
+            for _ in range(20):  # the holder may have just come
+                file.seek(0)
+                if holder := file.read().strip():
+                    break
+                time.sleep(0.05)
+            holder = holder or "another process"
+            raise UsageError(f"{folder} is in use by {holder}. Stop it, or choose {instead}.") from None
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} (since {time.strftime('%H:%M')})")
         file.flush()
+        for left in folder.glob("*.tmp"):
+            if _LEFT.fullmatch(left.name):  # a user's own .tmp file is none of ours
+                left.unlink()
         yield
         file.seek(0)
         file.truncate()

@@ -54,6 +54,8 @@ class ModelConfig:
     encoder: str
     pretrained: bool | str
     decoder_channels: tuple[int, ...]
+    upsample: Literal["auto", "merged", "plain"]
+    checkpointing: bool
 
     def __post_init__(self) -> None:
         if len(self.decoder_channels) != 5 or not all(1 <= count <= 4096 for count in self.decoder_channels):
@@ -329,6 +331,7 @@ def stage_settings(recipe: Recipe, stage: int) -> dict[str, Any]:
     """All that decides the weights of a stage, flat, by dotted key: what a resumed run must agree with."""
     table = asdict(recipe)
     parts = {key: table[key] for key in ("seed", "folds", "model", "augment", "rule")}
+    del parts["model"]["checkpointing"]  # changes memory and time alone
     parts["data"] = {"annotation_size": recipe.data.annotation_size}
     parts["train"] = {key: table["train"][key] for key in ("amp", "compile", "ema", "keep_best")}
     parts["predict"] = {"batch_size": recipe.predict.batch_size}

@@ -1,14 +1,17 @@
 """All distributed code: one launch of one or many processes, and the identity in one process.
 
 Started by torchrun (or with its environment variables), the processes form one group: NCCL where each has its GPU,
-gloo on CPUs. Imports errors.
+gloo on CPUs. They end together: the first that fails tells the others why, through the launch's key-value store.
+Imports errors.
 """
 
+import contextlib
 import inspect
 import os
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -18,12 +21,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pneumo.errors import UsageError
+from pneumo.errors import PeerError, Stopped, UsageError
+
+JOB = "PNEUMO_JOB"  # in the environment of a process that is to end with the one that started it
+GRACE = 3.0  # seconds in which a process may find out by itself that another failed
+ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+FAILED = f"pneumo/{ATTEMPT}/failed"  # key of the store: "rank<newline>message" of the process that failed first
+
+_store: dist.Store | None = None
+_waits = 0  # how often the others have waited for process 0
+_last_words: list[Callable[[str], None]] = []
 
 
 @contextmanager
 def launch(timeout_seconds: float) -> Iterator[torch.device]:
     """Join the process group if there is one, and leave it at the end.
+
+    An error within ends all processes: here it goes on as it is, in the others as a `PeerError`. The group is then
+    left as it is, broken; the process has to end, best by os._exit.
 
     Args:
         timeout_seconds: a collective that waits longer for another process ends this one.
@@ -33,14 +48,19 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
 
     Raises:
         UsageError: more processes than GPUs on this host.
+        PeerError: another process failed, hangs or is gone.
     """
+    global _store
     device = torch.device("cpu")
+    if JOB in os.environ:
+        _end_with_parent()
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+        if here > torch.cuda.device_count():
             raise UsageError(
-                f"process {local} of this host has no GPU: {torch.cuda.device_count()} are visible; "
-                f"start at most that many (GPUS= or --nproc_per_node=)"
+                f"{here} processes on this host, but {torch.cuda.device_count()} GPUs are visible; start at most that "
+                f"many (GPUS= or --nproc_per_node=)"
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -48,14 +68,64 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
         yield device
         return
     _end_with_parent()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds)
-    )
+    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    except dist.DistError as error:
+        raise PeerError(
+            f"the {os.environ['WORLD_SIZE']} processes of the launch did not meet at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} within {timeout_seconds:g} s ({' '.join(str(error).split())[:160]})"
+        ) from error
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
+    left = _end_with_others()
     try:
         yield device
+        wait_for_main()
         dist.barrier()  # nobody leaves while another still talks
-    finally:
+    except Stopped:  # all together
+        dist.barrier()
+        left.set()
         dist.destroy_process_group()
+        raise
+    except BaseException as error:
+        first, _, message = _tell(error).partition("\n")
+        left.set()
+        if int(first) != rank():
+            raise PeerError(_follows(first)) from error
+        if _from_backend(error):
+            raise PeerError(message) from error
+        raise
+    left.set()
+    dist.destroy_process_group()
+
+
+def wait_for_main() -> None:
+    """Let the other processes wait here until process 0 comes, however long it had to work alone; no timeout counts."""
+    global _waits
+    if world() == 1:
+        return
+    _waits += 1
+    key = f"pneumo/{ATTEMPT}/waited/{_waits}"
+    if is_main():
+        _store.set(key, "")
+    while not _store.check([key]):
+        time.sleep(0.05)
+
+
+def reason(error: BaseException) -> str:
+    """Why the run ends: what the process said that failed first, which may be another than this one."""
+    return _tell(error).partition("\n")[2] if world() > 1 else str(error)
+
+
+@contextmanager
+def last_words(say: Callable[[str], None]) -> Iterator[None]:
+    """Within, if this process has to end because another failed while it hangs, `say` is called with the reason."""
+    _last_words.append(say)
+    try:
+        yield
+    finally:
+        _last_words.remove(say)
 
 
 def rank() -> int:
@@ -132,3 +202,63 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _tell(error: BaseException) -> str:
+    """Tell the others why this process ends, unless one told before; return "rank<newline>message" of the first."""
+    try:
+        if _store.check([FAILED]):
+            return _store.get(FAILED).decode()
+        text = _blame(error) if _from_backend(error) else str(error) or type(error).__name__
+        return _store.compare_set(FAILED, "", f"{rank()}\n{text}").decode()
+    except dist.DistError:  # process 0 kept the store
+        return "0\nprocess 0 ended"
+
+
+def _blame(error: BaseException) -> str:
+    """Which processes do not notice that the group is broken: those that broke it."""
+    alive = [f"pneumo/{ATTEMPT}/alive/{number}" for number in range(world())]
+    _store.set(alive[rank()], "")
+    time.sleep(1.0)  # the others wait in the same collective, so they notice at the same time
+    silent = [number for number, key in enumerate(alive) if not _store.check([key])]
+    who = f"process {', '.join(map(str, silent))} of {world()}" if silent else "another process"
+    if "timed out" in str(error).lower():
+        seconds = _store.timeout.total_seconds()
+        return f"{who} did not answer for {seconds:g} s (train.timeout_seconds): it hangs, or was suspended"
+    return f"{who} ended without a message: it was killed, perhaps for lack of host memory"
+
+
+def _from_backend(error: BaseException) -> bool:
+    """Whether gloo, NCCL or the store raised it, because another process is gone or silent."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))
+    )
+
+
+def _follows(first: str) -> str:
+    return f"process {rank()} ends because process {first} of {world()} did; its message, if it left one, has the cause"
+
+
+def _end_with_others() -> threading.Event:
+    """End this process soon after another failed, also if it hangs or computes and does not notice."""
+    left = threading.Event()
+
+    def watch() -> None:
+        while not left.wait(0.5):
+            first, message = "0", "process 0 ended"
+            try:
+                if not _store.check([FAILED]):
+                    continue
+                first, _, message = _store.get(FAILED).decode().partition("\n")
+            except dist.DistError:
+                pass
+            if left.wait(GRACE):
+                return
+            for say in _last_words:
+                with contextlib.suppress(Exception):
+                    say(message)
+            print(f"error: {_follows(first)}", file=sys.stderr, flush=True)
+            os._exit(PeerError.exit_code)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return left

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pneumo import dist
 from pneumo.data.feed import Feed, cut
 from pneumo.decision import metrics
-from pneumo.decision.rule import Rule, decide, resize_quantise
+from pneumo.decision.rule import Rule, decide, decide_batch, resize_quantise
 from pneumo.model import losses
 
 
@@ -278,7 +279,8 @@ def evaluate(
     annotation_size: int,
     batch_size: int,
     progress: Callable[..., Iterable],
-) -> Evaluation:
+    stopped: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Score every image once, whatever the number of processes, by the code that writes a submission.
 
     Batches are the same for any number of processes, so per-image values are, too.
@@ -288,30 +290,37 @@ def evaluate(
         rows: (N,) row numbers of the feed.
         truth: gives a row's runs on the annotation grid.
         progress: makes a bar, as `log.bar`.
+        stopped: asked after every batch; once it says yes on one process, nothing comes of this.
 
     Returns:
-        The same on every process.
+        The same on every process; None if one was stopped.
     """
     model.eval()
     batches = cut(rows, batch_size)
     mine = list(range(dist.rank(), len(batches), dist.world()))
     scores: list[tuple[int, list[float], list[float]]] = []  # batch number, loss sums, Dice of each image
 
-    def score(row: int, q: np.ndarray) -> float:
-        return metrics.dice_runs(decide(q, rule), truth(row))
+    def score(number: int, sums: list[float], decided: Iterable[np.ndarray]) -> None:
+        pairs = zip(decided, batches[number].tolist(), strict=True)
+        scores.append((number, sums, [metrics.dice_runs(runs, truth(row)) for runs, row in pairs]))
 
     with ThreadPoolExecutor(1) as pool:  # the host decides on one batch while the device computes the next
         pending: deque = deque()
         for number, (image, mask) in zip(progress(mine), feed.batches([batches[i] for i in mine]), strict=True):
             logits = predict_logits(model, image, dtype)
             sums = losses.loss_sums(logits, mask, loss.kind, gamma=loss.gamma).double().tolist()
-            maps = resize_quantise(logits.sigmoid(), annotation_size).cpu().numpy()
-            pending.append((number, sums, pool.map(score, batches[number].tolist(), maps)))
+            q = resize_quantise(logits.sigmoid(), annotation_size)
+            decided = decide_batch(q, rule) if q.is_cuda else pool.map(decide, q.numpy(), repeat(rule))
+            pending.append((number, sums, decided))
+            if stopped():
+                break
             while len(pending) > 2:
-                number, sums, dice = pending.popleft()
-                scores.append((number, sums, list(dice)))
-        scores += [(number, sums, list(dice)) for number, sums, dice in pending]
+                score(*pending.popleft())
+        for batch in pending:
+            score(*batch)
     model.train()
+    if any(dist.gather(stopped())):
+        return None
     everyone = sorted(item for part in dist.gather(scores) for item in part)  # adds up in one order everywhere
     total = np.sum([sums for _, sums, _ in everyone], axis=0)
     value, _ = losses.loss_from_sums(

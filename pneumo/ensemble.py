@@ -17,6 +17,7 @@ from pneumo.config import ModelConfig, Recipe
 from pneumo.decision import tables
 from pneumo.decision.rule import resize_quantise
 from pneumo.errors import DataError, NotFiniteError, UsageError, one_line
+from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
 
 
@@ -52,6 +53,7 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
     """
     stage = recipe.stages
     models, sources, origins = [], {}, set()
+    dtype = engine.autocast_dtype(recipe.train.amp, device)
     for fold in folds:
         folder = recipe.stage_folder(fold, stage)
         command = f"make train FOLD={fold} STAGE={stage}" + ("" if recipe.name == "seed" else f" RECIPE={recipe.name}")
@@ -66,14 +68,12 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
                     f"{path} was trained at {side} px, the recipe now says "
                     f"stage.{stage}.image_size={recipe.stage[stage].image_size}"
                 )
-            model = build(state, path)
-            models.append(model.to(device, memory_format=torch.channels_last).eval())
+            models.append(FoldedUNet(build(state, path).to(device), dtype).eval())
             sources[str(path)] = checkpoint.sha256(path)
             origins.add((state["digest"], state["split"]))
     if len(origins) > 1:
         raise DataError(f"the folds {list(folds)} of {recipe.folder} were not trained on one split of one data set")
     data, split = origins.pop()
-    dtype = engine.autocast_dtype(recipe.train.amp, device)
     return Ensemble(tuple(models), recipe.stage[stage].image_size, sources, dtype, recipe.predict.mirror, data, split)
 
 
@@ -93,6 +93,8 @@ def build(state: dict[str, Any], path: Path) -> UNet:
             encoder=settings["model.encoder"],
             pretrained=False,
             decoder_channels=tuple(settings["model.decoder_channels"]),
+            upsample="auto",
+            checkpointing=False,
         ).decoder_channels
         model = UNet(settings["model.encoder"], pretrained=False, decoder_channels=channels)
         model.load_state_dict(state["model"])

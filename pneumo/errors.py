@@ -42,7 +42,23 @@ class WriteError(PneumoError):
     exit_code = 5
 
 
+class NoSpaceError(WriteError):
+    """A file for which the disk has no room."""
+
+
 class OutOfMemory(PneumoError):
     """The device or the host ran out of memory."""
 
     exit_code = 6
+
+
+class PeerError(PneumoError):
+    """Another process of the launch ended, or does not answer."""
+
+    exit_code = 7
+
+
+class Stopped(PneumoError):
+    """A signal ended the run after a checkpoint; the exit code is 128 and the signal's number."""
+
+    exit_code = 143

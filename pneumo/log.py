@@ -5,6 +5,7 @@ Imports checkpoint, dist.
 
 import json
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from pneumo import checkpoint, dist
+
+tqdm.set_lock(threading.RLock())  # its own serves several processes and leaks a semaphore from one that is killed
 
 
 def say(message: str) -> None:

@@ -70,19 +70,29 @@ def grid(recipe: Recipe) -> Grid:
     )
 
 
-def write(recipe: Recipe, data: Dataset, device: torch.device, *, maps: bool = False) -> None:
+def write(
+    recipe: Recipe,
+    data: Dataset,
+    device: torch.device,
+    *,
+    folds: Sequence[int] | None = None,
+    maps: bool = False,
+) -> None:
     """Predict the held-out images of every fold whose last stage is done, unless that has been done already.
 
     Processes of a launch share the images.
 
     Args:
+        folds: look at these only; None: at all.
         maps: write the quantised probabilities as well, a PNG on the annotation grid for each case, into a folder
             beside the tables.
 
     Raises:
         UsageError: no fold is done.
     """
-    folds = [fold for fold in range(recipe.folds.count) if training.finished(recipe, fold, recipe.stages)]
+    wanted = range(recipe.folds.count) if folds is None else folds
+    done = [fold for fold in wanted if training.finished(recipe, fold, recipe.stages)]
+    folds = dist.broadcast(done)  # process 0 may be about to say that the last one is
     if not folds:
         raise UsageError(f"{recipe.folder}: no fold has finished stage {recipe.stages}. Run: make cv")
     for fold in folds:
@@ -104,6 +114,7 @@ def write(recipe: Recipe, data: Dataset, device: torch.device, *, maps: bool = F
             log.say(f"{path}: there already")
             continue
         _write_fold(recipe, data, fold, models, origin, device, maps)
+        dist.wait_for_main()  # it joins and writes alone
 
 
 def _is_current(path: Path, origin: dict[str, Any]) -> bool:

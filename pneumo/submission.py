@@ -1,14 +1,17 @@
-"""Decided masks to submission.csv, checked id by id against the sample. Imports checkpoint, data, errors."""
+"""Decided masks to submission.csv, checked id by id against the sample. Imports checkpoint, data, kernels, errors."""
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pneumo import checkpoint
-from pneumo.data import rle
+from pneumo.data import cases, rle
+from pneumo.data.cases import Problem
 from pneumo.errors import DataError
+from pneumo.kernels.runs import join
 
 HEADER = "ImageId,EncodedPixels"
 
@@ -39,6 +42,76 @@ def write(path: Path, codes: Mapping[str, str], sample_ids: Sequence[str], annot
             raise DataError(f"{path}: the code of {image_id} does not decode to the mask it came from")
         text.write(f"{image_id},{codes[image_id]}\n")
     checkpoint.write_atomic(path, text.getvalue().encode())
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A submission that somebody wrote.
+
+    Attributes:
+        rows: how many.
+        ids: how many different ones.
+        codes: of each id whose row is good, in the file's order.
+        problems: fatal or not.
+    """
+
+    rows: int
+    ids: int
+    codes: dict[str, str]
+    problems: list[Problem]
+
+
+def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) -> Checked:
+    """Read a submission, whoever wrote it, as strictly as who will grade it might.
+
+    Problems are rows that are wrong, second rows of an id, codes that do not decode or are not written as `rle.encode`
+    would, ids that are missing or left over, a first line that is not `HEADER`.
+
+    Args:
+        sample_ids: ids that it must have; None where they are not known.
+    """
+    rows = 0
+    problems: list[Problem] = []
+    codes: dict[str, str] = {}
+    lines: dict[str, int] = {}
+
+    def complain(
+        text: str, line: int | None = None, image_id: str = "", *, field: str = "", fatal: bool = True
+    ) -> None:
+        where = f"{path}{f' line {line}' if line else ''}{f', ImageId {image_id}' if image_id else ''}"
+        where += f", {field}" if field else ""
+        problems.append(Problem(str(path), line, image_id, f"{where}: {text}", fatal))
+
+    for line, (image_id, code) in cases.read_rows(path, ("ImageId", "EncodedPixels"), problems):
+        rows += 1
+        if lines.setdefault(image_id, line) != line:
+            complain(f"a second row for this id, which has one on line {lines[image_id]}. Unite them.", line, image_id)
+            continue
+        try:
+            runs = rle.decode_runs(code, annotation_size, annotation_size)
+        except ValueError as error:
+            complain(str(error), line, image_id, field="EncodedPixels")
+            continue
+        codes[image_id] = rle.encode_runs(join(runs))
+        if codes[image_id] != code:
+            text = "runs that touch, or zeros or blanks too many. Encode it anew."
+            complain(text, line, image_id, field="EncodedPixels")
+    if lines:
+        with open(path, "rb") as file:
+            first = file.readline(100).strip()
+        if first != HEADER.encode():
+            complain(f"the first line must be {HEADER}, it is {first.decode(errors='replace')!a}", 1)
+    if sample_ids is not None and lines:
+        wanted = set(sample_ids)
+        for what, odd in (
+            ("ids of the sample are missing", [i for i in sample_ids if i not in lines]),
+            ("ids are not in the sample", [i for i in lines if i not in wanted]),
+        ):
+            if odd:
+                complain(f"{len(odd):,} {what}: {', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}")
+        if list(lines) != list(sample_ids) and set(lines) == wanted:
+            complain("its rows are not in the sample's order", fatal=False)
+    return Checked(rows, len(lines), codes, problems)
 
 
 def summary(codes: Mapping[str, str], annotation_size: int) -> str:

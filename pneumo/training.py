@@ -1,19 +1,21 @@
 """One stage of one fold: chained to the stage before it, resumable at any step, stopped cleanly by a signal.
 
-Imports config, dataset, engine, checkpoint, log, dist, model, data.
+Imports config, dataset, engine, checkpoint, log, dist, model, data, decision, kernels.
 """
 
+import json
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -24,23 +26,17 @@ from pneumo.data.feed import Feed
 from pneumo.dataset import Dataset
 from pneumo.decision.rule import Rule
 from pneumo.engine import LossSettings, RunningStatistics
-from pneumo.errors import DataError, NotFiniteError, PneumoError, UsageError, one_line
+from pneumo.errors import DataError, NoSpaceError, NotFiniteError, Stopped, UsageError, WriteError, one_line
+from pneumo.kernels.upconv import is_faster
 from pneumo.model import augment
+from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
 
 KEPT = "epoch{}.pt"  # one of the `train.keep_best` epochs that an ensemble may average
 
 
-class Stopped(PneumoError):
-    """A signal ended the run after a checkpoint."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + _signals.number
-
-
 class _Signals:
-    """Remembers a SIGTERM or SIGINT; the step in hand is finished first."""
+    """Remembers the first SIGTERM or SIGINT; the step in hand is finished first, whatever comes after it."""
 
     number = 0
 
@@ -49,7 +45,7 @@ class _Signals:
         self.number = 0
 
         def remember(number: int, _frame: object) -> None:
-            self.number = number
+            self.number = self.number or number
 
         old = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -62,6 +58,10 @@ class _Signals:
 _signals = _Signals()
 
 
+class _StopAsked(Exception):
+    """A signal came during validation."""
+
+
 @dataclass
 class Position:
     """How far a run is; saved with every checkpoint.
@@ -70,6 +70,7 @@ class Position:
         epoch: the one to go on with, from 1.
         step: the one of it to go on with, from 0.
         loss_sum, taken, images, seconds: of this epoch so far, for its log line.
+        seen: images of all epochs so far.
         skipped: steps in a row that were not finite.
         best: highest mean Dice so far, and best_epoch.
         ema_best: highest mean Dice of the averaged weights so far, and ema_best_epoch.
@@ -83,6 +84,7 @@ class Position:
     taken: int = 0
     images: int = 0
     seconds: float = 0.0
+    seen: int = 0
     skipped: int = 0
     best: float = -1.0
     best_epoch: int = 0
@@ -191,13 +193,18 @@ class _Run:
         }
         inside = data.folds == fold
         self.training, self.validation = np.flatnonzero(~inside), np.flatnonzero(inside)
+        self.apply = augment.apply
         self.position = Position()
+        self.saved: dict[str, Any] | None = None  # the position that last.pt holds
+        self.noted = 0  # the step of the epoch whose numbers the host reads next
 
     def train(self) -> None:
         """Run all epochs that are left."""
         saved = self._load_last()
         if saved is not None and saved["position"]["epoch"] > self.settings.epochs:
+            self.position = Position(**saved["position"])
             if dist.is_main():
+                self._publish()  # in case that the run ended just before
                 self._status("done")
             log.say(f"{self.folder}: done, nothing to do")
             return
@@ -213,7 +220,8 @@ class _Run:
         log.say(
             f"fold {self.fold} stage {self.stage}: {len(self.training)} images to train on, {len(self.validation)} to "
             f"validate, {self.settings.image_size} px {feed}; {dist.world()} x {self.device.type}, "
-            f"{str(self.dtype).removeprefix('torch.')}"
+            f"{str(self.dtype).removeprefix('torch.')}, "
+            f"{sum(self.merged)} of {len(self.merged)} blocks merged"
             + (f"; goes on at epoch {self.position.epoch}, step {self.position.step}" if saved else "")
         )
         positive = self.data.positive
@@ -243,10 +251,15 @@ class _Run:
                 self.recipe.model.encoder,
                 False if known else self.recipe.model.pretrained,
                 self.recipe.model.decoder_channels,
+                self.recipe.model.checkpointing,
             )
         if known:
             model.load_state_dict((saved or begin)["model"])
         self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.merged = saved["merged"] if saved is not None else self._merged_blocks()
+        for block, merged in zip(self.model.blocks, self.merged, strict=True):
+            block.merged = merged
+        self.folded = FoldedUNet(self.model, self.dtype)
         self.running = RunningStatistics(self.model)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=True
@@ -265,10 +278,38 @@ class _Run:
             self.scaler.load_state_dict(saved["scaler"])
             if self.average is not None:
                 self.average.load_state_dict(saved["average"])
-            self.position = Position(**saved["position"])
+            self.position, self.saved = Position(**saved["position"]), saved["position"]
         if self.recipe.train.compile == "on" or (self.recipe.train.compile == "auto" and self.device.type == "cuda"):
-            self.model.compile()
+            # each shape once: a full micro-batch and the last one of an epoch, in training and in validation
+            self.model.compile(dynamic=False)
+            self.folded.compile(dynamic=False)
+            if self.device.type == "cuda":
+                self.apply = torch.compile(augment.apply, dynamic=False)
         self.wrapped: nn.Module = dist.wrap(self.model)
+
+    def _merged_blocks(self) -> list[bool]:
+        """Which blocks of the decoder train in their merged form; the same on every process.
+
+        What was timed on a GPU is kept beside the packed images, so that a second run there computes the same.
+        """
+        how, blocks = (
+            self.recipe.model.upsample,
+            self.model.block_shapes(self.settings.batch_size, self.settings.image_size),
+        )
+        if how != "auto":
+            return [how == "merged"] * len(blocks)
+        if self.device.type == "cpu":
+            return [is_faster(*block, self.device, self.dtype) for block in blocks]
+        path = Path(self.recipe.runs) / "upsample.json"
+        device = f"{torch.cuda.get_device_name(self.device)}, torch {torch.__version__}, {self.dtype}"
+        if dist.is_main():
+            with checkpoint.wait_lock(path.with_suffix(".lock")):
+                known = json.loads(path.read_text()) if path.exists() else {}
+                for block in blocks:
+                    if f"{device}, {block}" not in known:
+                        known[f"{device}, {block}"] = is_faster(*block, self.device, self.dtype)
+                checkpoint.write_atomic(path, json.dumps(known, indent=1).encode())
+        return dist.broadcast([known[f"{device}, {block}"] for block in blocks] if dist.is_main() else None)
 
     def _start_weights(self) -> dict[str, Any] | None:
         """The best checkpoint of the stage before; None if this stage starts from the encoder."""
@@ -296,11 +337,18 @@ class _Run:
         if found is not None:
             saved, path, complaints = found
             for complaint in complaints:
+                earlier = log.read_status(self.folder).get("images_seen", 0) - saved["position"]["seen"]
                 log.warn(
-                    f"{complaint} Continuing from {path.name}, epoch {saved['position']['epoch']}, "
-                    f"step {saved['position']['step']}."
+                    f"{complaint} Continuing from {path.name}, {_place(saved['position'])}"
+                    + (f" ({earlier:,} images earlier)." if earlier > 0 else ".")
                 )
             self._check_same(saved, path)
+            if changed := [
+                f"{name} {saved['versions'].get(name)} -> {now}"
+                for name, now in _versions().items()
+                if saved["versions"].get(name) != now
+            ]:
+                log.warn(f"{path}: made with {', '.join(changed)}; the last digits may come out otherwise")
         return dist.broadcast(None if found is None else saved)
 
     def _check_same(self, saved: dict[str, Any], path: Path) -> None:
@@ -326,6 +374,7 @@ class _Run:
     def _train_epoch(self, feed: Feed, plan: list[list[np.ndarray]]) -> None:
         """Take the steps of the epoch that are left."""
         epoch, position = self.position.epoch, self.position
+        self.noted = position.step
         batches = iter(feed.batches(list(engine.own_steps(plan, position.step))))
         late = engine.Late()
         started = saved_at = time.perf_counter()
@@ -354,6 +403,7 @@ class _Run:
                 self.average.update(stats[1])
             position.step = step + 1
             position.images += sum(map(len, plan[step]))
+            position.seen += sum(map(len, plan[step]))
             stop, save = self._note(late.push(stats), plan)
             every = self.recipe.train.checkpoint_steps
             if stop or save or (every and (step + 1) % every == 0):
@@ -379,12 +429,13 @@ class _Run:
             image, mask = next(batches)
             seed = feeds.key(self.recipe.seed, self.fold, self.stage, epoch, step, place, "augment")
             generator = torch.Generator(self.device).manual_seed(seed)
-            yield augmented(image, mask, self.recipe.augment, generator)
+            yield augmented(image, mask, self.recipe.augment, generator, self.apply)
 
     def _note(self, finished_steps: list[list[float]], plan: list[list[np.ndarray]]) -> tuple[bool, bool]:
         """Take in what the host now knows of earlier steps; return whether to stop and whether to save."""
         stop = save = False
         for loss, taken, _norm, stop_flags, save_flags in finished_steps:
+            step, self.noted = self.noted, self.noted + 1
             stop, save = stop or stop_flags > 0, save or save_flags > 0
             if taken:
                 self.position.loss_sum += loss
@@ -393,20 +444,29 @@ class _Run:
                 continue
             self.position.skipped += 1
             limit = self.recipe.train.nonfinite_steps
+            ids = [self.data.cases[row].image_id for row in np.concatenate(plan[step])]
+            where = f"epoch {self.position.epoch}, step {step + 1:,}"
             if self.position.skipped >= limit:
-                last = plan[min(self.position.step, len(plan)) - 1]
-                ids = ", ".join(self.data.cases[row].image_id for row in np.concatenate(last)[:4])
                 raise NotFiniteError(
-                    f"Loss or gradient was not finite for {limit} steps in a row (epoch {self.position.epoch}, to step "
-                    f"{self.position.step}; last ids {ids}, ...). No bad weights were saved. "
+                    f"Loss or gradient was not finite for {limit} steps in a row (to {where}; last ids "
+                    f"{', '.join(ids[:4])}, ...). No bad weights were saved; {self._intact()}. "
                     f"Try --set train.amp=off or a lower stage.{self.stage}.lr."
                 )
+            if not (self.scaler.is_enabled() and math.isfinite(loss)):  # else the scaler is finding its scale
+                log.warn(f"{where} was skipped: loss or gradient is not finite, of {', '.join(ids)}")
         return stop, save
 
     def _finish_epoch(self, feed: Feed) -> None:
         """Validate, log, keep the best, and save."""
         position, epoch = self.position, self.position.epoch
-        result = self._validate(feed)
+        try:
+            result = self._validate(feed)
+            if self.average is not None:
+                with self.average.swapped_in():
+                    averaged = self._validate(feed)
+        except _StopAsked:  # goes on with this validation
+            self._save()
+            self._stop()
         positive = self.data.positive[result.rows]
         record = {
             "epoch": epoch,
@@ -417,10 +477,13 @@ class _Run:
             "seconds": position.seconds,
             "images_per_second": position.images / position.seconds,
         }
+        if self.device.type == "cuda":
+            record["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         if self.settings.schedule == "plateau":
             self.plateau.step(result.loss)
         new = Position(
             epoch=epoch + 1,
+            seen=position.seen,
             skipped=position.skipped,
             best=position.best,
             best_epoch=position.best_epoch,
@@ -432,33 +495,36 @@ class _Run:
             new.best, new.best_epoch = record["dice"], epoch
             self._keep("best.pt", record)
         if self.average is not None:
-            with self.average.swapped_in():
-                averaged = _record(self._validate(feed), positive)
-                if averaged["dice"] >= position.ema_best:
-                    new.ema_best, new.ema_best_epoch = averaged["dice"], epoch
-                    self._keep("ema.pt", {"epoch": epoch, **averaged})
-            record |= {f"ema_{key}": value for key, value in averaged.items()}
+            values = _record(averaged, positive)
+            if values["dice"] >= position.ema_best:
+                new.ema_best, new.ema_best_epoch = values["dice"], epoch
+                with self.average.swapped_in():
+                    self._keep("ema.pt", {"epoch": epoch, **values})
+            record |= {f"ema_{key}": value for key, value in values.items()}
         new.history = [*position.history, record]
         if self.recipe.train.keep_best > 1:
             ranked = sorted(new.history, key=lambda line: (line["dice"], line["epoch"]), reverse=True)
             new.kept = [line["epoch"] for line in ranked[: self.recipe.train.keep_best]]
-            if epoch in new.kept:
-                self._keep(KEPT.format(epoch), record)
         self.position = new
         if dist.is_main():
+            self._prune()
+            if epoch in new.kept:
+                self._keep(KEPT.format(epoch), record)
             self._save()
-            for path in self.folder.glob(KEPT.format("*")):  # those that others have overtaken
-                if path.name not in map(KEPT.format, new.kept):
-                    path.unlink()
-            log.write_jsonl(self.folder / "log.jsonl", new.history)
+            self._publish()
         log.say(self._line(record, improved))
         if _stop_asked():
             self._stop()
 
     def _validate(self, feed: Feed) -> engine.Evaluation:
-        """Score the fold's held-out images with the weights that the model now has."""
-        return engine.evaluate(
-            self.model,
+        """Score the fold's held-out images with the weights that the model now has, as a prediction would.
+
+        Raises:
+            _StopAsked: on every process, after a signal to one.
+        """
+        self.folded.fill(self.model)
+        result = engine.evaluate(
+            self.folded,
             feed,
             self.validation,
             lambda row: self.data.cases[row].runs,
@@ -468,12 +534,27 @@ class _Run:
             annotation_size=self.recipe.data.annotation_size,
             batch_size=self.recipe.predict.batch_size,
             progress=lambda items: log.bar(items, total=len(items), title="validate"),
+            stopped=lambda: _signals.number > 0,
         )
+        if result is None:
+            raise _StopAsked
+        return result
 
     def _keep(self, name: str, record: dict[str, Any]) -> None:
         """Write the weights that the model now has as a checkpoint to predict from."""
         if dist.is_main():
-            checkpoint.save({**self.identity, "model": self._weights(), "record": record}, self.folder / name)
+            self._write({**self.identity, "model": self._weights(), "record": record}, self.folder / name)
+
+    def _prune(self) -> None:
+        """Remove kept epochs that others have overtaken, before the next is kept: the disk need not hold more."""
+        for path in self.folder.glob(KEPT.format("*")):
+            if path.name not in map(KEPT.format, self.position.kept):
+                path.unlink()
+
+    def _publish(self) -> None:
+        """Bring what is beside last.pt up to it."""
+        self._prune()
+        log.write_jsonl(self.folder / "log.jsonl", self.position.history)
 
     def _save(self) -> None:
         """Write last.pt, keeping the one before as prev.pt."""
@@ -487,12 +568,48 @@ class _Run:
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "position": asdict(self.position),
+            "merged": self.merged,
             "processes": dist.world(),
             "autocast": str(self.dtype),
-            "versions": {"torch": str(torch.__version__), "numpy": str(np.__version__)},
+            "versions": _versions(),
         }
-        checkpoint.save(state, self.folder / "last.pt", keep=self.folder / "prev.pt")
+        self._write(state, self.folder / "last.pt", keep=self.folder / "prev.pt")
+        self.saved = asdict(self.position)
         self._status("running")
+
+    def _write(self, state: dict[str, Any], path: Path, keep: Path | None = None) -> None:
+        """Save a checkpoint; on a full disk, at the price of the oldest, prev.pt, if last.pt is good.
+
+        Raises:
+            WriteError: says which checkpoint is intact.
+        """
+        try:
+            try:
+                checkpoint.save(state, path, keep=keep)
+            except NoSpaceError as error:
+                previous = self.folder / "prev.pt"
+                if not previous.exists() or not self._last_is_good():
+                    raise
+                log.warn(f"{error} Removing {previous} to make room.")
+                previous.unlink()
+                checkpoint.save(state, path, keep=keep)
+        except WriteError as error:
+            keeps = self.recipe.train.keep_best > 1
+            raise type(error)(
+                f"{error} For this run, {self._intact()}. Free space{' or lower train.keep_best' if keeps else ''}, "
+                f"then run the same command."
+            ) from None
+
+    def _last_is_good(self) -> bool:
+        try:
+            checkpoint.load(self.folder / "last.pt")
+        except DataError:
+            return False
+        return True
+
+    def _intact(self) -> str:
+        """What a run that ends now goes on from."""
+        return "nothing was saved before" if self.saved is None else f"last.pt is from {_place(self.saved)}"
 
     def _stop(self) -> None:
         """Leave after a signal; the checkpoint has been written."""
@@ -500,10 +617,12 @@ class _Run:
         _signals.number = _signals.number or numbers[0]
         if dist.is_main():
             self._status("stopped", signal=_signals.number)
-        raise Stopped(
-            f"{self.folder}: stopped by {signal.Signals(_signals.number).name} at epoch {self.position.epoch}, step "
-            f"{self.position.step}. The same command goes on from there."
+        stopped = Stopped(
+            f"{self.folder}: stopped by {signal.Signals(_signals.number).name} at {_place(asdict(self.position))}. The "
+            f"same command goes on from there."
         )
+        stopped.exit_code = 128 + _signals.number
+        raise stopped
 
     def _weights(self) -> dict[str, Tensor]:
         return {key: tensor.contiguous() for key, tensor in self.model.state_dict().items()}
@@ -516,6 +635,7 @@ class _Run:
             epoch=min(position.epoch, self.settings.epochs),
             epochs=self.settings.epochs,
             step=position.step,
+            images_seen=position.seen,
             best_dice=position.best if position.best_epoch else None,
             best_epoch=position.best_epoch,
             process=os.getpid(),
@@ -541,18 +661,24 @@ class _Run:
             f"Dice {show(record['dice'])} (all empty {show(record['all_empty'])}), "
             f"positives {show(record['dice_positive'])}, true negatives {show(record['true_negative_rate'])}, "
             f"lr {record['lr']:.0e}, {record['seconds']:.0f} s, {record['images_per_second']:.1f} images/s"
+            + (f", {record['gpu_memory_gb']:.1f} GB" if "gpu_memory_gb" in record else "")
             + (" *" if improved else "")
         )
 
 
 def augmented(
-    image: Tensor, mask: Tensor, settings: AugmentConfig, generator: torch.Generator
+    image: Tensor,
+    mask: Tensor,
+    settings: AugmentConfig,
+    generator: torch.Generator,
+    apply: Callable[..., tuple[Tensor, Tensor]] = augment.apply,
 ) -> tuple[Tensor, Tensor]:
     """Augment a batch as a recipe says.
 
     Args:
         image, mask: (B, 1, S, S) uint8.
         generator: on the same device.
+        apply: `augment.apply`, or that compiled.
 
     Returns:
         (B, 1, S, S) float32 in [0, 1], channels_last, and (B, 1, S, S) float32 of 0 and 1.
@@ -560,7 +686,7 @@ def augmented(
     low, high = settings.gamma
     values = {**asdict(settings), "gamma": (low, high)}
     warp = augment.draw(len(image), image.shape[-1], generator, **values)
-    image, mask = augment.apply(image, mask, warp)
+    image, mask = apply(image, mask, warp)
     return image.contiguous(memory_format=torch.channels_last), mask
 
 
@@ -580,15 +706,27 @@ def _stop_asked() -> bool:
 
 @contextmanager
 def _true_status(folder: Path) -> Iterator[None]:
-    """Say in status.json when a run ends by an error."""
+    """Say in status.json when a run ends by an error, also by one of another process."""
+
+    def failed(reason: str) -> None:
+        old = log.read_status(folder)
+        if old["state"] in ("running", "missing"):
+            with suppress(WriteError):  # the disk may be the reason
+                log.write_status(folder, **{**old, "state": "failed"}, reason=reason[:500])
+
     try:
-        yield
+        with dist.last_words(failed):
+            yield
     except Stopped:
         raise
     except BaseException as error:
-        old = log.read_status(folder)
-        if old["state"] == "running":
-            log.write_status(
-                folder, "failed", **{k: v for k, v in old.items() if k != "state"}, reason=str(error)[:500]
-            )
+        failed(dist.reason(error) or type(error).__name__)
         raise
+
+
+def _place(position: dict[str, Any]) -> str:
+    return f"epoch {position['epoch']}, step {position['step']:,}"
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": str(torch.__version__), "timm": str(timm.__version__), "numpy": str(np.__version__)}

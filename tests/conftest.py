@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
+import small_run
 from fault_table import (  # noqa: F401 - fixtures and hooks
     figure,
     pytest_addoption,
@@ -23,6 +24,14 @@ REPO = Path(__file__).resolve().parents[1]
 def repo() -> Path:
     """The folder that holds train.py, predict.py and configs.toml."""
     return REPO
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set of `small_run`, in a folder with a blank and an umlaut in its name; not to be changed."""
+    folder = tmp_path_factory.mktemp("dät a")
+    small_run.write_data(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

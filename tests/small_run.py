@@ -51,7 +51,7 @@ def settings(root: Path, runs: Path) -> list[str]:
         f"data.root={root}",
         f"runs={runs}",
         f"data.annotation_size={SIDE}",
-        "model.encoder=resnet18",
+        "model.encoder=test_resnet",
         "model.pretrained=false",
         "model.decoder_channels=[8, 8, 8, 4, 4]",
         "folds.count=3",
@@ -65,6 +65,21 @@ def settings(root: Path, runs: Path) -> list[str]:
 def recipe(repo: Path, root: Path, runs: Path, *more: str, name: str = "seed") -> Recipe:
     """The recipe that these overrides give."""
     return config.load(repo / "configs.toml", name, [*settings(root, runs), *more])
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    """Leaves of two checkpoints that are not bit for bit the same, but for times."""
+    first, second = (dict(checkpoint.leaves(state)) for state in (a, b))
+    assert first.keys() == second.keys()
+    timed = ("seconds", "images_per_second")
+    return [
+        key
+        for key in first
+        if not key.endswith(timed)
+        and not (
+            torch.equal(first[key], second[key]) if isinstance(first[key], torch.Tensor) else first[key] == second[key]
+        )
+    ]
 
 
 def pretend_trained(recipe: Recipe, *names: str) -> Dataset:

@@ -1,3 +1,4 @@
+import itertools
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import two_processes
 from torch import nn
 
 from pneumo import engine
+from pneumo.data import feed as feeds
 from pneumo.engine import Late, RunningStatistics
 
 
@@ -60,7 +62,9 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], o
     return max(float((a[key].double() - b[key].double()).abs().max()) for key in a if key.startswith(only))
 
 
-def test_two_processes_compute_what_one_computes_that_accumulates(results):
+@pytest.mark.fault("R12", "13 images, 3 micro-batches of 2 a step: the last step leaves a process idle; float64")
+@pytest.mark.fault("R13", "batch-norm statistics of two processes after 20 steps")
+def test_two_processes_compute_what_one_computes_that_accumulates(results, figure):
     (one,), (first, second) = ([found["float64"] for found in results[world]] for world in (1, 2))
     assert len(one.pop("losses")) >= 20
     del first["losses"], second["losses"]  # reported in float32
@@ -69,6 +73,7 @@ def test_two_processes_compute_what_one_computes_that_accumulates(results):
     assert min(float((one[key] - fresh[key]).abs().max()) for key in fresh if key.endswith("weight")) > 1e-3
     assert largest_difference(one, first) < 1e-10
     assert largest_difference(first, second) == 0  # batch-norm statistics as well
+    figure(f"difference to one process {largest_difference(one, first):.0e}, between the two 0")
 
 
 def test_float32_gradients_of_the_first_step_agree(results):
@@ -77,12 +82,33 @@ def test_float32_gradients_of_the_first_step_agree(results):
     assert largest_difference(one, first, "grad ") / scale < 1e-6
 
 
-def test_validation_gives_every_image_once_and_the_same_values(results):
-    (one,), two = ([found["evaluate"] for found in results[world]] for world in (1, 2))
-    assert sorted(one["rows"].tolist()) == list(range(13))
+@pytest.mark.fault("R12", "folds of 1 to 13 images in batches of 2, one process and two")
+@pytest.mark.fault("R13", "Dice of each image and the loss, whichever of two processes computes it")
+def test_validation_gives_every_image_once_and_the_same_values(results, figure):
+    for count in two_processes.SIZES:
+        (one,), two = ([found[f"evaluate {count}"] for found in results[world]] for world in (1, 2))
+        assert sorted(one["rows"].tolist()) == list(range(count))
+        for other in two:
+            assert largest_difference(one, other) == 0
     assert 0 < one["dice"].mean() < 1
-    for other in two:
-        assert largest_difference(one, other) == 0
+    figure(f"{len(two_processes.SIZES)} sizes: every id once, largest difference 0")
+
+
+@pytest.mark.fault("R12", "plans of 1 to 13 images over 1 to 5 processes")
+def test_every_image_of_a_plan_is_given_to_one_process(monkeypatch, figure):
+    checked = 0
+    for count, world, batch in itertools.product(range(1, 14), range(1, 6), (1, 2, 3)):
+        plan, seen = feeds.steps(np.arange(count), batch, accumulation=2), []
+        monkeypatch.setattr(engine.dist, "world", lambda world=world: world)
+        for rank in range(world):
+            monkeypatch.setattr(engine.dist, "rank", lambda rank=rank: rank)
+            for step in plan:
+                mine = engine.share(step)
+                assert len(mine) >= 1  # an idle process computes one without weight: it must meet the others
+                seen += [row for i in mine if i % world == rank for row in step[i]]
+        assert sorted(seen) == list(range(count))
+        checked += 1
+    figure(f"{checked} of {checked} combinations: every id once")
 
 
 def small_step(image: torch.Tensor, model: nn.Module, optimizer, running: RunningStatistics) -> torch.Tensor:

@@ -56,6 +56,7 @@ def test_agreement_is_whole_only_if_all_views_are_alike():
     assert ensemble.predict(made(LeftRight(3.0), mirror=True), image(), 8, "abc").agreement[:, 128].max() < 1
 
 
+@pytest.mark.fault("S4", "one pixel of one image not a number in one of two networks")
 def test_a_probability_that_is_no_number_is_never_an_empty_mask():
     class Broken(LeftRight):
         def forward(self, image: torch.Tensor) -> torch.Tensor:

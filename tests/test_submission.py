@@ -4,6 +4,7 @@ from pneumo import submission
 from pneumo.errors import DataError
 
 
+@pytest.mark.fault("S1", "a sample in another order than the predictions")
 def test_rows_follow_the_sample(tmp_path):
     path = tmp_path / "runs" / "submission.csv"
     submission.write(path, {"a": "1 2", "b": "-1"}, ["b", "a"], 8)
@@ -19,6 +20,7 @@ def test_rows_follow_the_sample(tmp_path):
         ({"a": "-1", "b": "01 2"}, "the code of b does not decode"),
     ],
 )
+@pytest.mark.fault("S2", "ids missing or left over, a code that does not decode: the file that was there stays")
 def test_what_does_not_fit_is_not_written(tmp_path, codes, message):
     path = tmp_path / "submission.csv"
     path.write_text("old")

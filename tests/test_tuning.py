@@ -28,6 +28,7 @@ def place(repo, tmp_path_factory):
     return recipe, data
 
 
+@pytest.mark.fault("S8", "a rule tuned on out-of-fold predictions used with other checkpoints than made these")
 def test_tune_prints_what_it_found_and_prediction_uses_it(place, capsys):
     recipe, data = place
     tuned = tuning.run(recipe, data)

@@ -169,14 +169,14 @@ def load_test(
         allow_missing: leave out ids without an image with a warning; they stay in the list of ids.
 
     Returns:
-        Cases, without runs, in the order of the ids; the ids that a submission must have, in the sample's
-        order, or those of all images, sorted; and all problems.
+        Cases by id, without runs; the ids that a submission must have, in the sample's order, or those of all images,
+        sorted; and all problems.
     """
     root, problems = Path(root), []
     if not root.is_dir():
         return [], [], [_problem(root, "no such folder. Set data.root.")]
     files = _find_folder(root, test, "data.test", problems)
-    source = _find(root, sample, SAMPLE_NAMES, (), "sample", problems)
+    source = find_sample(root, sample, problems)
     ids = sorted(files)
     if source is not None:
         ids, more = read_sample(source)
@@ -185,7 +185,7 @@ def load_test(
     else:
         there = set(ids)
     nothing = np.zeros((0, 2), dtype=np.int64)
-    return [Case(image_id, files[image_id], nothing) for image_id in ids if image_id in there], ids, problems
+    return [Case(image_id, files[image_id], nothing) for image_id in sorted(there)], ids, problems
 
 
 def find_images(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
@@ -199,13 +199,9 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
         files.
     """
     found: dict[str, Path] = {}
-    problems: list[Problem] = []
-    others: list[Path] = []
-    for path in _files(Path(folder), problems):
-        if not images.is_image(path):
-            others.append(path)
-            continue
-        image_id = path.stem if path.suffix.lower() in images.SUFFIXES else path.name
+    paths, others, problems = list_images(folder)
+    for path in paths:
+        image_id = name_of(path)
         if not _ID.fullmatch(image_id):
             problems.append(_problem(path, f"{_ID_RULE} Rename it."))
         elif image_id in found:
@@ -219,6 +215,25 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
         message = f"{folder}: {text}: {_some(path.name for path in others)}"
         problems.append(Problem(str(folder), None, "", message, False, each))
     return dict(sorted(found.items())), problems
+
+
+def list_images(folder: Path) -> tuple[list[Path], list[Path], list[Problem]]:
+    """List the images in a folder and the folders in it, whatever their names.
+
+    Returns:
+        Images, and files that are none, folder by folder, each sorted; problems: folders that cannot be read.
+    """
+    found: list[Path] = []
+    others: list[Path] = []
+    problems: list[Problem] = []
+    for path in _files(Path(folder), problems):
+        (found if images.is_image(path) else others).append(path)
+    return found, others, problems
+
+
+def name_of(path: Path) -> str:
+    """An image file's name without its suffix; a DICOM often has none, but dots in its name."""
+    return path.stem if path.suffix.lower() in images.SUFFIXES else path.name
 
 
 def read_codes(
@@ -254,6 +269,11 @@ def read_patients(path: Path) -> tuple[dict[str, str], list[Problem]]:
             text = "another patient than in a row before. Delete one of them."
             problems.append(_problem(path, text, row=line, image_id=image_id, field="patient_id"))
     return patient_of, problems
+
+
+def find_sample(root: Path, sample: str, problems: list[Problem]) -> Path | None:
+    """The sample submission of that name in `root`, or under a usual one; None if there is none."""
+    return _find(root, sample, SAMPLE_NAMES, (), "sample", problems)
 
 
 def read_sample(path: Path) -> tuple[list[str], list[Problem]]:

@@ -110,12 +110,10 @@ class Feed:
             if self._resident is not None:
                 index = torch.from_numpy(self._place[rows]).pin_memory().to(self.device, non_blocking=True)
                 images, bits = (part.index_select(0, index) for part in self._resident)
+                yield self._unpack(images, bits)
             else:
-                images, bits = (
-                    torch.from_numpy(self.pack.images[rows]),
-                    torch.from_numpy(self.pack.masks[rows]),
-                )
-            yield self._unpack(images, bits)
+                masks = np.unpackbits(self.pack.masks[rows], axis=2)  # a sixth of the time of `_unpack` on a CPU
+                yield torch.from_numpy(self.pack.images[rows]).unsqueeze(1), torch.from_numpy(masks).unsqueeze(1)
 
     def _streamed(self, plan: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         """Copy batch i + 1 on a stream of its own while the device computes on batch i."""

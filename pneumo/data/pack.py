@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,7 @@ def open_pack(
 
     Args:
         folder: holds packs, and the hashes of files seen before.
+        cases: by id; a pack's name does not tell their order, its rows do.
         name: for people, the first part of the pack's folder name.
         side: of the square images, pixels; a multiple of 32.
         annotation_size: side of the grid that the cases' runs live on.
@@ -76,6 +78,7 @@ def open_pack(
         DataError: images cannot be read; names the first, and lists all. What could be decoded is kept.
         WriteError: the disk is full.
     """
+    assert all(a.image_id < b.image_id for a, b in pairwise(cases)), "cases must be sorted by id"
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.wait_lock(folder / "lock"):
         hashes = file_hashes(folder / "files.json", [case.path for case in cases], progress=progress, report=report)

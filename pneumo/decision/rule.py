@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pneumo.decision.components import drop_small_runs
+from pneumo.kernels import batch
 from pneumo.kernels.runs import threshold_to_runs
 
 LEVELS = 256
@@ -55,7 +56,8 @@ def level(threshold: float) -> int:
 
 def quantise(probs: Tensor) -> Tensor:
     """Quantise probabilities, any shape, float in [0, 1], to uint8 of the same shape."""
-    return ((probs.float() * LEVELS).ceil() - 1).clamp(0, LEVELS - 1).to(torch.uint8)
+    levels = (probs.float() * LEVELS).ceil_().sub_(1).clamp_(0, LEVELS - 1)
+    return levels.to(torch.int16).to(torch.uint8)  # on a CPU in a tenth of the time of float to uint8
 
 
 def resize_quantise(probs: Tensor, size: int) -> Tensor:
@@ -86,6 +88,25 @@ def decide(q: np.ndarray, rule: Rule) -> np.ndarray:
     if (np.count_nonzero(q >= top) if top else q.size) <= rule.top_area:
         return np.empty((0, 2), dtype=np.int64)
     return drop_small_runs(threshold_to_runs(q, level(rule.threshold)), q.shape[0], rule.min_area)
+
+
+def decide_batch(q: Tensor, rule: Rule) -> list[np.ndarray]:
+    """Apply the rule to a batch on its device; only runs come to the host.
+
+    Args:
+        q: (B, A, A) uint8 quantised probabilities.
+
+    Returns:
+        B arrays of (R, 2) int64 runs, each equal to what `decide` gives.
+    """
+    count, side = q.shape[:2]
+    positive = batch.at_least(q, level(rule.top_threshold)).sum(dim=(1, 2)) > rule.top_area
+    runs = batch.column_runs(batch.at_least(q, level(rule.threshold)) & positive[:, None, None])
+    if rule.min_area:
+        runs = batch.drop_small_runs(runs, side, side, rule.min_area)
+    runs = batch.join(runs, side**2).cpu().numpy()
+    first = np.searchsorted(runs[:, 0], np.arange(count + 1) * side**2)
+    return [runs[first[i] : first[i + 1]] - i * side**2 for i in range(count)]
 
 
 def image_score(histogram: np.ndarray) -> np.ndarray:

@@ -38,6 +38,26 @@ class Warp:
     gain: Tensor
     bias: Tensor
 
+    def only(self, i: int) -> "Warp":
+        """What is done to image i alone."""
+        return Warp(**{name: value[i : i + 1] for name, value in vars(self).items()})
+
+    @property
+    def bent(self) -> Tensor:
+        """(B,) bool, whether there is an elastic distortion."""
+        return (self.elastic != 0).flatten(1).any(dim=1) | (self.affine != _identity(self.affine)).flatten(1).any(dim=1)
+
+    @property
+    def stretched(self) -> Tensor:
+        """(B,) bool, whether there is a grid distortion."""
+        return (self.grid.diff() - 2 / (self.grid.shape[-1] - 1)).abs().flatten(1).amax(dim=1) > 1e-6
+
+    @property
+    def moved(self) -> Tensor:
+        """(B,) bool, whether pixels move other than by a mirror."""
+        turned = (self.rigid != _identity(self.rigid)).flatten(1).any(dim=1)
+        return turned | self.bent | self.stretched | (self.optical != 0)
+
 
 def draw(
     count: int,
@@ -131,25 +151,25 @@ def sampling_grid(warp: Warp, side: int) -> Tensor:
     Returns:
         (B, S, S, 2) float32 input positions (x, y); [-1, 1] spans the image from edge to edge, beyond is mirrored.
     """
-    position = F.affine_grid(warp.rigid, [len(warp.rigid), 1, side, side], align_corners=False)
-    # elastic: the field is laid over the distorted image; it moves positions before the affine part does
-    field = F.grid_sample(warp.elastic, position, "bilinear", padding_mode="reflection", align_corners=False)
-    position = position + field.permute(0, 2, 3, 1)
-    position = position @ warp.affine[:, None, :, :2].transpose(-1, -2) + warp.affine[:, None, None, :, 2]
-    # grid: piecewise linear along each axis
-    steps = warp.grid.shape[-1] - 1
-    place = (position + 1) * (steps / 2)
-    cell = place.floor().clamp(0, steps - 1)
-    x, y = (_knot(warp.grid[:, axis], cell[..., axis].long(), place[..., axis]) for axis in (0, 1))
-    position = torch.stack([x, y], dim=-1)
-    # optical: in units of the focal length, which is the side
-    radius2 = (position / 2).square().sum(dim=-1, keepdim=True)
-    position = position * (1 + warp.optical[:, None, None, None] * (radius2 + radius2.square()))
-    return position * torch.stack([warp.flip, torch.ones_like(warp.flip)], dim=-1)[:, None, None, :]
+    centre = (2 * torch.arange(side, device=warp.rigid.device) + 1) / side - 1
+    x, y = _affine(warp.rigid, centre[None, None, :], centre[None, :, None])  # (B, S, S) each
+    if _some(warp.bent):
+        # elastic: the field is laid over the distorted image; it moves positions before the affine part does
+        field = _sample(warp.elastic, _positions(x, y), "bilinear")
+        x, y = _affine(warp.affine, x + field[:, 0], y + field[:, 1])
+    if _some(warp.stretched):
+        x, y = _follow(warp.grid[:, 0], x), _follow(warp.grid[:, 1], y)
+    if _some(warp.optical != 0):
+        radius2 = (x.square() + y.square()) / 4  # in units of the focal length, which is the side
+        factor = 1 + warp.optical[:, None, None] * (radius2 + radius2.square())
+        x, y = x * factor, y * factor
+    return _positions(x * warp.flip[:, None, None], y)
 
 
 def apply(image: Tensor, mask: Tensor, warp: Warp) -> tuple[Tensor, Tensor]:
     """Augment a batch.
+
+    On a CPU each image is made by itself, within the cache and without the parts that leave it as it is.
 
     Args:
         image: (B, 1, S, S) uint8.
@@ -158,25 +178,63 @@ def apply(image: Tensor, mask: Tensor, warp: Warp) -> tuple[Tensor, Tensor]:
     Returns:
         (B, 1, S, S) float32 in [0, 1], resampled bilinearly, and (B, 1, S, S) float32 of 0 and 1, of the nearest pixel.
     """
+    if image.device.type != "cpu":
+        return _apply(image, mask, warp)
+    parts = [_apply(image[i : i + 1], mask[i : i + 1], warp.only(i)) for i in range(len(image))]
+    grey, moved = zip(*parts, strict=True)
+    return torch.cat(grey), torch.cat(moved)
+
+
+def _apply(image: Tensor, mask: Tensor, warp: Warp) -> tuple[Tensor, Tensor]:
+    grey, mask = adjust(image, warp), mask.float()
+    if not _some(warp.moved):
+        return (grey.flip(-1), mask.flip(-1)) if _some(warp.flip < 0) else (grey, mask)
     grid = sampling_grid(warp, image.shape[-1])
-    grey = F.grid_sample(adjust(image, warp), grid, "bilinear", padding_mode="reflection", align_corners=False)
-    moved = F.grid_sample(mask.float(), grid, "nearest", padding_mode="reflection", align_corners=False)
-    return grey, moved
+    return _sample(grey, grid, "bilinear"), _sample(mask, grid, "nearest") if _some(mask) else mask
 
 
 def adjust(image: Tensor, warp: Warp) -> Tensor:
     """Change grey levels: (B, 1, S, S) uint8 to float32, clipped to [0, 1]."""
     grey = image.float() / 255
-    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
     gamma, gain, bias = (value[:, None, None, None] for value in (warp.gamma, warp.gain, warp.bias))
+    if not _some((gamma != 1) | (gain != 1) | (bias != 0)):
+        return grey
+    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
     return (grey**gamma * gain + bias * mean).clamp(0, 1)
 
 
-def _knot(knots: Tensor, cell: Tensor, place: Tensor) -> Tensor:
-    """Follow a piecewise linear map: (B, n + 1) knots, (B, S, S) cell numbers and places in units of cells."""
-    count, *shape = cell.shape
-    left = knots.gather(1, cell.reshape(count, -1)).view(count, *shape)
-    right = knots.gather(1, cell.reshape(count, -1) + 1).view(count, *shape)
+def _some(change: Tensor) -> bool:
+    """Whether a part changes any image of a batch, as far as that can be known without waiting for a device."""
+    return change.device.type != "cpu" or bool(change.any())
+
+
+def _positions(x: Tensor, y: Tensor) -> Tensor:
+    """(B, S, S) each to (B, S, S, 2), stored as two planes."""
+    return torch.stack([x, y], dim=1).permute(0, 2, 3, 1)
+
+
+def _sample(values: Tensor, grid: Tensor, mode: str) -> Tensor:
+    """Read (B, C, S, S) values at (B, S, S, 2) positions; beyond the edge they are mirrored."""
+    return F.grid_sample(values, grid, mode, padding_mode="reflection", align_corners=False)
+
+
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(2, 3, device=like.device)
+
+
+def _affine(theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply (B, 2, 3) affine maps to positions that broadcast to (B, S, S)."""
+    (a, b, c), (d, e, f) = (row.unbind() for row in theta.permute(1, 2, 0)[..., None, None])
+    return a * x + (b * y + c), d * x + (e * y + f)
+
+
+def _follow(knots: Tensor, x: Tensor) -> Tensor:
+    """Send (B, S, S) positions through piecewise linear maps of n equal steps: (B, n + 1) knots."""
+    steps = knots.shape[-1] - 1
+    place = (x + 1) * (steps / 2)
+    cell = place.floor().clamp(0, steps - 1)
+    number = cell.long().flatten(1)
+    left, right = (knots.gather(1, number + more).view_as(x) for more in (0, 1))
     return left + (right - left) * (place - cell)
 
 

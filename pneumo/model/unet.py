@@ -1,39 +1,53 @@
 """UNet: a decoder written out over any timm encoder with five feature levels.
 
-The model takes grey images in [0, 1]; the encoder's own normalization belongs to it. Imports checkpoint,
-errors.
+The model takes grey images in [0, 1]; the encoder's own normalization belongs to it. Imports kernels,
+checkpoint, errors.
 """
 
 import logging
+import socket
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import huggingface_hub
 import safetensors
 import safetensors.torch
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from pneumo import checkpoint
 from pneumo.errors import DataError, UsageError
+from pneumo.kernels.upconv import upsampled_conv, upsampled_conv_ref
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a timm model on the hub, in timm's order
+HUB_SECONDS = 3.0  # for the hub to answer
+OTHERWISE = "train from random weights with --set model.pretrained=false"
 
 
 class DecoderBlock(nn.Module):
-    """Double the resolution, join the encoder's features of that resolution, convolve twice."""
+    """Double the resolution, join the encoder's features of that resolution, convolve twice.
+
+    Attributes:
+        below: channels of the features of half the resolution.
+        merged: compute the first convolution by `upsampled_conv`, not by its reference.
+    """
 
     def __init__(self, below: int, skip: int, out: int) -> None:
         super().__init__()
+        self.below, self.merged = below, True
         self.conv1 = conv_bn_relu(below + skip, out)
         self.conv2 = conv_bn_relu(out, out)
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         """Map (B, below, H, W) and (B, skip, 2H, 2W), or None, to (B, out, 2H, 2W)."""
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        if skip is not None:
-            x = torch.cat([x, skip], dim=1)
-        return self.conv2(self.conv1(x))
+        conv, norm, relu = self.conv1
+        convolve = upsampled_conv if self.merged else upsampled_conv_ref
+        return self.conv2(relu(norm(convolve(x, skip, conv.weight))))
 
 
 def conv_bn_relu(inside: int, out: int) -> nn.Sequential:
@@ -50,6 +64,8 @@ class UNet(nn.Module):
         encoder: a timm model name with features at 1/2, 1/4, ..., 1/32 of the input.
         pretrained: True for timm's weights, a path to a local file of the encoder's weights, False for random ones.
         decoder_channels: of the five decoder blocks, coarsest first; the last has no skip.
+        checkpointing: keep less for the backward pass, and compute a block's inner values once more in it. Running
+            statistics stay right, as `engine.RunningStatistics` lets a pass write its own ones, twice the same.
 
     Raises:
         UsageError: no such encoder, one without five such levels, or weights that cannot be had.
@@ -61,8 +77,10 @@ class UNet(nn.Module):
         encoder: str = "resnet34",
         pretrained: bool | str = False,
         decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.encoder = _create_encoder(encoder, pretrained)
         channels = self.encoder.feature_info.channels()
         if self.encoder.feature_info.reduction() != [2, 4, 8, 16, 32]:
@@ -70,6 +88,8 @@ class UNet(nn.Module):
                 f"model.encoder: {encoder} has features at {self.encoder.feature_info.reduction()}; "
                 f"the decoder needs [2, 4, 8, 16, 32], as resnet34 has"
             )
+        if checkpointing:
+            self.encoder.set_grad_checkpointing()
         config = self.encoder.default_cfg if hasattr(self.encoder, "default_cfg") else self.encoder.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
@@ -91,8 +111,23 @@ class UNet(nn.Module):
         """
         *skips, x = self.encoder((image - self.mean) / self.std)  # grey to the encoder's three channels
         for block, skip in zip(self.blocks, [*reversed(skips), None], strict=True):
-            x = block(x, skip)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = recompute(block, x, skip, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, skip)
         return self.head(x)
+
+    def block_shapes(self, batch: int, side: int) -> list[tuple[tuple[int, int, int, int], int, int]]:
+        """What `upsampled_conv` is given in each block: shape of x, channels of the skip and of the result.
+
+        Args:
+            batch, side: of the images.
+        """
+        shapes = []
+        for i, block in enumerate(self.blocks):
+            out, inside = block.conv1[0].weight.shape[:2]
+            shapes.append(((batch, block.below, side >> (5 - i), side >> (5 - i)), inside - block.below, out))
+        return shapes
 
 
 def load_smp(model: UNet, state: Mapping[str, Tensor]) -> None:
@@ -150,17 +185,47 @@ def _create_encoder(name: str, pretrained: bool | str) -> nn.Module:
         _check_weights(name, Path(pretrained))
         logging.getLogger("timm.models").setLevel(logging.ERROR)  # it warns of the head that was just checked
         overlay = {"file": pretrained}
+    elif pretrained:
+        overlay = _from_hub(name)
     try:
         return timm.create_model(name, features_only=True, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay)
     except Exception as error:  # offline, hub and timm raise many types, some without a message
         if not pretrained:
             raise UsageError(f"model.encoder: timm cannot make features of {name}: {error}") from None
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UsageError(
-            f"weights of {name} could not be loaded through timm ({reason}). Download {name}'s weights on a machine "
-            f"with a network (huggingface.co/timm) and pass --set model.pretrained=FILE, or train from random weights "
-            f"with --set model.pretrained=false"
-        ) from None
+        raise UsageError(_no_weights(name, " ".join(str(error).split())[:160] or type(error).__name__)) from None
+
+
+def _from_hub(name: str) -> dict[str, Any] | None:
+    """A weights file of the hub's cache, as timm takes it; None where timm is to download.
+
+    Raises:
+        UsageError: neither is possible. Left to itself, the hub's client would try for most of a minute.
+    """
+    hub = timm.get_pretrained_cfg(name).hf_hub_id
+    if hub is None or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return None  # weights from elsewhere; or timm finds out at once
+    for file in WEIGHTS:
+        if isinstance(cached := huggingface_hub.try_to_load_from_cache(hub, file), str):
+            return {"file": cached}
+    endpoint = urlsplit(huggingface_hub.constants.ENDPOINT)
+    proxy = urllib.request.getproxies().get(endpoint.scheme)
+    asked = endpoint if proxy is None else urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    try:
+        port = asked.port or {"http": 80}.get(asked.scheme, 443)
+        socket.create_connection((asked.hostname, port), timeout=HUB_SECONDS).close()
+    except OSError as error:
+        reason = f"{asked.hostname}:{port} does not answer: {error.strerror or error}"
+        raise UsageError(_no_weights(name, reason)) from None
+    return None
+
+
+def _no_weights(name: str, reason: str) -> str:
+    hub = timm.get_pretrained_cfg(name).hf_hub_id or name
+    return (
+        f"weights of {name} could not be loaded through timm ({reason}). Wanted: {WEIGHTS[0]} of {hub}, in "
+        f"{huggingface_hub.constants.HF_HUB_CACHE} or from {huggingface_hub.constants.ENDPOINT}/{hub}. Download it on "
+        f"a machine with a network and pass --set model.pretrained=FILE, or {OTHERWISE}"
+    )
 
 
 def _check_weights(name: str, path: Path) -> None:
@@ -193,14 +258,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         DataError: not a file of weights.
     """
     if not path.is_file():
-        raise UsageError(f"model.pretrained: no file {path}. Put the encoder's weights there, or pass another path.")
+        raise UsageError(f"model.pretrained: no file {path}. Put the encoder's weights there, or {OTHERWISE}.")
     if path.suffix == ".safetensors":
         try:
             state: Any = safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError) as error:
-            raise DataError(f"{path} cannot be read as weights: {' '.join(str(error).split())[:200]}") from None
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"{path} cannot be read as weights: {reason}. Download them again, or {OTHERWISE}."
+            ) from None
     else:
-        state = checkpoint.read(path)
+        try:
+            state = checkpoint.read(path)
+        except DataError as error:
+            raise DataError(f"{error} Download the encoder's weights again, or {OTHERWISE}.") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

@@ -295,6 +295,16 @@ def test_a_sample_with_repeated_ids(tmp_path, figure):
     figure(f"1,484 rows: {len(ids):,} ids, in the order of first appearance")
 
 
+def test_test_cases_stand_by_id_whatever_the_samples_order(tmp_path):
+    folder(tmp_path, PLAIN)
+    (tmp_path / "train").rename(tmp_path / "test")
+    (tmp_path / "sample_submission.csv").write_text("ImageId,EncodedPixels\nb,-1\na,-1\nb,1 2\n")
+    found, ids, problems = cases.load_test(tmp_path)
+    assert ids == ["b", "a"]
+    assert [case.image_id for case in found] == ["a", "b"]  # whatever the sample's order: packs rely on it
+    assert "3 rows have 2 different ids" in problems[0].message and not problems[0].fatal
+
+
 def test_without_a_sample_all_images_count(tmp_path):
     folder(tmp_path, PLAIN)
     (tmp_path / "train").rename(tmp_path / "test")

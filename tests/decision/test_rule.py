@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pneumo.decision import rule as rules
-from pneumo.decision.rule import Rule, decide, quantise, resize_quantise
+from pneumo.decision.rule import Rule, decide, decide_batch, quantise, resize_quantise
 from pneumo.kernels.runs import runs_to_mask
 
 
@@ -84,3 +84,27 @@ def test_a_top_rule_of_no_pixels_still_asks_for_one():
     q = q_map()
     assert len(rules.decide(q, Rule(threshold=0.5, top_threshold=200 / 256, top_area=0)))
     assert not len(rules.decide(q, Rule(threshold=0.5, top_threshold=201 / 256, top_area=0)))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_batch_is_decided_as_its_images_are(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    rng = np.random.default_rng(0)
+    decided = 0
+    for trial in range(400):
+        count, side = rng.integers(1, 5), rng.integers(1, 14)
+        q = (rng.integers(0, 256, (count, side, side)) * (rng.random((count, side, side)) < rng.random())).astype(
+            np.uint8
+        )
+        q[0] = (0, 255, q[0])[min(trial % 10, 2)]
+        rule = Rule(
+            threshold=rng.integers(0, 257) / 256,
+            min_area=int(rng.choice([0, 1, 5, 30])),
+            top_threshold=rng.integers(0, 2) * rng.integers(0, 257) / 256,
+            top_area=int(rng.choice([0, 3, 40])),
+        )
+        for runs, one in zip(decide_batch(torch.from_numpy(q).to(device), rule), q, strict=True):
+            np.testing.assert_array_equal(runs, decide(one, rule))
+            decided += len(runs) > 0
+    assert decided > 100

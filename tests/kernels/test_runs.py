@@ -31,6 +31,19 @@ def test_runs_and_masks_are_each_others_inverse():
         assert (runs[1:, 0] > runs[:-1, 1]).all()  # maximal
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("count", [0, 1, 40, 3000])  # few edges in rows are found another way than many
+def test_few_pixels_and_many(order, count):
+    rng = np.random.default_rng(count)
+    for corner in (False, True):
+        mask = np.zeros((90, 110), dtype=bool, order=order)
+        mask[0, 0] = mask[-1, -1] = corner
+        mask[rng.integers(0, 90, count), rng.integers(0, 110, count)] = True
+        flat = np.pad(mask.T.reshape(-1).astype(int), 1)
+        wanted = np.stack([np.flatnonzero(np.diff(flat) == 1), np.flatnonzero(np.diff(flat) == -1)], axis=1)
+        np.testing.assert_array_equal(k.mask_to_runs(mask), wanted)
+
+
 def test_touching_runs_paint_right():
     assert k.runs_to_mask(np.array([[0, 2], [2, 3]]), 2, 2).tolist() == [[True, True], [True, False]]
 

@@ -69,6 +69,33 @@ def test_a_mask_moves_with_its_image(side):
     assert not torch.equal(mask, (image > 128).float())
 
 
+def mixed(monkeypatch) -> tuple[tuple[torch.Tensor, torch.Tensor, Warp], tuple[torch.Tensor, torch.Tensor]]:
+    """Images, masks and what is done to them, of every kind and none; and the result with every part applied to all."""
+    image = pictures(60, 96)
+    mask = (image > 128).to(torch.uint8)
+    mask[::3] = 0
+    warp = augment.draw(60, 96, torch.Generator().manual_seed(3), distort=0.5, elastic_alpha=30.0)
+    assert {int(warp.moved.sum()), int(warp.bent.sum()), int(warp.stretched.sum())}.isdisjoint({0, 60})
+    monkeypatch.setattr(augment, "_some", lambda change: True)  # as on a GPU, whose values are not read
+    return (image, mask, warp), augment._apply(image, mask, warp)
+
+
+def test_image_by_image_is_as_the_batch(monkeypatch):
+    with monkeypatch.context() as patch:
+        batch, (wanted, wanted_mask) = mixed(patch)
+    out, mask = augment.apply(*batch)
+    torch.testing.assert_close(out, wanted, atol=2e-5, rtol=0)
+    assert (mask != wanted_mask).float().mean() < 1e-5  # of a pixel half-way between two
+
+
+@pytest.mark.slow
+def test_compiled_is_as_it_stands(monkeypatch):
+    batch, (wanted, wanted_mask) = mixed(monkeypatch)
+    out, mask = torch.compile(augment._apply, fullgraph=True)(*batch)
+    torch.testing.assert_close(out, wanted, atol=2e-5, rtol=0)
+    assert (mask != wanted_mask).float().mean() < 1e-5
+
+
 def test_rigid_motion_is_the_stated_one():
     warp = draw(200, 100, rigid=1.0)
     grid = augment.sampling_grid(warp, 100)

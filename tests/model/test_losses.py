@@ -51,6 +51,7 @@ def test_finite_at_huge_logits_under_autocast(kind, size, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fault("R16", "losses of a 1024 x 1024 image's half-precision logits, under autocast")
 def test_a_megapixel_in_half_precision_does_not_overflow(kind):
     logits = torch.zeros(4, 1, 1024, 1024, dtype=torch.float16)
     with torch.autocast("cpu", torch.float16):

@@ -3,6 +3,7 @@ import safetensors.torch
 import timm
 import torch
 
+from pneumo.engine import RunningStatistics
 from pneumo.errors import DataError, UsageError
 from pneumo.model import unet
 from pneumo.model.unet import UNet
@@ -36,6 +37,51 @@ def test_any_encoder_with_five_levels(encoder):
     assert logits.shape == (2, 1, 64, 64)
     logits.mean().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def trained_once(model: UNet) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradients and running statistics after one pass, and the bytes kept for the backward pass, each memory once."""
+    running = RunningStatistics(model)
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.zero_grad()
+    running.before_forward()
+    image = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(image).square().mean()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    loss.backward()
+    found = {f"grad {name}": parameter.grad for name, parameter in model.named_parameters()}
+    bytes_kept = sum(size for place, size in kept.items() if place not in weights)
+    return found | {"statistics": running.captured()}, bytes_kept
+
+
+def test_checkpointing_keeps_less_and_changes_nothing():
+    torch.manual_seed(0)
+    plain = UNet("resnet18", decoder_channels=(32, 32, 16, 16, 8))
+    lean = UNet("resnet18", decoder_channels=(32, 32, 16, 16, 8), checkpointing=True)
+    lean.load_state_dict(plain.state_dict())
+    (wanted, whole), (found, part) = trained_once(plain), trained_once(lean)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)  # running statistics as well
+    assert part < 0.5 * whole
+
+
+def test_both_forms_of_a_block_give_the_same_network():
+    torch.manual_seed(0)
+    model = UNet("resnet18", decoder_channels=NARROW).double()
+    image, logits = torch.rand(2, 1, 64, 64, dtype=torch.float64), []
+    for merged in (True, False):
+        for block in model.blocks:
+            block.merged = merged
+        logits.append(model(image))
+    torch.testing.assert_close(*logits, rtol=1e-10, atol=1e-10)
+    shapes = model.block_shapes(2, 64)
+    assert shapes[0] == ((2, 512, 2, 2), 256, 16) and shapes[-1] == ((2, 8, 32, 32), 0, 4)
 
 
 def smp_forward(state: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:

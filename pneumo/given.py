@@ -1,0 +1,309 @@
+"""An ensemble at work on files that somebody names: a mask, an overlay and a record for each.
+
+Imports inference, ensemble, tuning, decision, data, kernels, journal, checkpoint, log, dist, errors, config.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from skimage.measure import find_contours
+
+from pneumo import checkpoint, dist, ensemble, inference, log
+from pneumo.config import Recipe
+from pneumo.data import cases, images
+from pneumo.data.images import Scan
+from pneumo.data.pack import pack_image
+from pneumo.decision.rule import decide
+from pneumo.ensemble import Ensemble
+from pneumo.errors import DataError, UsageError
+from pneumo.inference import BEHIND
+from pneumo.journal import Journal, open_journal
+from pneumo.kernels.runs import runs_to_mask
+from pneumo.tuning import Ruling
+
+CONTOUR = (255, 64, 64)
+SUFFIXES = ("_mask.png", "_overlay.png")  # of the outputs of a given file
+RECORDS = "predictions.jsonl"
+READERS = 2  # batches that are read ahead, each by a thread
+SHOWN = 20  # remarks about files that are printed
+
+
+@dataclass(frozen=True)
+class Given:
+    """A file that somebody wants to have predicted.
+
+    Attributes:
+        path: where it is.
+        name: of its outputs, relative to their folder, without "_mask.png" or "_overlay.png".
+    """
+
+    path: Path
+    name: str
+
+
+def find(arguments: Sequence[Path], out: Path) -> list[Given]:
+    """The files that a command line names, and those in the folders that it names.
+
+    Outputs of a file are called as it is, without suffix; those of a folder's files lie in the same folders below `out`
+    as they do in it. Hidden files, what is no image and what lies in `out` are passed over.
+
+    Raises:
+        UsageError: two files would have the same outputs, or an output would overwrite one of the files.
+        DataError: a folder has no image, or cannot be read.
+    """
+    given: dict[str, Given] = {}
+    place = out.resolve()
+    for argument in arguments:
+        if not argument.is_dir():
+            given.setdefault(os.path.abspath(argument), Given(argument, cases.name_of(argument)))
+            continue
+        if argument.resolve() == place:
+            raise UsageError(f"{argument}: the masks would lie among the X-rays. Choose another folder: --out DIR")
+        found, others, problems = cases.list_images(argument)
+        cases.raise_fatal(problems, None)
+        found = [path for path in found if not path.resolve().is_relative_to(place)]
+        if not found:
+            raise DataError(f"{argument}: no PNG, JPEG or DICOM file in it")
+        if others:
+            log.say(f"{argument}: {len(others):,} files are no PNG, JPEG or DICOM and were left out, as {others[0]}")
+        for path in found:
+            name = str(path.relative_to(argument).parent / cases.name_of(path))
+            given.setdefault(os.path.abspath(path), Given(path, name))
+    paths: dict[str, Path] = {}
+    for one in given.values():
+        if one.name in paths:
+            raise UsageError(
+                f"{paths[one.name]} and {one.path} would both become {out / one.name}_mask.png. Name the folder that "
+                f"holds both, rename one, or predict them into two folders."
+            )
+        paths[one.name] = one.path
+    inputs = {one.path.resolve() for one in given.values()}
+    for one in given.values():
+        for suffix in SUFFIXES:
+            if (out / (one.name + suffix)).resolve() in inputs:
+                raise UsageError(
+                    f"{out / one.name}{suffix} is one of the given files. Choose another folder: --out DIR"
+                )
+    return list(given.values())
+
+
+def predict(
+    recipe: Recipe, models: Ensemble, ruling: Ruling, given: Sequence[Given], out: Path, device: torch.device
+) -> None:
+    """Write <name>_mask.png, <name>_overlay.png and a line of predictions.jsonl for each file.
+
+    Masks have the size of the file's own image. An image that is not square is padded to one for the network; the
+    rule's areas are pixels of the annotation grid over that square.
+
+    Files are read ahead and results written behind the device, a few batches each. Batches are cut by position and
+    finished as a whole, so an interrupted prediction goes on with the same ones, unless a file in it has changed.
+
+    Args:
+        given: from `find`.
+
+    Raises:
+        DataError: some files cannot be read; the others have been written.
+        NotFiniteError: a network's probability is not a number.
+        UsageError: another prediction into this folder is running.
+    """
+    count = recipe.predict.batch_size
+    batches = [given[start : start + count] for start in range(0, len(given), count)]
+    with (
+        open_journal(
+            out / ".predict", inference.basis(recipe, models, ruling, device), instead="another --out DIR"
+        ) as journal,
+        ThreadPoolExecutor(READERS) as readers,
+        ThreadPoolExecutor(os.cpu_count()) as writers,
+    ):
+        if dist.is_main():
+            inference.clean(path for name in (*SUFFIXES, RECORDS) for path in out.rglob(f"*{name}*.tmp"))
+        dist.broadcast(None)  # until that is done nobody writes
+        done: list[dict[str, Any]] = []
+        kept = 0  # files whose results were there
+        pending: deque = deque()
+
+        def settle() -> None:
+            key, complaints, tasks = pending.popleft()
+            results = [task.result() for task in tasks]
+            part = {
+                "records": [record for record, _ in results],
+                "sizes": {name: length for _, sizes in results for name, length in sizes.items()},
+                "complaints": complaints,
+            }
+            journal.add(key, part)
+            done.append(part)
+
+        def read(batch: Sequence[Given]) -> _Read:
+            return _read(batch, models.image_size, journal, out)
+
+        bar = log.bar(total=len(given), title="predict")
+        for found in _ahead(readers, read, batches[dist.rank() :: dist.world()]):
+            if found.part is not None:
+                done.append(found.part)
+                kept += found.count
+            else:
+                tasks = []
+                if found.scans:
+                    image = torch.from_numpy(np.stack(found.squares))[:, None].to(device)
+                    names = [str(one.path) for one, _ in found.scans]
+                    predicted = ensemble.predict(models, image, recipe.data.annotation_size, names)
+                    (out / RECORDS).unlink(missing_ok=True)  # an earlier one's would be of other masks
+                    tasks = [
+                        writers.submit(_write_file, one, scan, q, agreement, ruling, out)
+                        for (one, scan), q, agreement in zip(found.scans, predicted.q, predicted.agreement, strict=True)
+                    ]
+                pending.append((found.key, found.complaints, tasks))
+                while len(pending) > BEHIND:
+                    settle()
+            bar.update(found.count * dist.world())
+        while pending:
+            settle()
+        bar.close()
+        done = [part for some in dist.gather(done) for part in some]
+        kept = sum(dist.gather(kept))
+        complaints = sorted(message for part in done for message in part["complaints"])
+        if dist.is_main():
+            if records := [record for part in done for record in part["records"]]:
+                _write_records(records, out, kept)
+            for message in complaints if len(complaints) > 1 else ():
+                log.warn(message)
+            if not complaints:  # else the good files need not be done again when the bad ones are mended
+                journal.finish()
+    if complaints:
+        raise DataError(f"{len(complaints)} of {len(given)} files could not be read: {complaints[0]}")
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A batch of given files, read.
+
+    Attributes:
+        key: tells its files and their contents.
+        count: of its files, good and bad.
+        part: what the journal knows of it, with all outputs in place; None if it must be done.
+        scans: the good files, and `squares`, (S, S) uint8, what the network sees of them.
+        complaints: about the bad files.
+    """
+
+    key: str
+    count: int
+    part: dict[str, Any] | None
+    scans: Sequence[tuple[Given, Scan]] = ()
+    squares: Sequence[np.ndarray] = ()
+    complaints: Sequence[str] = ()
+
+
+def _read(batch: Sequence[Given], image_size: int, journal: Journal, out: Path) -> _Read:
+    """Read a batch of files, unless its results are there."""
+    contents = [[one.name, str(one.path), _content(one.path)] for one in batch]
+    key = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+    part = journal.parts.get(key)
+    if part is not None and all(_length(out / name) == length for name, length in part["sizes"].items()):
+        return _Read(key, len(batch), part)
+    scans, squares, complaints = [], [], []
+    for one in batch:
+        try:
+            scan = images.read(one.path)
+        except DataError as error:
+            complaints.append(str(error))
+            continue
+        scans.append((one, scan))
+        squares.append(pack_image(scan.pixels, image_size))
+    return _Read(key, len(batch), None, scans, squares, complaints)
+
+
+def _content(path: Path) -> str:
+    """A file's hash, or why it has none."""
+    try:
+        return checkpoint.sha256(path) if path.is_file() else "no file"
+    except OSError as error:
+        return str(error.strerror)
+
+
+def _length(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Results of `work`, in order, while the pool works on a few items more."""
+    pending: deque = deque()
+    for item in items:
+        pending.append(pool.submit(work, item))
+        if len(pending) > READERS:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _write_records(records: list[dict[str, Any]], out: Path, kept: int) -> None:
+    """Write predictions.jsonl, and say what was found and what is odd about the files."""
+    records.sort(key=lambda record: record["file"])
+    log.write_jsonl(out / RECORDS, records)
+    odd = [f"{record['file']}: {warning}" for record in records for warning in record["warnings"]]
+    for warning in odd[:SHOWN]:
+        log.warn(warning)
+    if len(odd) > SHOWN:
+        log.warn(f"{len(odd) - SHOWN:,} more like these are in {out / RECORDS}")
+    positive = sum(record["area_pixels"] > 0 for record in records)
+    there = f"; {kept} were there from before" if kept else ""
+    log.say(f"{out}: {len(records)} files, {positive} with pneumothorax{there}. For research, not for diagnosis.")
+
+
+def _write_file(
+    given: Given, scan: Scan, q: np.ndarray, agreement: np.ndarray, ruling: Ruling, out: Path
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Write mask and overlay of one file; return its record, and the outputs' lengths in bytes by name."""
+    height, width = scan.pixels.shape
+    decided = runs_to_mask(decide(q, ruling.rule), *q.shape)
+    longer = max(height, width)
+    square = Image.fromarray(decided).resize((longer, longer), Image.Resampling.NEAREST)
+    mask = images.from_square(np.asarray(square), height, width)
+    area = int(mask.sum())
+    pictures = (Image.fromarray(mask.astype(np.uint8) * 255), overlay(scan.pixels, mask))
+    names = [given.name + suffix for suffix in SUFFIXES]
+    record = {
+        "file": str(given.path),
+        "mask": names[0],
+        **inference.describe(q, agreement, ruling),
+        "pneumothorax": area > 0,  # in the file's own pixels, as its mask
+        "area_pixels": area,
+        "area_cm2": None if scan.spacing is None else area * scan.spacing[0] * scan.spacing[1] / 100,
+        "height": height,
+        "width": width,
+        "rule": asdict(ruling.rule),
+        "rule_source": ruling.source,
+        "warnings": list(scan.warnings),
+    }
+    return record, {name: _write_png(picture, out / name) for name, picture in zip(names, pictures, strict=True)}
+
+
+def overlay(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:
+    """The X-ray with the mask's outline: (H, W) uint8 and (H, W) bool to an RGB picture."""
+    picture = Image.fromarray(pixels).convert("RGB")
+    draw = ImageDraw.Draw(picture)
+    for contour in find_contours(np.pad(mask, 1).astype(np.float32), 0.5):
+        points = [(float(x) - 1, float(y) - 1) for y, x in contour]
+        draw.line(points, fill=CONTOUR, width=max(1, round(max(pixels.shape) / 400)))
+    return picture
+
+
+def _write_png(picture: Image.Image, path: Path) -> int:
+    """Write a picture; return its length in bytes."""
+    content = io.BytesIO()
+    picture.save(content, "PNG", compress_level=1)  # a quarter of the time of 6, an overlay a quarter larger
+    checkpoint.write_atomic(path, content.getbuffer())
+    return len(content.getbuffer())

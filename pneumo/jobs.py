@@ -1,0 +1,110 @@
+"""Folds side by side on one host: a process for each, on a GPU of its own where there are any.
+
+Imports dist, log, errors.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+
+import torch
+
+from pneumo import dist, log
+from pneumo.errors import PneumoError, Stopped, UsageError
+
+
+def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence[str]]) -> None:
+    """Run a command for each fold, several at a time; what they print is shown, marked by its fold.
+
+    Each has a GPU of its own; on a CPU they share the cores. A fold that fails does not stop the others. A SIGINT or
+    SIGTERM is passed on, and no further fold is started.
+
+    Args:
+        folds: in the order in which they start.
+        jobs: how many run at a time.
+        command: gives the words of a fold's command.
+
+    Raises:
+        UsageError: fewer GPUs than jobs.
+        PneumoError: folds failed; has the exit code of the first that did.
+        Stopped: after a signal.
+    """
+    gpus = _gpus()
+    if gpus and len(gpus) < jobs:
+        raise UsageError(f"{jobs} jobs want a GPU each, but {len(gpus)} are visible; use JOBS={len(gpus)} or fewer")
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    free = list(reversed(gpus)) if gpus else [""] * jobs
+    running: dict[int, subprocess.Popen] = {}
+    failed: list[tuple[int, int]] = []
+    caught: list[int] = []
+    lock = threading.Lock()
+
+    def one(fold: int) -> None:
+        with lock:
+            if caught:
+                return
+            gpu = free.pop()
+            environment = {"OMP_NUM_THREADS": str(threads), **os.environ, dist.JOB: str(fold), "PYTHONUNBUFFERED": "1"}
+            if gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = gpu
+            process = running[fold] = subprocess.Popen(
+                command(fold),
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # a Ctrl-C comes through here, once
+            )
+        with process:
+            for line in process.stdout:
+                log.say(f"[fold {fold}] {line.rstrip()}")
+        code = process.returncode
+        with lock:
+            del running[fold]
+            free.append(gpu)
+            if code:
+                failed.append((fold, code if code > 0 else 128 - code))
+
+    def pass_on(number: int, _frame: object) -> None:
+        caught.append(number)
+        for process in list(running.values()):
+            process.send_signal(number)
+
+    old = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(one, fold) for fold in folds]
+            while wait_for(futures, timeout=0.5).not_done:  # a wait without end would hold back the signal
+                pass
+        for future in futures:
+            future.result()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    if caught:
+        stopped = Stopped(f"stopped by {signal.Signals(caught[0]).name}; the same command goes on")
+        stopped.exit_code = 128 + caught[0]
+        raise stopped
+    if failed:
+        names = ", ".join(str(fold) for fold, _ in sorted(failed))
+        error = PneumoError(f"fold {names} failed, see above; the others are done. The same command goes on")
+        error.exit_code = failed[0][1]
+        raise error
+
+
+def python(*words: str) -> list[str]:
+    """A command of this program, by the interpreter that runs."""
+    return [sys.executable, "-m", "pneumo", *words]
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[:count] if named else [str(number) for number in range(count)]

@@ -1,0 +1,140 @@
+"""A UNet for evaluation and prediction: batch norm folded into the convolutions, decoder weights summed up once.
+
+Imports unet, kernels.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pneumo.kernels.upconv import stride_2_weight
+from pneumo.model.unet import DecoderBlock, UNet
+
+
+class FoldedUNet(nn.Module):
+    """What a UNet in evaluation computes, with fewer passes over memory; no gradients.
+
+    Validation and prediction use it alike. It is made once and can be filled again, so that a compiled one stays
+    compiled from epoch to epoch. Decoder blocks have the merged form throughout: its weights are summed up here.
+
+    Args:
+        model: of the same shapes as all that will be filled in; stays as it is.
+        dtype: of the convolutions' weights; the autocast type, so that no pass converts them.
+    """
+
+    def __init__(self, model: UNet, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.encoder, self.head = copy.deepcopy(model.encoder), copy.deepcopy(model.head)
+        self.requires_grad_(False).eval()
+        self.register_buffer("mean", model.mean.clone())
+        self.register_buffer("std", model.std.clone())
+        example = model.mean.expand(1, 3, 64, 64).contiguous()
+        modules = dict(self.encoder.named_modules())
+        self._norms = dict(_conv_norm_pairs(self.encoder, example))
+        for conv, norm in self._norms.items():
+            if modules[conv].bias is None:
+                modules[conv].bias = nn.Parameter(modules[conv].weight.new_zeros(len(modules[conv].weight)), False)
+            parent, _, name = norm.rpartition(".")
+            setattr(self.encoder.get_submodule(parent), name, _after(modules[norm]))
+        self.blocks = nn.ModuleList(map(_FoldedBlock, model.blocks))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                module.to(dtype, memory_format=torch.channels_last)
+        self.fill(model)
+
+    @torch.no_grad()
+    def fill(self, model: UNet) -> None:
+        """Take over the weights and statistics that `model` now has."""
+        self.mean.copy_(model.mean)
+        self.std.copy_(model.std)
+        self.head.weight.copy_(model.head.weight)
+        self.head.bias.copy_(model.head.bias)
+        for name, module in self.encoder.named_modules():
+            if name in self._norms:
+                conv, norm = (model.encoder.get_submodule(part) for part in (name, self._norms[name]))
+                for own, folded in zip((module.weight, module.bias), _fold(conv, norm), strict=True):
+                    own.copy_(folded)
+            elif name not in self._norms.values():  # there only an activation is left
+                source = model.encoder.get_submodule(name)
+                for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                    tensor.copy_(getattr(source, key))
+        for block, source in zip(self.blocks, model.blocks, strict=True):
+            block.fill(_fold(*source.conv1[:2]), _fold(*source.conv2[:2]))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """As `UNet.forward`."""
+        *skips, x = self.encoder((image - self.mean) / self.std)
+        for block, skip in zip(self.blocks, [*reversed(skips), None], strict=True):
+            x = block(x, skip)
+        return self.head(x)
+
+
+class _FoldedBlock(nn.Module):
+    """A decoder block without batch norms, its first convolution in two parts."""
+
+    def __init__(self, block: DecoderBlock) -> None:
+        super().__init__()
+        self.below = block.below
+        first, second = block.conv1[0].weight, block.conv2[0].weight
+        out, inside = first.shape[:2]
+        options = {"device": first.device}
+        self.up = nn.ConvTranspose2d(self.below, out, 4, stride=2, padding=1, **options).requires_grad_(False)
+        skip = inside - self.below
+        self.skip = nn.Conv2d(skip, out, 3, padding=1, bias=False, **options).requires_grad_(False) if skip else None
+        self.second = nn.Conv2d(out, len(second), 3, padding=1, **options).requires_grad_(False)
+
+    def fill(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> None:
+        """Take over weights and biases of the block's two convolutions."""
+        weight, bias = first
+        self.up.weight.copy_(stride_2_weight(weight[:, : self.below]))
+        self.up.bias.copy_(bias)
+        if self.skip is not None:
+            self.skip.weight.copy_(weight[:, self.below :])
+        self.second.weight.copy_(second[0])
+        self.second.bias.copy_(second[1])
+
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """As `DecoderBlock.forward`."""
+        x = self.up(x)
+        if skip is not None:
+            x += self.skip(skip)
+        return self.second(x.relu_()).relu_()
+
+
+def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that does what `conv` and then `norm`, in evaluation, do."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = 0 if conv.bias is None else conv.bias
+    return conv.weight * scale[:, None, None, None], norm.bias + (bias - norm.running_mean) * scale
+
+
+def _conv_norm_pairs(encoder: nn.Module, image: Tensor) -> list[tuple[str, str]]:
+    """Names of the convolutions whose result is what a batch norm is given, and of those batch norms."""
+    made: dict[int, tuple[str, Tensor]] = {}  # holds the results, so that no two have one id
+    pairs: list[tuple[str, str]] = []
+
+    def note_result(name: str) -> Callable[..., None]:
+        return lambda _module, _given, result: made.update({id(result): (name, result)})
+
+    def note_given(name: str) -> Callable[..., None]:
+        return lambda _module, given: pairs.append((made[id(given[0])][0], name)) if id(given[0]) in made else None
+
+    hooks = []
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(note_result(name)))
+        elif isinstance(module, _BatchNorm) and module.affine and module.track_running_stats:
+            hooks.append(module.register_forward_pre_hook(note_given(name)))
+    with torch.no_grad():
+        encoder(image)
+    for hook in hooks:
+        hook.remove()
+    return pairs
+
+
+def _after(norm: _BatchNorm) -> nn.Module:
+    """What is left of a folded batch norm: timm's kind has an activation in it."""
+    return getattr(norm, "act", nn.Identity())

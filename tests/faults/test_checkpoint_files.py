@@ -1,0 +1,193 @@
+"""Checkpoints that are damaged, hostile, of other settings or of another version."""
+
+import os
+import re
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import forked
+import pytest
+import timm
+import torch
+
+from pneumo import checkpoint
+from pneumo.errors import DataError
+
+STAGE = Path("seed") / "fold0" / "stage1"
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    """A run killed at its last step, and the files of the same run without a break."""
+    folder = tmp_path_factory.mktemp("stopped")
+    straight, half = folder / "straight", folder / "half"
+    assert forked.start(*forked.train(data, straight), cwd=straight).wait() == 0
+    job = forked.start(*forked.train(data, half), cwd=half, hook=partial(forked.signal_at_step, 4, signal.SIGKILL))
+    assert job.wait() == -9
+    return straight, half
+
+
+@pytest.fixture
+def half(stopped, tmp_path):
+    """A copy of the killed run to do harm to; `go_on` starts it again."""
+    shutil.copytree(stopped[1], tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def go_on(data: Path, runs: Path, *more: str) -> forked.Job:
+    """The killed run's command again, on the copy."""
+    return forked.start(*forked.train(data, runs, *more), cwd=runs)
+
+
+SHARES = [0, 0.001, 0.01, 0.5, 0.9, 0.999]
+
+
+@pytest.mark.fault("R5", "last.pt cut to 0, 0.1, 1, 50, 90 and 99.9 %; loaded")
+def test_a_truncated_checkpoint_is_put_aside_for_the_one_before(half, figure):
+    folder = half / STAGE
+    last, previous = (folder / name for name in ("last.pt", "prev.pt"))
+    content, wanted = last.read_bytes(), checkpoint.load(previous)
+    for share in SHARES:
+        last.write_bytes(content[: int(len(content) * share)])
+        state, path, (complaint,) = checkpoint.load_last(folder)
+        assert path == previous and state["position"] == wanted["position"]
+        assert complaint.startswith(f"{last} ") and complaint.endswith("Kept as last.pt.corrupt.")
+        assert (folder / "last.pt.corrupt").exists() and not last.exists()
+    figure(f"{len(SHARES)} of {len(SHARES)} fell back to prev.pt")
+
+
+@pytest.mark.fault("R5", "the end of last.pt cut off, the run started again: said, and equal in the end")
+def test_a_run_goes_on_from_the_checkpoint_before(data, stopped, half, figure):
+    last = half / STAGE / "last.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    job = go_on(data, half)
+    assert job.wait() == 0, job.text
+    last_bytes = r"last\.pt cannot be read: it is cut off, damaged or something else \([\d,]+ bytes\)\."
+    then = r" Kept as last\.pt\.corrupt\. Continuing from prev\.pt, epoch 2, step 0 \(6 images earlier\)\.\n"
+    assert re.search(last_bytes + then, job.text), job.text
+    assert forked.differing_files(stopped[0], half) == []
+    figure("equal")
+
+
+@pytest.mark.fault("R5", "last.pt and prev.pt both damaged: exit 3, twice, and nothing is begun anew")
+def test_nothing_good_is_left(data, half, figure):
+    for name in ("last.pt", "prev.pt"):
+        (half / STAGE / name).write_bytes(b"")
+    for _ in range(2):
+        job = go_on(data, half)
+        assert job.wait() == 3
+        (line,) = job.complaints
+        assert "no good checkpoint is left" in line and "Delete the folder to start this stage anew" in line
+    assert not (half / STAGE / "last.pt").exists()
+    figure("exit 3, 2 of 2")
+
+
+@pytest.mark.fault("R6", "200 random bits of a training checkpoint flipped, one at a time")
+def test_every_flipped_bit_is_found(half, figure):
+    path = half / STAGE / "best.pt"
+    good, wanted = path.read_bytes(), dict(checkpoint.leaves(checkpoint.load(path)))
+    generator = torch.Generator().manual_seed(0)
+    found = harmless = 0
+    for _ in range(200):
+        place = int(torch.randint(len(good) * 8, (1,), generator=generator))
+        damaged = bytearray(good)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            loaded = dict(checkpoint.leaves(checkpoint.load(path)))
+        except DataError:
+            found += 1
+            continue
+        assert loaded.keys() == wanted.keys()
+        assert all(
+            torch.equal(loaded[key], value) if isinstance(value, torch.Tensor) else loaded[key] == value
+            for key, value in wanted.items()
+        )
+        harmless += 1  # the archive's padding
+    assert found > 150
+    figure(f"{found} of 200 refused, {harmless} in padding with every leaf as it was, 0 unnoticed")
+
+
+class Hostile:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.fault("R8", "a pickle that runs a command, as last.pt and prev.pt, best.pt of a stage before, and weights")
+def test_a_hostile_file_runs_nothing(data, half, tmp_path, figure):
+    owned = tmp_path / "owned"
+    hostile = tmp_path / "hostile.pt"
+    torch.save({"format": checkpoint.FORMAT, "x": Hostile(f"touch '{owned}'")}, hostile)
+    for name in ("last.pt", "prev.pt", "best.pt"):
+        shutil.copy(hostile, half / STAGE / name)
+    status = half / STAGE / "status.json"
+    status.write_text(status.read_text().replace('"running"', '"done"'))
+    jobs = [
+        go_on(data, half),
+        forked.start(*forked.train(data, half, stage=2), cwd=half),
+        forked.start(*forked.train(data, tmp_path / "new", f"model.pretrained={hostile}"), cwd=tmp_path),
+    ]
+    assert [job.wait() for job in jobs] == [3, 3, 3]
+    for job in jobs:
+        (line,) = job.complaints
+        assert "asks for code" in line and "system" in line and "which was not run" in line
+    assert not owned.exists()
+    figure("3 of 3 refused, posix.system named, nothing run")
+
+
+@pytest.mark.fault("R9", "gone on with other epochs, rate, image size, seed, data, processes; a newer format")
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("stage.1.epochs=3", r"stage\.1\.epochs: 2 -> 3"),
+        ("stage.1.lr=3e-3", r"stage\.1\.lr: 0\.001 -> 0\.003"),
+        ("stage.1.image_size=96", r"stage\.1\.image_size: 64 -> 96"),
+        ("seed=1", "seed: 0 -> 1"),
+        ("train.amp=off", r"autocast: torch\.\w+ -> torch\.float32|train\.amp: auto -> off"),
+        ("train.ema=0.9", r"train\.ema: 0\.0 -> 0\.9"),
+        ("rows", "images or annotations: [0-9a-f]{12} -> [0-9a-f]{12}"),
+        ("processes", "processes: 1 -> 2"),
+        ("format", r"last\.pt is no checkpoint of this program's format 1 \(found: 2\)\. A newer version"),
+    ],
+)
+def test_other_settings_are_named(data, half, tmp_path, figure, change, named):
+    before = (half / STAGE / "last.pt").read_bytes()
+    if change == "processes":
+        jobs = forked.launch(*forked.train(data, half), cwd=half)
+    elif change == "format":
+        torch.save({**checkpoint.load(half / STAGE / "last.pt"), "format": 2}, half / STAGE / "last.pt")
+        before = (half / STAGE / "last.pt").read_bytes()
+        jobs = [go_on(data, half)]
+    elif change == "rows":
+        root = tmp_path / "data"
+        shutil.copytree(data, root)
+        table = root / "train-rle.csv"
+        table.write_text(table.read_text().replace("train-001,-1", "train-001,5 5"))
+        jobs = [go_on(root, half)]
+    else:
+        jobs = [go_on(data, half, change)]
+    assert jobs[0].wait() == (3 if change == "format" else 2)
+    (line,) = jobs[0].complaints
+    assert re.search(named, line), line
+    assert (half / STAGE / "last.pt").read_bytes() == before
+    for job in jobs[1:]:
+        job.wait()
+    figure(f"{change}: named")
+
+
+@pytest.mark.fault("R9", "made by another version of torch: said, and gone on with")
+def test_another_version_is_said(data, half, figure):
+    path = half / STAGE / "last.pt"
+    state = checkpoint.load(path)
+    state["versions"]["torch"] = "2.0.0"
+    torch.save(state, path)
+    job = go_on(data, half)
+    assert job.wait() == 0
+    assert f"made with torch 2.0.0 -> {torch.__version__}" in job.text
+    assert timm.__version__ == checkpoint.load(path)["versions"]["timm"]
+    figure("said")

@@ -1,0 +1,94 @@
+"""Order that must not matter, and folds that must not leak."""
+
+import csv
+import random
+import shutil
+from pathlib import Path
+
+import forked
+import numpy as np
+import pytest
+import small_run
+from PIL import Image
+
+from pneumo import dataset
+from pneumo.data import rle
+
+
+@pytest.mark.fault("R19", "CSV rows shuffled, files written in another order, 1, 2 and 4 threads; trained to the end")
+def test_order_and_threads_do_not_matter(data, tmp_path, figure):
+    straight = tmp_path / "straight"
+    assert forked.start(*forked.train(data, straight), cwd=straight).wait() == 0
+    for seed, threads in enumerate((1, 2, 4)):
+        root, runs = tmp_path / f"data{seed}", tmp_path / f"runs{seed}"
+        for part in ("train", "test"):
+            (root / part).mkdir(parents=True)
+            paths = sorted((data / part).iterdir())
+            random.Random(seed).shuffle(paths)
+            for path in paths:
+                shutil.copy(path, root / part / path.name)
+        header, *rows = (data / "train-rle.csv").read_text().splitlines()
+        random.Random(seed).shuffle(rows)
+        (root / "train-rle.csv").write_text("\n".join([header, *rows]))
+        job = forked.start(*forked.train(root, runs), cwd=runs, hook=forked.Threads(threads))
+        assert job.wait() == 0, job.text
+        assert (runs / "seed" / "folds.csv").read_bytes() == (straight / "seed" / "folds.csv").read_bytes()
+        assert forked.differing_files(straight, runs) == []
+    figure("3 of 3: same folds.csv, same weights")
+
+
+def write_random(root: Path, seed: int) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Images of patients, some twice over, with several rows each; returns patients and pairs of equal pictures."""
+    rng = np.random.default_rng(seed)
+    (root / "train").mkdir(parents=True)
+    ids = [f"{rng.integers(10**9):09d}-{i}" for i in range(int(rng.integers(30, 70)))]
+    patient = {image_id: f"p{rng.integers(len(ids) // 2)}" for image_id in ids if rng.random() < 0.8}
+    rows, pairs, pictures = [], [], {}
+    for image_id in ids:
+        pixels = rng.integers(0, 200, (64, 64), dtype=np.uint8)
+        if pictures and rng.random() < 0.15:
+            twin = str(rng.choice(list(pictures)))
+            pixels = np.clip(pictures[twin] * 0.9 + 5 + rng.normal(0, 1, (64, 64)), 0, 255).astype(np.uint8)
+            pairs.append((twin, image_id))
+        pictures[image_id] = pixels
+        Image.fromarray(pixels).save(root / "train" / f"{image_id}.png")
+        if rng.random() < 0.6:
+            rows.append((image_id, "-1"))
+            continue
+        for _ in range(int(rng.integers(1, 4))):
+            mask = np.zeros((64, 64), dtype=bool)
+            y, x = rng.integers(0, 50, 2)
+            mask[y : y + 10, x : x + int(rng.integers(2, 12))] = True
+            rows.append((image_id, rle.encode(mask)))
+    rng.shuffle(rows)
+    for name, header, lines in (
+        ("train-rle.csv", ("ImageId", "EncodedPixels"), rows),
+        ("patients.csv", ("ImageId", "patient_id"), patient.items()),
+    ):
+        with open(root / name, "w", newline="") as file:
+            csv.writer(file).writerows([header, *lines])
+    return patient, pairs
+
+
+@pytest.mark.fault("R20", "random CSVs with several rows an id, the same picture twice, patients.csv; 10 seeds")
+def test_nothing_is_in_two_folds(repo, tmp_path, figure):
+    spreads, images = [], 0
+    for seed in range(10):
+        root = tmp_path / str(seed)
+        patient, pairs = write_random(root, seed)
+        recipe = small_run.recipe(repo, root, tmp_path / f"runs{seed}")
+        loaded = dataset.load(recipe)
+        with open(recipe.folder / "folds.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        fold = {row["ImageId"]: row["fold"] for row in rows}
+        assert len(rows) == len(fold) == len(loaded.cases)  # each id once
+        places: dict[str, set[str]] = {}
+        for image_id, name in patient.items():
+            places.setdefault(name, set()).add(fold[image_id])
+        assert max(map(len, places.values())) == 1
+        assert len(pairs) > 0 and all(fold[a] == fold[b] for a, b in pairs)
+        shares = [loaded.positive[loaded.folds == number].mean() for number in range(recipe.folds.count)]
+        spreads.append(max(shares) - min(shares))
+        images += len(fold)
+    assert np.mean(spreads) < 0.1  # of some 17 images a fold
+    figure(f"{images} ids in 10 splits: 0 in two folds, 0 patients, 0 pairs; prevalence within {np.mean(spreads):.1%}")

@@ -1,0 +1,454 @@
+"""Predictions that are interrupted, refused or given what is no X-ray: rows S6, R7, R10, R17, R18, D7, P7."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_run
+import torch
+from PIL import Image
+
+from pneumo import checkpoint, cli, dataset, ensemble, given, inference, journal
+from pneumo.decision.rule import Rule
+from pneumo.errors import DataError, UsageError, WriteError
+from pneumo.tuning import Ruling
+
+CPU = torch.device("cpu")
+RULING = Ruling(Rule(threshold=0.5, min_area=20), "recipe", None)
+IMAGES = 7
+
+
+@pytest.fixture(scope="module")
+def trained(repo, tmp_path_factory):
+    """A recipe with two finished folds of random networks, and its ensemble; batches of two."""
+    folder = tmp_path_factory.mktemp("prediction")
+    small_run.write_data(folder / "data", test=IMAGES)
+    recipe = small_run.recipe(
+        repo, folder / "data", folder / "runs", "folds.count=2", "predict.batch_size=2", "predict.mirror=false"
+    )
+    small_run.pretend_trained(recipe)
+    return recipe, ensemble.load(recipe, [0, 1], CPU)
+
+
+@pytest.fixture
+def predict(trained, monkeypatch):
+    """Predict given files into a folder; returns how many images went through the networks."""
+    recipe, models = trained
+
+    def predict(paths, out, ruling=RULING) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            images, real = [], ensemble.predict
+            patch.setattr(
+                ensemble, "predict", lambda m, x, size, names: images.extend(names) or real(m, x, size, names)
+            )
+            given.predict(recipe, models, ruling, given.find(paths, out), out, CPU)
+        return len(images)
+
+    return predict
+
+
+@pytest.fixture
+def scans(trained, tmp_path) -> Path:
+    """A folder of seven X-rays to be given."""
+    shutil.copytree(Path(trained[0].data.root) / "test", tmp_path / "scans")
+    return tmp_path / "scans"
+
+
+def outputs(out: Path) -> dict[str, bytes]:
+    """What a prediction leaves, but for the lock."""
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# S6: an interrupted prediction goes on
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def killed(repo: Path, place: Path, kind: str, processes: int, every: int) -> str:
+    """Kill predictions at every so many steps and let them go on; the figure."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "tests/killed_predictions.py", place, kind, str(processes), str(every)],
+        cwd=repo,
+        env={**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["identical"] == result["trials"] > 2, result
+    assert result["half_written"] == 0
+    assert result["images_again"] <= IMAGES
+    return f"{result['identical']} of {result['trials']} identical bytes ({kind}, {processes} processes)"
+
+
+@pytest.mark.fault(
+    "S6", "killed (SIGKILL) while it reads, computes and writes, half of a write on the disk; started again"
+)
+@pytest.mark.fault("S7", "submission.csv, .json and referral.csv after each kill: whole or not there")
+def test_a_killed_submission_goes_on_to_the_same_bytes(repo, tmp_path, figure):
+    figure(killed(repo, tmp_path, "test", 1, 7))
+
+
+@pytest.mark.slow
+@pytest.mark.fault("S6", "killed at every write, fsync, rename and unlink; one process and two; started again")
+@pytest.mark.parametrize(
+    ("kind", "processes", "every"), [("test", 1, 1), ("given", 1, 2), ("test", 2, 3), ("given", 2, 6)]
+)
+def test_killed_at_every_step(repo, tmp_path, figure, kind, processes, every):
+    figure(killed(repo, tmp_path, kind, processes, every))
+
+
+@pytest.mark.slow
+@pytest.mark.fault("S6", "predict.py under torchrun killed as soon as a batch is done; typed again for one process")
+def test_the_command_killed_and_typed_again(repo, trained, predict, scans, tmp_path, figure):
+    recipe, _ = trained
+    for number in range(40):  # so many that the kill comes before the end
+        shutil.copy(scans / f"test-00{number % 7}.png", scans / f"more-{number}.png")
+    predict([scans], tmp_path / "straight")
+    wanted, out = outputs(tmp_path / "straight"), tmp_path / "out"
+    settings = [*small_run.settings(recipe.data.root, recipe.runs), "folds.count=2"]
+    settings += ["predict.batch_size=2", "predict.mirror=false"]
+    command = ["predict.py", str(scans), "--out", str(out), "--set", *settings]
+    options = {"cwd": repo, "env": {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.Popen([*launch, *command], start_new_session=True, **options)
+    while not any(path.read_bytes().count(b"\n") > 1 for path in (out / ".predict").glob("*.jsonl")):
+        assert run.poll() is None
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    done = len(list(out.rglob("*_mask.png")))
+    assert 0 < done < 47 and not (out / "predictions.jsonl").exists()
+    again = subprocess.run(
+        [sys.executable, *command], check=True, capture_output=True, text=True, timeout=300, **options
+    )
+    assert "were there from before" in again.stdout
+    assert outputs(out) == wanted
+    figure(f"identical bytes; {done} of 47 masks were there at the kill")
+
+
+@pytest.mark.fault("S6", "interrupted; then an input changed, an output deleted or cut, a note damaged or cut off")
+def test_only_what_is_there_and_right_is_kept(predict, scans, tmp_path, monkeypatch, figure):
+    """After each fault the batches that it touches are predicted again, and those only."""
+    assert predict([scans], tmp_path / "straight") == IMAGES
+    wanted, out = outputs(tmp_path / "straight"), tmp_path / "out"
+    picture = (scans / "test-002.png").read_bytes()
+
+    def interrupted() -> Path:
+        """All batches done, but the run killed before its end."""
+        shutil.rmtree(out, ignore_errors=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(given, "_write_records", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                predict([scans], out)
+        return out / ".predict" / "0.jsonl"
+
+    notes = interrupted()
+    assert predict([scans], out) == 0 and outputs(out) == wanted
+    interrupted()
+    (out / "test-003_mask.png").unlink()
+    (out / "test-004_overlay.png").write_bytes(wanted["test-004_overlay.png"][:-1])
+    assert predict([scans], out) == 4 and outputs(out) == wanted
+    interrupted()
+    lines = notes.read_bytes().splitlines(keepends=True)
+    notes.write_bytes(b"".join([*lines[:2], lines[2].replace(b"score", b"scare"), *lines[3:-1], lines[-1][:50]]))
+    assert predict([scans], out) == 3 and outputs(out) == wanted
+    interrupted()
+    notes.write_bytes(b"".join([lines[0][:20], b"\n", *lines[1:]]))  # nobody knows what the others were made from
+    assert predict([scans], out) == IMAGES and outputs(out) == wanted
+    interrupted()
+    (scans / "test-002.png").write_bytes((scans / "test-001.png").read_bytes())
+    assert predict([scans], out) == 2
+    assert (out / "test-002_mask.png").read_bytes() == wanted["test-001_mask.png"]
+    (scans / "test-002.png").write_bytes(picture)
+    assert predict([scans], out) == IMAGES and outputs(out) == wanted  # nothing is kept of a finished prediction
+    figure("5 of 5 faults mended, no other batch predicted again")
+
+
+@pytest.mark.fault("S6", "interrupted, then started with another rule, batch size or networks")
+def test_another_kind_of_prediction_starts_anew_and_says_so(trained, predict, scans, tmp_path, capsys, figure):
+    recipe, models = trained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(given, "_write_records", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            predict([scans], tmp_path / "out")
+    other = replace(RULING, rule=Rule(threshold=0.25, min_area=20))
+    assert predict([scans], tmp_path / "out", other) == IMAGES
+    said = capsys.readouterr().err
+    assert "another kind (rule.threshold: 0.5 -> 0.25); it starts anew" in said
+    predict([scans], tmp_path / "straight", other)
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "straight")
+    before = inference.basis(recipe, models, RULING, CPU)
+    others = [
+        inference.basis(replace(recipe, predict=replace(recipe.predict, batch_size=3)), models, RULING, CPU),
+        inference.basis(recipe, replace(models, mirror=True), RULING, CPU),
+        inference.basis(recipe, replace(models, sources=dict(list(models.sources.items())[::-1])), RULING, CPU),
+        inference.basis(recipe, replace(models, dtype=torch.float16), RULING, CPU),
+    ]
+    assert all(other != before for other in others)
+    figure("named old -> new")
+
+
+@pytest.mark.fault("R18", "a second prediction into the folder of a running one")
+def test_two_predictions_into_one_folder(trained, predict, scans, tmp_path, figure):
+    recipe, models = trained
+    mine = rf"in use by process {os.getpid()} .* choose another --out DIR"
+    with checkpoint.lock(tmp_path / "out" / ".predict"), pytest.raises(UsageError, match=mine) as caught:
+        predict([scans], tmp_path / "out")
+    assert caught.value.exit_code == 2
+    assert outputs(tmp_path / "out") == {}
+    with checkpoint.lock(recipe.folder / "predict"), pytest.raises(UsageError, match="choose another recipe"):
+        inference.predict_test(recipe, models, RULING, CPU)
+    figure("2 of 2 refused with the process's number, exit 2")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# R7, R17: no space, no memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("R7", "the disk full at every write of a prediction in turn: masks, notes, records")
+def test_a_full_disk_costs_no_mask(predict, scans, tmp_path, monkeypatch, figure):
+    assert predict([scans], tmp_path / "straight") == IMAGES
+    wanted, out, real = outputs(tmp_path / "straight"), tmp_path / "out", os.fsync
+    trials = 0
+    for last in range(1, 40, 8):
+        shutil.rmtree(out, ignore_errors=True)
+        calls = 0
+
+        def full(descriptor: int, last: int = last) -> None:
+            nonlocal calls
+            calls += 1
+            if calls >= last:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", full)
+        try:
+            predict([scans], out)
+        except WriteError as error:
+            assert str(error).startswith("Cannot ") and str(out) in str(error) and error.exit_code == 5
+            trials += 1
+        monkeypatch.setattr(os, "fsync", real)
+        left = outputs(out)
+        assert all(left[name] == wanted[name] for name in left if name.endswith("png"))
+        predict([scans], out)
+        assert outputs(out) == wanted
+    assert trials == 5
+    figure(f"{trials} of 5: exit 5, what was written is whole, the same command ends the same")
+
+
+@pytest.mark.fault("R7", "a file system of 200 kB for the masks, then a larger one")
+def test_a_small_file_system_fills_up_and_is_enlarged(predict, scans, tmp_path, figure):
+    out = tmp_path / "small"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", out]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems can be mounted by root only")
+    try:
+        for number in range(20):
+            shutil.copy(scans / f"test-00{number % 7}.png", scans / f"more-{number}.png")
+        with pytest.raises(WriteError, match=f"Cannot .*{out}"):
+            predict([scans], out)
+        done = len(list(out.glob("*_mask.png")))
+        subprocess.run(["mount", "-o", "remount,size=20m", out], check=True)
+        again = predict([scans], out)
+        predict([scans], tmp_path / "straight")
+        assert outputs(out) == outputs(tmp_path / "straight")
+    finally:
+        subprocess.run(["umount", out], check=True)
+    assert 0 < done < 27 and again < 27
+    figure(f"full after {done} of 27 masks, exit 5; enlarged: {again} predicted again, the same bytes")
+
+
+@pytest.mark.fault("R17", "the device out of memory in the fourth batch")
+def test_no_memory_in_a_prediction(trained, predict, scans, tmp_path, monkeypatch, capsys, figure):
+    out, real, batches = tmp_path / "out", ensemble.predict, []
+
+    def exhausted(*arguments):
+        batches.append(1)
+        if len(batches) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(*arguments)
+
+    recipe, models = trained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ensemble, "predict", exhausted)
+        parser = cli.argparse.ArgumentParser()
+        cli.add_recipe_options(parser)
+        code = cli.run(
+            lambda _: given.predict(recipe, models, RULING, given.find([scans], out), out, CPU), parser, ["--debug"]
+        )
+    assert code == 6
+    assert "out of memory" in capsys.readouterr().err
+    again = predict([scans], out)
+    assert again < IMAGES
+    predict([scans], tmp_path / "straight")
+    assert outputs(out) == outputs(tmp_path / "straight")
+    figure(f"exit 6; {IMAGES - again} of {IMAGES} images need not be predicted again")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is given
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("P7", "a folder given to predict.py: nested, with junk, names that are alike, DICOM without suffix")
+def test_a_folder_is_predicted_as_it_lies(predict, scans, tmp_path, figure):
+    for place in ("a", "b/c", ".hidden", "__MACOSX"):
+        (scans / place).mkdir(parents=True)
+        shutil.copy(scans / "test-000.png", scans / place / "x.PNG")
+    for junk in ("Thumbs.db", "._test-000.png", "notes.txt"):
+        (scans / junk).write_bytes(b"junk")
+    out = scans / "masks"  # below the X-rays themselves: its pictures are none
+    for _ in range(2):
+        assert predict([scans, scans / "test-001.png"], out) == IMAGES + 2
+    records = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert len({record["file"] for record in records}) == len(records) == IMAGES + 2
+    for name in ("a/x_mask.png", "b/c/x_overlay.png", "test-006_mask.png"):
+        assert (out / name).exists()
+    assert all((out / record["mask"]).exists() for record in records)
+    assert len(list(out.rglob("*.png"))) == 2 * len(records)
+    assert given.find([Path("1.2.3"), Path("1.2.4")], out)[1].name == "1.2.4"
+    figure(f"{len(records)} of {len(records)}, no junk, no name lost")
+
+
+@pytest.mark.parametrize(
+    ("files", "out", "message"),
+    [
+        (["a/x.png", "b/x.png"], "out", r"a/x.png and .*b/x.png would both become .*x_mask.png. Name the folder"),
+        (["a"], "a", "the masks would lie among the X-rays"),
+        (["a/x.png", "a/x_mask.png"], "a", "x_mask.png is one of the given files"),
+        (["empty"], "out", "empty: no PNG, JPEG or DICOM file in it"),
+    ],
+)
+def test_outputs_never_meet(tmp_path, files, out, message):
+    for name in ("a/x.png", "b/x.png", "a/x_mask.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((UsageError, DataError), match=message):
+        given.find([tmp_path / name for name in files], tmp_path / out)
+
+
+@pytest.mark.fault("P1", "bad files among those given to predict.py, mended, and given again")
+def test_bad_files_are_listed_together_and_the_others_predicted(predict, scans, tmp_path, capsys, figure):
+    good = (scans / "test-002.png").read_bytes()
+    (scans / "test-002.png").write_bytes(good[:300])
+    (scans / "test-005.png").write_bytes(b"<!DOCTYPE html>")
+    out = tmp_path / "out"
+    with pytest.raises(
+        DataError, match=r"3 of 8 files could not be read: .*test-002.png: image file is truncated"
+    ) as caught:
+        predict([scans, tmp_path / "typo.png"], out)
+    assert caught.value.exit_code == 3
+    said = capsys.readouterr().err
+    for text in ("test-002.png: image file is truncated", "test-005.png: an HTML page", "typo.png: no such file"):
+        assert said.count(text) == 1
+    assert len(list(out.glob("*_mask.png"))) == len((out / "predictions.jsonl").read_text().splitlines()) == 5
+    (scans / "test-002.png").write_bytes(good)
+    (scans / "test-005.png").write_bytes(good)
+    assert predict([scans], out) == 5  # the batches of the three
+    predict([scans], tmp_path / "straight")
+    assert outputs(out) == outputs(tmp_path / "straight")
+    with pytest.raises(DataError, match="1 of 1 files"):
+        predict([tmp_path / "typo.png"], out)
+    assert (out / "predictions.jsonl").exists()  # nothing good for something bad
+    figure("3 of 3 named, 5 of 5 others predicted, exit 3")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R10", "two processes predict; a bad file in the second one's share only")
+def test_a_bad_file_in_one_process_is_named_and_all_end(repo, trained, scans, tmp_path, figure):
+    recipe, _ = trained
+    (scans / "test-003.png").write_bytes(b"GIF89a")
+    settings = [*small_run.settings(recipe.data.root, recipe.runs), "folds.count=2", "predict.batch_size=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "predict.py"]
+    started = time.perf_counter()
+    done = subprocess.run(
+        [*launch, str(scans), "--out", str(tmp_path / "out"), "--set", *settings],
+        cwd=repo, env={**os.environ, "PYTHONPATH": str(repo)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    assert done.returncode != 0 and "test-003.png: not a PNG, JPEG or DICOM file" in done.stderr
+    assert len(list((tmp_path / "out").glob("*_mask.png"))) == IMAGES - 1
+    figure(f"named; 6 of 6 others predicted; all gone after {seconds:.1f} s, launch included")
+
+
+@pytest.mark.fault("D7", "a lateral view and a knee given to predict.py")
+def test_odd_views_are_warned_of(predict, tmp_path, capsys, figure):
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    for name, element, value in (("side", "ViewPosition", "LL"), ("leg", "BodyPartExamined", "KNEE")):
+        header = pydicom.Dataset()
+        header.file_meta = pydicom.dataset.FileMetaDataset()
+        header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        header.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
+        header.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+        header.PatientName = "ROENTGEN^ANNA"
+        header.Rows, header.Columns, header.SamplesPerPixel, header.PhotometricInterpretation = 64, 64, 1, "MONOCHROME2"
+        header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 8, 8, 7, 0
+        setattr(header, element, value)
+        header.PixelData = np.arange(4096).astype(np.uint8).tobytes()
+        header["PixelData"].VR = "OB"
+        header.save_as(tmp_path / f"{name}.dcm", enforce_file_format=True)
+    out = tmp_path / "out"
+    assert predict([tmp_path / "side.dcm", tmp_path / "leg.dcm"], out) == 2
+    said = capsys.readouterr().err
+    assert "side.dcm: a lateral view (ViewPosition LL)" in said and "leg.dcm: not a chest" in said
+    warnings = [json.loads(line)["warnings"] for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert ["not a chest" in warnings[0][0], "a lateral view" in warnings[1][0]] == [True, True]
+    assert not any(b"ROENTGEN" in content for content in outputs(out).values())
+    figure("2 of 2 warned of, printed and in predictions.jsonl")
+
+
+def test_the_notes_of_more_processes_are_read_by_fewer(tmp_path):
+    basis = {"format": 1}
+    for rank in range(3):
+        lines = [basis, [f"part{rank}", rank]]
+        (tmp_path / f"{rank}.jsonl").write_bytes(b"".join(map(journal._line, lines)))
+    with journal.open_journal(tmp_path, basis, instead="x") as notes:
+        assert notes.parts == {"part0": 0, "part1": 1, "part2": 2}
+        notes.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_results_do_not_depend_on_who_is_in_a_batch(trained, predict, scans, tmp_path):
+    """One by one, in twos or nested: the same masks, and numbers but for rounding."""
+    predict([scans], tmp_path / "two")
+    for path in sorted(scans.glob("*.png")):
+        predict([path], tmp_path / path.stem)
+        alone = json.loads((tmp_path / path.stem / "predictions.jsonl").read_text())
+        both = [json.loads(line) for line in (tmp_path / "two" / "predictions.jsonl").read_text().splitlines()]
+        (record,) = [record for record in both if record["file"] == str(path)]
+        assert record["area_pixels"] == pytest.approx(alone["area_pixels"], abs=2)
+        assert record["score"] == pytest.approx(alone["score"], abs=0.01)
+
+
+def test_test_images_are_told_apart_by_id(trained, monkeypatch):
+    """A sample in another order is no reason to give an image another one's mask."""
+    recipe, models = trained
+    inference.predict_test(recipe, models, RULING, CPU)
+    before = set((recipe.folder / "submission.csv").read_text().splitlines())
+    sample = Path(recipe.data.root) / "sample_submission.csv"
+    text = sample.read_text()
+    header, *rows = text.splitlines()
+    sample.write_text("\n".join([header, *rows[::-1]]) + "\n")
+    inference.predict_test(recipe, models, RULING, CPU)
+    sample.write_text(text)
+    lines = (recipe.folder / "submission.csv").read_text().splitlines()
+    assert set(lines) == before and len(before) == IMAGES + 1
+    assert [line.split(",")[0] for line in lines[1:]] == [row.split(",")[0] for row in rows[::-1]]
+    assert dataset.load_test_cases(recipe)[1] == [row.split(",")[0] for row in rows]

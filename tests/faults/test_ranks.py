@@ -1,0 +1,221 @@
+"""Several processes: one fails, hangs, is killed or works alone; two launches want one folder."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import forked
+import pytest
+
+STAGE = Path("seed") / "fold0" / "stage1"
+
+
+def gone_after(jobs: list[forked.Job]) -> float:
+    """Seconds from the start of a launch to the end of its last process."""
+    for job in jobs:
+        job.wait()
+    return time.monotonic() - min(job.began for job in jobs)
+
+
+@pytest.mark.fault("R10", "one process of two raises the error of a bad image; exit codes, messages, status.json")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_fails(data, tmp_path, figure, rank):
+    message = "train/x.png: image is truncated. Copy it again."
+    hooks = {rank: partial(forked.fail_at_step, 3, message)}
+    jobs = forked.launch(*forked.train(data, tmp_path), cwd=tmp_path, hooks=hooks)
+    seconds = gone_after(jobs)
+    assert [jobs[rank].wait(), jobs[1 - rank].wait()] == [3, 7]
+    assert jobs[rank].complaints == [f"error: {message}"]
+    (line,) = jobs[1 - rank].complaints
+    assert (
+        line
+        == f"error: process {1 - rank} ends because process {rank} of 2 did; its message, if it left one, has the cause"
+    )
+    status = forked.status(tmp_path / STAGE)
+    assert (status["state"], status["reason"]) == ("failed", message)
+    assert seconds < 15
+    figure(f"process {rank}: all gone {seconds:.1f} s after the start")
+
+
+@pytest.mark.fault("R10", "both meet the same truncated image: one message")
+def test_all_processes_fail_alike(data, tmp_path, figure):
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    bad = root / "train" / "train-004.png"
+    bad.write_bytes(bad.read_bytes()[:700])
+    jobs = forked.launch(*forked.train(root, tmp_path), cwd=tmp_path)
+    seconds = gone_after(jobs)
+    lines = [line for job in jobs for line in job.complaints]
+    assert sorted(job.wait() for job in jobs) == [3, 7]
+    assert len(lines) == 2 and sum("train-004.png" in line for line in lines) == 1
+    figure(f"named once; all gone {seconds:.1f} s after the start")
+
+
+@pytest.mark.fault("R10", "a mistake on the command line of two processes is said once")
+def test_a_mistake_is_said_once(data, tmp_path, figure):
+    jobs = forked.launch(*forked.train(data, tmp_path, "stage.1.epoch=3"), cwd=tmp_path)
+    assert [job.wait() for job in jobs] == [2, 2]
+    assert [len(job.complaints) for job in jobs] == [1, 0]
+    figure("one line")
+
+
+@pytest.mark.fault("R11", "one process of two hangs for good, train.timeout_seconds = 3")
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_one_process_hangs(data, tmp_path, figure, rank):
+    hooks = {rank: partial(forked.sleep_at_step, 2, 600)}
+    command = forked.train(data, tmp_path, "train.timeout_seconds=3")
+    jobs = forked.launch(*command, cwd=tmp_path, hooks=hooks)
+    seconds = gone_after(jobs)
+    assert [job.wait() for job in jobs] == [7, 7]
+    (line,) = jobs[1 - rank].complaints
+    reason = f"process {rank} of 2 did not answer for 3 s (train.timeout_seconds): it hangs, or was suspended"
+    assert line == f"error: {reason}"
+    assert len(jobs[rank].complaints) == 1
+    assert (forked.status(tmp_path / STAGE)["state"], forked.status(tmp_path / STAGE)["reason"]) == ("failed", reason)
+    assert seconds < 20
+    figure(f"process {rank} hangs: all gone {seconds:.1f} s after the start, of which 3 s the timeout")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R11", "one process of two is slow, but less so than the timeout")
+def test_a_slow_process_is_waited_for(data, tmp_path, figure):
+    hooks = {1: partial(forked.sleep_at_step, 2, 2.0)}
+    jobs = forked.launch(*forked.train(data, tmp_path, "train.timeout_seconds=8"), cwd=tmp_path, hooks=hooks)
+    assert [job.wait() for job in jobs] == [0, 0]
+    figure("done")
+
+
+@pytest.mark.fault("R14", "cv of two processes, process 0 late with each status.json; the other reads them")
+def test_no_process_acts_on_what_it_reads_too_early(data, tmp_path, figure):
+    command = forked.cross_validate(data, tmp_path, "stages=1", "stage.1.epochs=1", "train.checkpoint_steps=0")
+    jobs = forked.launch(*command, cwd=tmp_path, hooks={0: partial(forked.slow_at, ("log.write_status",), 0.3)})
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].text + jobs[1].text
+    assert jobs[0].text.count("oof-best.npz") == 2
+    figure("both agree")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R14", "cv of two processes: one splits, then process 0 writes, for three timeouts each")
+def test_long_work_of_one_process_times_nobody_out(data, tmp_path, figure):
+    sleep = partial(forked.slow_at, ("dataset.split", "oof.np.savez_compressed"), 15.0)
+    command = forked.cross_validate(data, tmp_path, "train.timeout_seconds=5", "stage.1.epochs=1", "stage.2.epochs=1")
+    jobs = forked.launch(*command, cwd=tmp_path, hooks={0: sleep, 1: sleep})
+    assert [job.wait(120) for job in jobs] == [0, 0], jobs[0].text + jobs[1].text
+    seconds = time.monotonic() - jobs[0].began
+    assert seconds > 45
+    assert jobs[0].text.count("oof-best.npz") == 2
+    figure(f"no timeout of 5 s in {seconds:.0f} s, 45 s of them alone")
+
+
+@pytest.mark.fault("R18", "a second run in the folder of one that trains: train.py and cv, one process and two")
+def test_two_runs_in_one_folder(data, tmp_path, figure):
+    command = forked.train(data, tmp_path)
+    first = forked.start(*command, cwd=tmp_path, hook=partial(forked.sleep_at_step, 3, 600))
+    try:
+        forked.wait_for(lambda: (tmp_path / STAGE / "log.jsonl").exists())  # the last save before the third step
+        before = (tmp_path / STAGE / "last.pt").read_bytes()
+        cv = ["pneumo", "cv", *command[command.index("--set") :]]
+        others = [forked.start(*command, cwd=tmp_path), forked.start(*cv, cwd=tmp_path)]
+        others += forked.launch(*command, cwd=tmp_path)
+        codes = [job.wait() for job in others]
+        assert codes == [2, 2, 2, 7]
+        refusal = re.compile(rf"stage1 is in use by process {first.pid} \(since \d\d:\d\d\)\. Stop it, or")
+        assert [bool(refusal.search(job.complaints[0])) for job in others[:3]] == [True] * 3
+        assert (tmp_path / STAGE / "last.pt").read_bytes() == before
+        assert forked.status(tmp_path / STAGE)["state"] == "running"
+        assert first.process.exitcode is None
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+    assert forked.start(*command, cwd=tmp_path).wait() == 0  # killed, it holds nothing
+    figure("3 of 3 refused with the first one's number, the first unharmed")
+
+
+def torchrun(*arguments: str, cwd: Path) -> subprocess.Popen:
+    """Start a real launch of two processes."""
+    script = [str(forked.REPO / arguments[0]), *arguments[1:]]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script]
+    with open(cwd / "torchrun.txt", "a") as output:
+        environment = {**os.environ, "PYTHONPATH": str(forked.REPO), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R3", "torchrun's agent killed -9 in the middle, started again at once")
+def test_an_agent_is_killed(data, tmp_path, figure):
+    command = forked.train(data, tmp_path, "stage.1.epochs=400", "train.amp=off")
+    agent = torchrun(*command, cwd=tmp_path)
+    forked.wait_for(lambda: (tmp_path / STAGE / "prev.pt").exists(), 90)
+    ranks = children(agent.pid)
+    writer = forked.status(tmp_path / STAGE)["process"]
+    assert len(ranks) == 2 and writer in ranks
+    agent.kill()
+    killed = time.monotonic()
+    again = forked.start(*command, cwd=tmp_path, environment=forked.place(0, 1, forked.free_port()))
+    forked.wait_for(lambda: not any(map(alive, ranks)), 30)
+    life = time.monotonic() - killed
+    agent.wait()
+    assert again.wait() == 2
+    text = again.complaints[0]  # refused: the orphan held the folder, or it was gone and 2 processes are wanted
+    assert f"in use by process {writer}" in text or "processes: 2 -> 1" in text
+    assert life < 5
+    shorter = forked.launch(*command, cwd=tmp_path, hooks={0: partial(forked.signal_at_step, 3, signal.SIGTERM)})
+    assert [job.wait() for job in shorter] == [143, 143], shorter[0].text
+    assert not list((tmp_path / STAGE).glob("*.corrupt"))
+    figure(f"orphans lived {life:.1f} s, the second was refused, 0 damaged files")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R4", "SIGTERM to torchrun's agent, then the same command again")
+def test_a_signal_to_torchrun(data, tmp_path, figure):
+    settings = ("train.amp=bf16", "train.checkpoint_steps=0", "stage.1.epochs=12")
+    reference = forked.launch(*forked.train(data, tmp_path / "straight", *settings), cwd=tmp_path / "straight")
+    assert [job.wait() for job in reference] == [0, 0]
+    command = forked.train(data, tmp_path / "runs", *settings)
+    agent = torchrun(*command, cwd=tmp_path)
+    forked.wait_for(lambda: (tmp_path / "runs" / STAGE / "log.jsonl").exists(), 90)
+    agent.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    assert agent.wait(60) != 0
+    seconds = time.monotonic() - sent
+    assert forked.status(tmp_path / "runs" / STAGE)["state"] == "stopped"
+    assert [job.wait() for job in forked.launch(*command, cwd=tmp_path / "runs")] == [0, 0]
+    assert forked.differing_files(tmp_path / "straight", tmp_path / "runs") == []
+    figure(f"gone after {seconds:.1f} s; equal")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R10", "a truncated image under torchrun: the line that names it, once, and the record")
+def test_a_bad_image_under_torchrun(data, tmp_path, figure):
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    bad = root / "train" / "train-004.png"
+    bad.write_bytes(bad.read_bytes()[:700])
+    began = time.monotonic()
+    assert torchrun(*forked.train(root, tmp_path / "runs"), cwd=tmp_path).wait(90) != 0
+    seconds = time.monotonic() - began
+    text = (tmp_path / "torchrun.txt").read_text()
+    assert len([line for line in text.splitlines() if line.startswith("error: ") and "train-004.png" in line]) == 1
+    assert json.dumps("Connection closed") not in text and "gloo" not in text
+    figure(f"named once; all gone {seconds:.1f} s after the start")

@@ -1,0 +1,63 @@
+import pytest
+import torch
+from torch import nn
+
+from pneumo.model.folded import FoldedUNet
+from pneumo.model.unet import UNet
+
+NARROW = (16, 8, 8, 8, 4)
+
+
+def trained(encoder: str, seed: int = 0) -> UNet:
+    """A network whose batch norms are none of them the identity."""
+    torch.manual_seed(seed)
+    model = UNet(encoder, decoder_channels=NARROW)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model.to(memory_format=torch.channels_last).eval()
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "mobilenetv3_small_050", "tf_efficientnet_lite0"])
+def test_the_logits_stay_the_same(encoder):
+    model = trained(encoder).double()
+    folded = FoldedUNet(model, torch.float64)
+    norms = [module for module in folded.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert not norms
+    image = torch.rand(2, 1, 64, 96, dtype=torch.float64)
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(image), model(image), rtol=1e-10, atol=1e-10)
+
+
+def test_float32_and_bf16_are_as_near_as_the_network_itself():
+    model = trained("resnet18")
+    image = torch.rand(2, 1, 64, 64)
+    with torch.inference_mode():
+        exact = model.double()(image.double())
+        model.float()
+        for dtype in (torch.float32, torch.bfloat16):
+            folded = FoldedUNet(model, dtype)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                errors = [float((net(image).double() - exact).abs().mean()) for net in (folded, model)]
+            assert errors[0] <= 2 * errors[1]
+
+
+def test_it_can_be_filled_again():
+    first, second = trained("tf_efficientnet_lite0", 0), trained("tf_efficientnet_lite0", 1)
+    image = torch.rand(1, 1, 64, 64)
+    folded, fresh = FoldedUNet(first, torch.float32), FoldedUNet(second, torch.float32)
+    before = folded(image)
+    folded.fill(second)
+    assert torch.equal(folded(image), fresh(image))
+    assert not torch.equal(before, folded(image))
+
+
+def test_the_network_itself_is_left_alone():
+    model = trained("resnet18").train()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    FoldedUNet(model, torch.bfloat16)
+    assert model.training and all(module.training for module in model.modules())
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())

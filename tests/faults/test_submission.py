@@ -55,10 +55,10 @@ def test_rows_codes_and_empty_masks(recipe, monkeypatch, capsys, figure):
 
     monkeypatch.setattr(ensemble, "predict", kept)
     models = ensemble.load(recipe, [0, 1], CPU)
-    inference.predict_test(recipe, models, Ruling(Rule(threshold=0.5), "recipe", None), CPU)
-    areas = sorted(np.count_nonzero(q >= 128) for q in maps.values())
-    middle = areas[len(areas) // 2]
-    rule = Rule(threshold=0.5, top_threshold=0.5, top_area=int(middle))
+    half = small_run.halving_rule(models, Path(recipe.data.root) / "test").threshold
+    inference.predict_test(recipe, models, Ruling(Rule(threshold=half), "recipe", None), CPU)
+    areas = sorted(np.count_nonzero(q >= half * 256) for name, q in maps.items() if name.startswith("test-"))
+    rule = Rule(threshold=half, top_threshold=half, top_area=int(areas[len(areas) // 2]))
     inference.predict_test(recipe, models, Ruling(rule, "recipe", None), CPU)
     assert "11 rows have 9 different ids" in capsys.readouterr().err
     rows = rows_of(recipe.folder / "submission.csv")
@@ -134,7 +134,7 @@ def check(recipe, capsys, *arguments: str, code: int) -> str:
 @pytest.mark.fault("S9", "a submission as it was written; then one with each thing that can be wrong")
 def test_a_submission_is_checked(recipe, tmp_path, capsys, figure):
     models = ensemble.load(recipe, [0, 1], CPU)
-    ruling = Ruling(Rule(threshold=0.5), "recipe", None)
+    ruling = Ruling(small_run.halving_rule(models, Path(recipe.data.root) / "test"), "recipe", None)
     inference.predict_test(recipe, models, ruling, CPU)
     capsys.readouterr()
     said = check(recipe, capsys, code=0)

@@ -1,5 +1,6 @@
 """The commands as a user types them, from PNG files to submission.csv."""
 
+import argparse
 import csv
 import json
 import os
@@ -12,6 +13,8 @@ import pytest
 import small_run
 from PIL import Image
 
+from pneumo import config
+from pneumo.__main__ import recipe as print_recipe
 from pneumo.data import rle
 
 
@@ -87,6 +90,18 @@ def test_from_png_to_submission(repo, place, options, trained):
         str(place / "runs" / "seed" / "submission.csv"), *options, cwd=place,
     )  # fmt: skip
     assert json.loads(scored)["dice"] == 1
+
+
+@pytest.mark.fault("C4", "base and overrides resolved: printed by `recipe`, printed and saved by a run, and read again")
+def test_the_recipe_is_printed_and_saved(repo, place, options, trained, tmp_path, capsys, figure):
+    wanted = config.load(repo / "configs.toml", "seed", options[1:])
+    folder = place / "runs" / "seed" / "fold1" / "stage3"
+    assert f"{folder / 'config.toml'}: epochs 1, image_size 64, batch_size 3, accumulation 2, loss bce_dice" in trained
+    assert config.load(folder / "config.toml", "seed") == wanted
+    print_recipe(argparse.Namespace(recipe="seed", config=repo / "configs.toml", set=[options[1:]]))
+    (tmp_path / "again.toml").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert config.load(tmp_path / "again.toml", "seed") == wanted
+    figure(f"{len(config.dumps(wanted).splitlines())} lines, read back equal 2 of 2")
 
 
 def test_given_files(repo, place, options, trained):

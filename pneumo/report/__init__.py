@@ -368,17 +368,16 @@ def _split_by(recipe: Recipe, data: Dataset) -> str:
 def _result_rows(
     ways: Sequence[Decided], scores: dict[str, Scores], gains: dict[str, Interval | None]
 ) -> list[list[str]]:
-    head = "mean Dice|Dice on positives|sensitivity|true-negative rate|ROC AUC|average precision|calibration error"
-    rows = [["out of fold", *head.split("|"), "gain, paired"]]
+    head = "mean Dice|gain, paired|Dice on positives|sensitivity|true-negative rate|ROC AUC|average precision"
+    rows = [["out of fold", *head.split("|"), "calibration error"]]
     first = scores[ways[0].name]
-    rows.append(["all masks empty", f"{first.all_empty:.4f}", "0", "0", "1", "", "", "", ""])
+    rows.append(["all masks empty", f"{first.all_empty:.4f}", "", "0", "0", "1", "", "", ""])
     for way in ways:
         found, gain = scores[way.name], gains.get(way.name)
-        values = (found.dice, found.dice_positive, found.sensitivity, found.specificity)
-        values += (found.roc_auc, found.average_precision)
-        error = f"{found.calibration_error:.3f}"
         change = "" if gain is None else f"{gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
-        rows.append([way.name, *("" if value is None else str(value) for value in values), error, change])
+        values = (found.dice, change, found.dice_positive, found.sensitivity, found.specificity)
+        values += (found.roc_auc, found.average_precision, f"{found.calibration_error:.3f}")
+        rows.append([way.name, *("" if value is None else str(value) for value in values)])
     return rows
 
 

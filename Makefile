@@ -11,16 +11,18 @@ FOLDS ?= all
 
 ifdef PYTHON
 READY :=
+RIVALS :=
 else
 PYTHON := .venv/bin/python
 READY := .venv/installed
+RIVALS := .venv/rivals
 endif
 
 OPTIONS = --recipe $(RECIPE) $(if $(SET),--set $(SET))
 LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow faults soak lint format recipe verify pack folds phantom train cv oof tune submit score check-submission report clean
+.PHONY: help setup demo test test-slow faults soak bench lint format recipe verify pack folds phantom train cv oof tune submit score check-submission report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -32,6 +34,10 @@ setup: $(READY)  ## install everything into .venv
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip
 	.venv/bin/python -m pip install --quiet --editable '.[dicom,test]'
+	touch $@
+
+.venv/rivals: .venv/installed
+	.venv/bin/python -m pip install --quiet --editable '.[dicom,test,bench]'
 	touch $@
 
 demo: $(READY)  ## the whole recipe on synthetic X-rays, minutes on a CPU
@@ -54,6 +60,9 @@ faults: $(READY)  ## every test of a fault, slow ones too -> tests/faults/RESULT
 
 soak: $(READY)  ## kill and start again 50 times at random moments, compare every ending
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) tests/soak.py 50 0
+
+bench: $(READY) $(RIVALS)  ## time everything against what people would use instead -> runs/bench.json [BENCH=quick]
+	PYTHONPATH=tests $(PYTHON) -m bench.run
 
 lint: $(READY)  ## ruff's checks and format
 	$(PYTHON) -m ruff check .

@@ -506,7 +506,7 @@ class _Run:
             "images_per_second": position.images / position.seconds,
         }
         if self.device.type == "cuda":
-            record["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            record["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30  # of this process so far
         if self.settings.schedule == "plateau":
             self.plateau.step(result.loss)
         new = Position(
@@ -689,7 +689,7 @@ class _Run:
             f"Dice {show(record['dice'])} (all empty {show(record['all_empty'])}), "
             f"positives {show(record['dice_positive'])}, true negatives {show(record['true_negative_rate'])}, "
             f"lr {record['lr']:.0e}, {record['seconds']:.0f} s, {record['images_per_second']:.1f} images/s"
-            + (f", {record['gpu_memory_gb']:.1f} GB" if "gpu_memory_gb" in record else "")
+            + (f", peak {record['peak_gb']:.1f} GB" if "peak_gb" in record else "")
             + (" *" if improved else "")
         )
 

@@ -68,12 +68,21 @@ def test_two_processes_compute_what_one_computes_that_accumulates(results, figur
     (one,), (first, second) = ([found["float64"] for found in results[world]] for world in (1, 2))
     assert len(one.pop("losses")) >= 20
     del first["losses"], second["losses"]  # reported in float32
+    for found in (one, first, second):
+        del found["reductions"]
     torch.manual_seed(0)
     fresh = two_processes.UNet("resnet18", decoder_channels=(8, 8, 8, 4, 4)).double().state_dict()
     assert min(float((one[key] - fresh[key]).abs().max()) for key in fresh if key.endswith("weight")) > 1e-3
     assert largest_difference(one, first) < 1e-10
     assert largest_difference(first, second) == 0  # batch-norm statistics as well
     figure(f"difference to one process {largest_difference(one, first):.0e}, between the two 0")
+
+
+def test_accumulated_gradients_are_exchanged_once_a_step(results):
+    """Steps of three micro-batches, of which process 0 computes two, and at the end of an epoch of one."""
+    for found in results[2]:
+        steps = len(found["float32"]["losses"])
+        assert int(found["float32"]["reductions"]) == steps > 0
 
 
 def test_float32_gradients_of_the_first_step_agree(results):

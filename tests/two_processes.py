@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from pneumo import dist, engine
 from pneumo.data import feed as feeds
@@ -35,6 +36,15 @@ def made_up(count: int, side: int) -> tuple[Pack, np.ndarray]:
     return Pack(tuple(map(str, range(count))), images, np.packbits(masks, axis=2), "digest"), masks
 
 
+def counted_allreduce(
+    reductions: list[int], bucket: torch.distributed.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    """What DDP does with gradients by itself, noted once for each backward pass that does it."""
+    if bucket.is_last():
+        reductions.append(bucket.index())
+    return allreduce_hook(torch.distributed.group.WORLD, bucket)
+
+
 def train(dtype: torch.dtype, step_count: int) -> dict[str, torch.Tensor]:
     """Train; 13 images in micro-batches of 2, 3 micro-batches a step: the last step leaves a process idle."""
     pack, _ = made_up(13, 64)
@@ -44,6 +54,9 @@ def train(dtype: torch.dtype, step_count: int) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     wrapped = dist.wrap(model)
+    reductions = []
+    if dist.world() > 1:
+        wrapped.register_comm_hook(reductions, counted_allreduce)
     feed, late, read, gradients = Feed(pack, CPU, np.arange(13)), engine.Late(), [], None
     epoch = 0
     while len(read) + late.LAG < step_count:
@@ -64,7 +77,7 @@ def train(dtype: torch.dtype, step_count: int) -> dict[str, torch.Tensor]:
     read += late.drain()
     losses = torch.tensor([stats[0] for stats in read], dtype=torch.float64)
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    return {**state, **gradients, "losses": losses}
+    return {**state, **gradients, "losses": losses, "reductions": torch.tensor(len(reductions))}
 
 
 def evaluate(model: UNet, count: int) -> dict[str, torch.Tensor]:

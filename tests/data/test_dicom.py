@@ -267,7 +267,6 @@ def test_spacing(read, elements, spacing):
         ({"Modality": "CT"}, "Modality CT"),
     ],
 )
-@pytest.mark.fault("D7", "lateral views and other body parts as `images.read` reports them")
 def test_odd_views_warn_without_repeating_foreign_text(read, elements, warning):
     (remark,) = read(make(ramp(), **elements)).warnings
     assert warning in remark and "ANNA" not in remark and "KNEE" not in remark

@@ -189,6 +189,17 @@ def test_another_kind_of_prediction_starts_anew_and_says_so(trained, predict, sc
     assert "another kind (rule.threshold: 0.5 -> 0.25); it starts anew" in said
     predict([scans], tmp_path / "straight", other)
     assert outputs(tmp_path / "out") == outputs(tmp_path / "straight")
+    results = []
+    for first in (RULING, other):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(inference, "_write_submission", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                inference.predict_test(recipe, models, first, CPU)
+        inference.predict_test(recipe, models, other, CPU)
+        results.append((recipe.folder / "submission.csv").read_bytes())
+        said = capsys.readouterr()
+        assert ("it starts anew" in said.err, "goes on; 4 of 4" in said.out) == (first is RULING, first is other)
+    assert results[0] == results[1]
     before = inference.basis(recipe, models, RULING, CPU)
     others = [
         inference.basis(replace(recipe, predict=replace(recipe.predict, batch_size=3)), models, RULING, CPU),
@@ -197,7 +208,7 @@ def test_another_kind_of_prediction_starts_anew_and_says_so(trained, predict, sc
         inference.basis(recipe, replace(models, dtype=torch.float16), RULING, CPU),
     ]
     assert all(other != before for other in others)
-    figure("named old -> new")
+    figure("2 of 2 named old -> new, the same bytes as without the first")
 
 
 @pytest.mark.fault("R18", "a second prediction into the folder of a running one")
@@ -423,6 +434,16 @@ def test_the_notes_of_more_processes_are_read_by_fewer(tmp_path):
         assert notes.parts == {"part0": 0, "part1": 1, "part2": 2}
         notes.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_line_that_was_cut_off_costs_no_other(tmp_path):
+    for key in ("a", "b"):
+        with journal.open_journal(tmp_path, {"format": 1}, instead="x") as notes:
+            notes.add(key, 1)
+        path = tmp_path / "0.jsonl"
+        path.write_bytes(path.read_bytes() + journal._line(["c", 1])[:-3])
+    with journal.open_journal(tmp_path, {"format": 1}, instead="x") as notes:
+        assert notes.parts == {"a": 1, "b": 1}
 
 
 def test_results_do_not_depend_on_who_is_in_a_batch(trained, predict, scans, tmp_path):

@@ -1,0 +1,88 @@
+"""Measure everything against what people would use instead: a table, and runs/bench.json.
+
+    PYTHONPATH=tests python -m bench.run        BENCH=quick: at most 50 seconds; BENCH=smoke: only that it runs
+
+Imports cli.
+"""
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import rivals, rows
+from bench.harness import measure, table
+from bench.rows import Setup
+
+from pneumo import cli
+
+REPEATS = {"full": 5, "quick": 3, "smoke": 1}
+
+
+def hardware(device: torch.device) -> str:
+    """The device by name, and the CPU with its cores."""
+    names = [
+        line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line
+    ]
+    cpu = f"{torch.get_num_threads()} cores of {names[0] if names else platform.machine()}"
+    return f"{torch.cuda.get_device_name(device)}, {cpu}" if device.type == "cuda" else cpu
+
+
+def versions() -> dict[str, str]:
+    """Of torch and of all rivals."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "timm", "numpy", *rivals.PACKAGES)}
+
+
+def run(size: str, device: torch.device, only: str = "") -> list[dict[str, Any]]:
+    """Measure all rows, or those of the groups whose name holds `only`."""
+    groups = rows.GPU + rows.HOST if device.type == "cuda" else rows.CPU + rows.HOST
+    if size == "smoke":
+        groups = rows.CPU + rows.GPU + rows.HOST
+    about = {"hardware": hardware(device), "versions": versions(), "date": date.today().isoformat(), "size": size}
+    results, start = [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        setup = Setup(device, size, Path(folder))
+        for group in groups:
+            if only not in group.__name__:
+                continue
+            for row in group(setup):
+                results.append({**measure(row, REPEATS[size], device), **about})
+                passed = f"{time.perf_counter() - start:4.0f} s "
+                print(passed + table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+                del row
+                gc.collect()
+    return results
+
+
+def main() -> int:
+    """Write the file and print the table; `sys.argv[1]` names a group to measure alone, which writes nothing."""
+    cli.keep_freed_memory()  # both sides profit
+    warnings.filterwarnings("ignore")  # the rivals' own
+    start = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = run(os.environ.get("BENCH") or "full", device, *sys.argv[1:])
+    if not sys.argv[1:]:
+        Path("runs").mkdir(exist_ok=True)
+        Path("runs/bench.json").write_text(json.dumps(results, indent=1) + "\n")
+    about = results[0]
+    print(table(results))
+    missed = sum(result["met"] is False for result in results)
+    print(
+        f"\n{about['hardware']}, {about['date']}, {', '.join(f'{k} {v}' for k, v in about['versions'].items())}; "
+        f"{about['size']}, medians of {REPEATS[about['size']]}; {missed} of {len(results)} targets missed; "
+        f"{time.perf_counter() - start:.0f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -70,7 +70,7 @@ def test_a_checkpoint_that_is_no_state_of_a_run_is_named(repo, root, straight, t
     shutil.copy(straight.folder / "folds.csv", recipe.folder)
     good = checkpoint.load(folder / "last.pt")
     good["position"]["epoch"] = 2  # one more to train
-    parts = good.keys() - {"format", "fold", "stage", "record"}  # which are of use to others than a resumed run
+    parts = good.keys() - {"format", "fold", "stage", "average"}  # of use to others than a resumed run, or not used
     spoiled = [{key: value for key, value in good.items() if key != part} for part in sorted(parts)]
     spoiled.append({**good, "position": {**good["position"], "spoons": 3}})
     spoiled.append({**good, "model": {**good["model"], "head.bias": torch.zeros(2)}})

@@ -172,6 +172,7 @@ def main(place: Path, kind: str, processes: int, every: int) -> dict[str, int]:
         steps = int((runs.notes / f"steps-{victim}").read_text())
         for step in moments(steps, every):
             runs.clear()
+            runs.images()  # of a trial that was skipped: they are no part of this one
             ends = runs.run(processes, step, victim)
             if ends[victim] != signal.SIGKILL:  # threads took their steps in another order, and fewer
                 continue

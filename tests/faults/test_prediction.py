@@ -87,7 +87,7 @@ def killed(repo: Path, place: Path, kind: str, processes: int, every: int) -> st
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["identical"] == result["trials"] > 2, result
     assert result["half_written"] == 0
-    assert result["images_again"] <= processes * IMAGES  # the other process may have been killed between batches too
+    assert result["images_again"] <= IMAGES
     return f"{result['identical']} of {result['trials']} identical bytes ({kind}, {processes} processes)"
 
 

@@ -26,7 +26,16 @@ from pneumo.data.feed import Feed
 from pneumo.dataset import Dataset
 from pneumo.decision.rule import Rule
 from pneumo.engine import LossSettings, RunningStatistics
-from pneumo.errors import DataError, NoSpaceError, NotFiniteError, Stopped, UsageError, WriteError, one_line
+from pneumo.errors import (
+    DataError,
+    NoSpaceError,
+    NotFiniteError,
+    PneumoError,
+    Stopped,
+    UsageError,
+    WriteError,
+    one_line,
+)
 from pneumo.kernels.upconv import is_faster
 from pneumo.model import augment
 from pneumo.model.folded import FoldedUNet
@@ -172,6 +181,20 @@ def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int
     return state
 
 
+@contextmanager
+def _of_this_run(folder: Path) -> Iterator[None]:
+    """Name the checkpoint whose file is whole, but whose content is not what this program saves."""
+    try:
+        yield
+    except (PneumoError, torch.OutOfMemoryError):
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise DataError(
+            f"{folder / 'last.pt'}, or the checkpoint it starts from, is whole but holds no state of this run "
+            f"({type(error).__name__}: {one_line(error)[:200]}). Restore it, or delete {folder} to start anew."
+        ) from error
+
+
 class _Run:
     """The state of one stage while it trains."""
 
@@ -254,11 +277,13 @@ class _Run:
                 self.recipe.model.checkpointing,
             )
         if known:
-            model.load_state_dict((saved or begin)["model"])
+            with _of_this_run(self.folder):
+                model.load_state_dict((saved or begin)["model"])
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.merged = saved["merged"] if saved is not None else self._merged_blocks()
-        for block, merged in zip(self.model.blocks, self.merged, strict=True):
-            block.merged = merged
+        self.merged = self._merged_blocks() if saved is None else saved.get("merged")
+        with _of_this_run(self.folder):
+            for block, merged in zip(self.model.blocks, self.merged, strict=True):
+                block.merged = merged
         self.folded = FoldedUNet(self.model, self.dtype)
         self.running = RunningStatistics(self.model)
         self.optimizer = torch.optim.Adam(
@@ -273,12 +298,13 @@ class _Run:
             threshold=self.settings.plateau_threshold,
         )
         if saved is not None:
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.plateau.load_state_dict(saved["plateau"])
-            self.scaler.load_state_dict(saved["scaler"])
-            if self.average is not None:
-                self.average.load_state_dict(saved["average"])
-            self.position, self.saved = Position(**saved["position"]), saved["position"]
+            with _of_this_run(self.folder):
+                self.optimizer.load_state_dict(saved["optimizer"])
+                self.plateau.load_state_dict(saved["plateau"])
+                self.scaler.load_state_dict(saved["scaler"])
+                if self.average is not None:
+                    self.average.load_state_dict(saved["average"])
+                self.position, self.saved = Position(**saved["position"]), saved["position"]
         if self.recipe.train.compile == "on" or (self.recipe.train.compile == "auto" and self.device.type == "cuda"):
             # each shape once: a full micro-batch and the last one of an epoch, in training and in validation
             self.model.compile(dynamic=False)
@@ -336,19 +362,21 @@ class _Run:
         found = checkpoint.load_last(self.folder) if dist.is_main() else None
         if found is not None:
             saved, path, complaints = found
-            for complaint in complaints:
-                earlier = log.read_status(self.folder).get("images_seen", 0) - saved["position"]["seen"]
-                log.warn(
-                    f"{complaint} Continuing from {path.name}, {_place(saved['position'])}"
-                    + (f" ({earlier:,} images earlier)." if earlier > 0 else ".")
-                )
-            self._check_same(saved, path)
-            if changed := [
-                f"{name} {saved['versions'].get(name)} -> {now}"
-                for name, now in _versions().items()
-                if saved["versions"].get(name) != now
-            ]:
-                log.warn(f"{path}: made with {', '.join(changed)}; the last digits may come out otherwise")
+            with _of_this_run(self.folder):
+                Position(**saved["position"])
+                for complaint in complaints:
+                    earlier = log.read_status(self.folder).get("images_seen", 0) - saved["position"]["seen"]
+                    log.warn(
+                        f"{complaint} Continuing from {path.name}, {_place(saved['position'])}"
+                        + (f" ({earlier:,} images earlier)." if earlier > 0 else ".")
+                    )
+                self._check_same(saved, path)
+                if changed := [
+                    f"{name} {saved['versions'].get(name)} -> {now}"
+                    for name, now in _versions().items()
+                    if saved["versions"].get(name) != now
+                ]:
+                    log.warn(f"{path}: made with {', '.join(changed)}; the last digits may come out otherwise")
         return dist.broadcast(None if found is None else saved)
 
     def _check_same(self, saved: dict[str, Any], path: Path) -> None:

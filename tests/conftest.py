@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: subprocesses of the tests inherit it
@@ -16,6 +17,8 @@ from fault_table import (  # noqa: F401 - fixtures and hooks
     pytest_configure,
     pytest_runtest_makereport,
 )
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background deaf to it
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import small_run
@@ -59,6 +60,28 @@ def test_epochs_differ(straight):
     first, second = log.read_jsonl(straight.stage_folder(0, 1) / "log.jsonl")
     assert first["loss"] != second["loss"]
     assert first["val_loss"] != second["val_loss"]
+
+
+@pytest.mark.fault("R9", "a whole last.pt without a part of a run's state, or with one of another shape")
+def test_a_checkpoint_that_is_no_state_of_a_run_is_named(repo, root, straight, tmp_path, figure):
+    recipe = small_run.recipe(repo, root, tmp_path)
+    folder = recipe.stage_folder(0, 1)
+    shutil.copytree(straight.folder / "fold0" / "stage1", folder)
+    shutil.copy(straight.folder / "folds.csv", recipe.folder)
+    good = checkpoint.load(folder / "last.pt")
+    good["position"]["epoch"] = 2  # one more to train
+    parts = good.keys() - {"format", "fold", "stage", "average"}  # of use to others than a resumed run, or not used
+    spoiled = [{key: value for key, value in good.items() if key != part} for part in sorted(parts)]
+    spoiled.append({**good, "position": {**good["position"], "spoons": 3}})
+    spoiled.append({**good, "model": {**good["model"], "head.bias": torch.zeros(2)}})
+    spoiled.append({**good, "optimizer": {"state": {}, "param_groups": []}})
+    spoiled.append({**good, "settings": None})
+    for state in spoiled:
+        checkpoint.save(state, folder / "last.pt")
+        with pytest.raises(DataError) as caught:
+            train(recipe)
+        assert str(caught.value).startswith(str(folder / "last.pt")) and "\n" not in str(caught.value)
+    figure(f"{len(spoiled)} of {len(spoiled)} named")
 
 
 def test_a_stage_starts_from_the_best_of_the_one_before(straight, monkeypatch):

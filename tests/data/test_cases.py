@@ -210,12 +210,21 @@ def test_what_is_no_table_is_named(tmp_path, figure):
 
 
 @pytest.mark.fault("I6", "rows without an image: an error, or dropped with a warning by data.allow_missing")
-def test_rows_without_image_stop_unless_allowed(tmp_path):
+def test_rows_without_image_stop_unless_allowed(tmp_path, figure):
     root = folder(tmp_path, PLAIN + "c,-1\nd,1 1\n")
     assert "c, d" in fatal(root)[0]
     found, problems = load(root, allow_missing=True)
     assert [case.image_id for case in found] == ["a", "b"]
     assert "c, d" in problems[0].message and not problems[0].fatal
+    more = [f"x{i}" for i in range(37)]
+    (root / "train-rle.csv").write_text(PLAIN + "".join(f"{image_id},-1\n" for image_id in more))
+    (message,) = fatal(root)
+    assert "37 of 39 ids have no image" in message and "x0, x1, x2, x3, x4 and 32 more" in message
+    assert "copy them, or set data.allow_missing" in message
+    with pytest.raises(DataError, match=r"All are listed in .*report\.csv\.$"):
+        cases.raise_fatal(load(root)[1], root / "report.csv")
+    assert len((root / "report.csv").read_text().splitlines()) == 38
+    figure("37 of 39 missing: 5 named, 37 in the report")
 
 
 @pytest.mark.fault("I6", "an image without a row: dropped with a warning")

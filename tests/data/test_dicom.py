@@ -258,7 +258,6 @@ def test_spacing(read, elements, spacing):
     assert read(make(ramp(), **elements)).spacing == spacing
 
 
-@pytest.mark.fault("D7", "lateral view, knee, CT: a warning each")
 @pytest.mark.parametrize(
     ("elements", "warning"),
     [

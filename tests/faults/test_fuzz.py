@@ -400,7 +400,7 @@ class Small(nn.Module):
         self.norm = nn.BatchNorm2d(1)
 
 
-@pytest.mark.fault("R8", "fuzz: checkpoints, most with right CRCs, read as for a prediction and as for a resumed run")
+@pytest.mark.fault("R8", "fuzz: checkpoints, most with right CRCs, read and built as for a prediction")
 @pytest.mark.parametrize("count", COUNTS)
 def test_checkpoint(repo, folder, figure, monkeypatch, count):
     monkeypatch.setattr(ensemble, "UNet", Small)

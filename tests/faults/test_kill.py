@@ -252,9 +252,9 @@ def test_a_signal_to_one_of_two_processes(data, tmp_path, straight, figure):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("R25", "12 of the cycles of `make soak`: random moments and signals, one process and two")
+@pytest.mark.fault("R25", "8 of the cycles of `make soak`: random moments and signals, one process and two")
 def test_soak(tmp_path, figure):
-    result = soak.soak(tmp_path, 12, 1)
+    result = soak.soak(tmp_path, 8, 1)
     assert result.wrong == []
-    assert result.equal == result.cycles == 12
+    assert result.equal == result.cycles == 8
     figure(str(result))

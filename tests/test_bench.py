@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -14,38 +13,63 @@ CPU = torch.device("cpu")
 RIVALS = ("segmentation_models_pytorch", "albumentations", "kornia", "cc3d", "cv2", "pycocotools")
 
 
-def test_a_row_by_hand():
-    """Ours sleeps 10 ms for 5 items, the rival 40 ms."""
-    calls = []
+def fake(monkeypatch, ours: list[float], theirs: list[float], **changes) -> tuple[dict, list[str]]:
+    """The result of a row whose sides take these seconds, the first of each for warming up; and who ran when."""
+    clock, calls = [0.0], []
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
 
-    def sleeper(name: str, seconds: float):
-        return lambda: (calls.append(name), time.sleep(seconds))
+    def side(name: str, seconds: list[float]):
+        left = iter(seconds)
 
-    row = Row(
-        row="sleep", rival="sleep longer", ours=sleeper("a", 0.01), theirs=sleeper("b", 0.04), items=5,
-        target="ratio >= 1.5; ours <= 20",
-    )  # fmt: skip
-    result = harness.measure(row, 3, CPU)
-    assert calls == ["a", "b"] * 4  # one pair that does not count, then in alternation
-    assert 2 <= result["ours"] < 6 and 8 <= result["theirs"] < 20  # ms an item
-    assert result["ratio"] == pytest.approx(result["theirs"] / result["ours"])
-    assert result["met"] is True and result["runs"] == 3
-    wanted = {"row", "rival", "ours", "theirs", "unit", "ratio", "target", "device"}
-    assert wanted <= result.keys() and json.dumps(result)
+        def run() -> None:
+            calls.append(name)
+            clock[0] += next(left)
+
+        return run
+
+    row = Row(row="a", rival="b", ours=side("A", ours), theirs=side("B", theirs), **changes)
+    return harness.measure(row, len(ours) - 1, CPU), calls
 
 
-def test_rates_and_numbers_turn_the_ratio_round():
-    rate = harness.measure(
-        Row(row="r", rival="x", ours=lambda: time.sleep(0.02), theirs=lambda: time.sleep(0.01), unit="images/s"), 1, CPU
+def test_a_row_by_hand(monkeypatch):
+    result, calls = fake(
+        monkeypatch, [9, 1, 4, 2], [9, 6, 5, 30], items=10, target="ratio >= 3; ours <= 250", batch="10 pieces"
     )
-    assert rate["ratio"] == pytest.approx(rate["ours"] / rate["theirs"]) and rate["ratio"] < 0.9
-    number = harness.measure(
-        Row(row="r", rival="x", ours=lambda: 4, theirs=lambda: 8, unit="GB", once=True, target="ours <= 3"), 9, CPU
-    )
-    assert (number["ours"], number["ratio"], number["met"], number["runs"]) == (4, 2, False, 1)
-    assert "**MISSED**" in harness.table([number]) and "report" in harness.table(
-        [{**number, "target": "", "met": None}]
-    )
+    assert "".join(calls) == "AB" * 4
+    assert json.loads(json.dumps(result)) == {
+        "row": "a",
+        "rival": "b",
+        "ours": pytest.approx(200),  # median of 1, 4, 2 seconds for 10, in milliseconds
+        "theirs": pytest.approx(600),
+        "unit": "ms",
+        "ratio": pytest.approx(3),
+        "target": "ratio >= 3; ours <= 250",
+        "met": True,
+        "runs": 3,
+        "spread": {"ours": pytest.approx([100, 400]), "theirs": pytest.approx([500, 3000])},
+        "batch": "10 pieces",
+        "detail": {},
+        "device": "cpu",
+    }
+
+
+@pytest.mark.parametrize("target", ["ratio >= 3.1", "ours >= 6", "ratio >= 3; ours <= 4"])
+def test_a_missed_target_is_marked(monkeypatch, target):
+    result, _ = fake(monkeypatch, [1, 2], [1, 6], items=10, unit="images/s", target=target)
+    assert (result["ours"], result["ratio"], result["met"]) == (5, 3, False)
+    assert harness.table([result]).splitlines()[-1] == f"| a | b | 5 | 1.667 | images/s | 3.00 | {target} **MISSED** |"
+
+
+def test_without_a_target_nothing_is_missed(monkeypatch):
+    result, _ = fake(monkeypatch, [1, 2], [1, 6])
+    assert result["met"] is None
+    assert harness.table([result]).endswith("| 3.00 | report |")
+
+
+def test_other_units_are_what_the_sides_return():
+    row = Row(row="a", rival="b", ours=lambda: 4.0, theirs=lambda: 10.0, unit="GB", target="ours <= 8", once=True)
+    result = harness.measure(row, 5, CPU)
+    assert (result["ours"], result["ratio"], result["met"], result["runs"]) == (4.0, 2.5, True, 1)
 
 
 @pytest.mark.slow

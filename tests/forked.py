@@ -200,24 +200,26 @@ def _kill(number: int = signal.SIGKILL) -> None:
     os.kill(os.getpid(), number)
 
 
-def moments(log: Path, at: int = -1, number: int = signal.SIGKILL) -> None:
+def moments(log: Path, at: int = -1, number: int = signal.SIGKILL, what: str | None = None) -> None:
     """Count the moments of a run at which something may be half done, write them to `log`, and end at one of them.
 
     Before each training step, before and within each validation, with each file written but not yet in place, between
-    the renames that put a checkpoint there, and after them.
+    the renames that put a checkpoint there, and after them. With `what`, only moments of that name are counted: of
+    several processes, the one that comes first prepares the data, so that the number of all moments varies.
     """
     from pneumo import checkpoint, engine
     from pneumo.decision import metrics
 
     count = 0
 
-    def moment(what: str) -> None:
+    def moment(name: str) -> None:
         nonlocal count
         with log.open("a", encoding="utf-8") as file:
-            file.write(f"{what}\n")
-        if count == at:
-            _kill(number)
-        count += 1
+            file.write(f"{name}\n")
+        if what in (None, name):
+            if count == at:
+                _kill(number)
+            count += 1
 
     class Os:
         """The module os as checkpoint sees it."""

@@ -108,35 +108,37 @@ def test_killed_across_stages_and_folds(data, tmp_path, straight, figure):
     figure(f"{len(points)} of {len(points)} equal, 4 of them at the stage's edge")
 
 
-def check_two(data: Path, folder: Path, straight: Straight, points: list[tuple[int, float]], figure) -> None:
-    """Kill one of two processes, a share of its moments into the run; the other ends; both start again."""
+def check_two(data: Path, folder: Path, straight: Straight, points: list[tuple[int, str, int]], figure) -> None:
+    """Kill one of two processes, at the n-th moment of a name; the other ends; both start again."""
     settings = ("train.amp=bf16",)
-    reference, moments = straight("two", lambda runs: forked.train(data, runs, *settings), 2)
+    reference, _ = straight("two", lambda runs: forked.train(data, runs, *settings), 2)
     gone = []
-    for number, (rank, share) in enumerate(points):
-        runs, at = folder / str(number), int(share * len(moments[rank]))
+    for number, (rank, what, at) in enumerate(points):
+        runs = folder / str(number)
         command = forked.train(data, runs, *settings)
-        jobs = forked.launch(*command, cwd=runs, hooks={rank: partial(forked.moments, runs / "moments.txt", at)})
-        assert jobs[rank].wait() == -9
+        hook = partial(forked.moments, runs / "moments.txt", at, what=what)
+        jobs = forked.launch(*command, cwd=runs, hooks={rank: hook})
+        assert jobs[rank].wait() == -9, (rank, what, at)
         began = time.monotonic()
         assert jobs[1 - rank].wait(20) == 7, jobs[1 - rank].text
         gone.append(time.monotonic() - began)
         assert len(jobs[1 - rank].complaints) == 1
         again = forked.launch(*command, cwd=runs)
         assert [job.wait() for job in again] == [0, 0], again[0].text + again[1].text
-        assert forked.differing_files(reference, runs) == [], moments[rank][: at + 1]
+        assert forked.differing_files(reference, runs) == [], (rank, what, at)
     figure(f"{len(points)} of {len(points)} equal; the other process gone within {max(gone):.1f} s")
 
 
 @pytest.mark.fault("R1", "one of two processes killed; both started again")
 def test_one_of_two_processes_killed(data, tmp_path, straight, figure):
-    check_two(data, tmp_path, straight, [(1, 0.4)], figure)
+    check_two(data, tmp_path, straight, [(1, "step", 2)], figure)
 
 
 @pytest.mark.slow
 @pytest.mark.fault("R1", "the same for either process, at more moments")
 def test_one_of_two_processes_killed_at_more_moments(data, tmp_path, straight, figure):
-    points = [(0, 0.3), (0, 0.55), (0, 0.8), (1, 0.05), (1, 0.5), (1, 0.75), (1, 0.95)]
+    points = [(0, "step", 0), (0, "within validation", 3), (0, "before last.pt", 2), (0, "after prev.pt", 4)]
+    points += [(0, "before best.pt", 0), (1, "step", 1), (1, "step", 3), (1, "validation", 0), (1, "validation", 1)]
     check_two(data, tmp_path, straight, points, figure)
 
 

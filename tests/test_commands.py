@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import small_run
@@ -18,14 +19,20 @@ from pneumo.__main__ import recipe as print_recipe
 from pneumo.data import rle
 
 
-def run(repo: Path, *arguments: str, cwd: Path, code: int = 0) -> str:
+def run(*arguments: str, cwd: Path, code: int = 0) -> str:
     """Run a script or module of the project in another folder; return what it printed."""
-    first, *rest = arguments
-    command = [str(repo / first), *rest] if first.endswith(".py") else ["-m", first, *rest]
+    job = forked.start(*arguments, cwd=cwd)
+    assert job.wait(300) == code, job.text
+    assert "Traceback" not in job.text
+    return job.text
+
+
+def run_python(*arguments: str, cwd: Path, code: int = 0) -> str:
+    """The same by a Python that starts anew, with all of its imports, for what forks processes itself."""
     done = subprocess.run(
-        [sys.executable, *command],
+        [sys.executable, *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(forked.REPO), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -51,25 +58,25 @@ def options(place):
 
 
 @pytest.fixture(scope="module")
-def trained(repo, place, options):
+def trained(place, options):
     """All folds and stages trained, in one process."""
-    return run(repo, "pneumo", "cv", *options, cwd=place)
+    return run("pneumo", "cv", *options, cwd=place)
 
 
-def test_verify_pack_and_folds(repo, place, options):
+def test_verify_pack_and_folds(place, options):
     assert "18 training images, 6 with pneumothorax, 4 test images; 0 errors" in run(
-        repo, "pneumo", "verify", *options, cwd=place
+        "pneumo", "verify", *options, cwd=place
     )
-    assert "train, 64 px: 18 images packed and checked" in run(repo, "pneumo", "pack", *options, cwd=place)
-    assert "18 images in 2 folds" in run(repo, "pneumo", "folds", *options, cwd=place)
-    assert "--force splits anew" in run(repo, "pneumo", "folds", *options, cwd=place)
+    assert "train, 64 px: 18 images packed and checked" in run("pneumo", "pack", *options, cwd=place)
+    assert "18 images in 2 folds" in run("pneumo", "folds", *options, cwd=place)
+    assert "--force splits anew" in run("pneumo", "folds", *options, cwd=place)
     audit = json.loads((place / "runs" / "seed" / "audit.json").read_text())
     assert (audit["patients_crossing"], audit["duplicates_crossing"]) == (0, 0)
 
 
-def test_from_png_to_submission(repo, place, options, trained):
+def test_from_png_to_submission(place, options, trained):
     assert "fold 1 stage 3 epoch 1/1" in trained
-    printed = run(repo, "predict.py", *options, cwd=place)
+    printed = run("predict.py", *options, cwd=place)
     assert "4 images" in printed and "networks: 2" in printed
     with open(place / "runs" / "seed" / "submission.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -81,12 +88,12 @@ def test_from_png_to_submission(repo, place, options, trained):
     assert origin["rule"]["min_area"] == 20
     # the same submission again, and with a part of the folds another one
     first = (place / "runs" / "seed" / "submission.csv").read_bytes()
-    run(repo, "predict.py", *options, cwd=place)
+    run("predict.py", *options, cwd=place)
     assert (place / "runs" / "seed" / "submission.csv").read_bytes() == first
-    assert "networks: 1" in run(repo, "predict.py", "--folds", "1", *options, cwd=place)
-    run(repo, "predict.py", *options, cwd=place)
+    assert "networks: 1" in run("predict.py", "--folds", "1", *options, cwd=place)
+    run("predict.py", *options, cwd=place)
     scored = run(
-        repo, "pneumo", "score", "--json", str(place / "runs" / "seed" / "submission.csv"),
+        "pneumo", "score", "--json", str(place / "runs" / "seed" / "submission.csv"),
         str(place / "runs" / "seed" / "submission.csv"), *options, cwd=place,
     )  # fmt: skip
     assert json.loads(scored)["dice"] == 1
@@ -104,12 +111,12 @@ def test_the_recipe_is_printed_and_saved(repo, place, options, trained, tmp_path
     figure(f"{len(config.dumps(wanted).splitlines())} lines, read back equal 2 of 2")
 
 
-def test_given_files(repo, place, options, trained):
+def test_given_files(place, options, trained):
     wide = np.random.default_rng(0).integers(0, 256, (50, 90), dtype=np.uint8)
     Image.fromarray(wide).save(place / "wide one.png")
     out = place / "masks"
     files = [str(place / "data" / "test" / "test-000.png"), str(place / "wide one.png")]
-    run(repo, "predict.py", *files, "--out", str(out), *options, cwd=place)
+    run("predict.py", *files, "--out", str(out), *options, cwd=place)
     with Image.open(out / "wide one_mask.png") as mask, Image.open(out / "wide one_overlay.png") as overlay:
         assert mask.size == overlay.size == (90, 50)
         assert set(np.unique(mask)) <= {0, 255}
@@ -121,23 +128,23 @@ def test_given_files(repo, place, options, trained):
         assert 0 <= record["score"] <= 1 and 0 <= record["agreement"] <= 1
         assert record["expected_dice"] is None  # no rule has been tuned
         assert record["area_cm2"] is None
-    assert "say where" in run(repo, "predict.py", files[0], *options, cwd=place, code=2)
+    assert "say where" in run("predict.py", files[0], *options, cwd=place, code=2)
 
 
-def test_a_bad_file_among_good_ones_is_named_and_the_others_are_done(repo, place, options, trained):
+def test_a_bad_file_among_good_ones_is_named_and_the_others_are_done(place, options, trained):
     (place / "bad.png").write_bytes(b"<html>")
     good = str(place / "data" / "test" / "test-001.png")
-    printed = run(repo, "predict.py", "bad.png", good, "--out", "some", *options, cwd=place, code=3)
+    printed = run("predict.py", "bad.png", good, "--out", "some", *options, cwd=place, code=3)
     assert "1 of 2 files could not be read: bad.png" in printed
     assert (place / "some" / "test-001_mask.png").exists()
 
 
-def test_a_tuned_rule_is_used_and_recorded(repo, place, options, trained):
+def test_a_tuned_rule_is_used_and_recorded(place, options, trained):
     folder = place / "runs" / "seed"
     assert "oof-best.npz" in trained  # cv ends with them
-    assert "there already" in run(repo, "pneumo", "oof", *options, cwd=place)
-    assert "cross-fitted" in run(repo, "pneumo", "tune", *options, cwd=place)
-    assert "rule.toml" in run(repo, "predict.py", *options, cwd=place)
+    assert "there already" in run("pneumo", "oof", *options, cwd=place)
+    assert "cross-fitted" in run("pneumo", "tune", *options, cwd=place)
+    assert "rule.toml" in run("predict.py", *options, cwd=place)
     origin = json.loads((folder / "submission.json").read_text())
     assert origin["rule_source"] == str(folder / "rule.toml")
     with open(folder / "referral.csv", newline="") as file:
@@ -145,18 +152,18 @@ def test_a_tuned_rule_is_used_and_recorded(repo, place, options, trained):
     assert sorted(row["ImageId"] for row in queue) == [f"test-{i:03d}" for i in range(4)]
     expected = [float(row["expected_dice"]) for row in queue]
     assert expected == sorted(expected) and [row["place"] for row in queue] == ["1", "2", "3", "4"]
-    assert "rule of the recipe" in run(repo, "predict.py", "--rule", "recipe", *options, cwd=place)
+    assert "rule of the recipe" in run("predict.py", "--rule", "recipe", *options, cwd=place)
     assert json.loads((folder / "submission.json").read_text())["rule"]["min_area"] == 20
     assert not (folder / "referral.csv").exists()  # nothing was learned for that rule
     (folder / "rule.toml").unlink()
 
 
 @pytest.mark.slow
-def test_report(repo, place, options, trained):
-    printed = run(repo, "pneumo", "report", *options, cwd=place)
+def test_report(place, options, trained):
+    printed = run("pneumo", "report", *options, cwd=place)
     assert "report.html" in printed and "surface.png" in printed
-    run(repo, "pneumo", "cv", "--recipe", "seed-focal", *options, cwd=place)
-    printed = run(repo, "pneumo", "report", "--recipe", "seed-focal", *options, cwd=place)
+    run("pneumo", "cv", "--recipe", "seed-focal", *options, cwd=place)
+    printed = run("pneumo", "report", "--recipe", "seed-focal", *options, cwd=place)
     assert "loss_comparison.png" in printed
 
 
@@ -173,17 +180,22 @@ def test_report(repo, place, options, trained):
         (["pneumo", "report"], 3, "no log.jsonl yet"),
     ],
 )
-def test_mistakes_are_one_line_with_an_exit_code(repo, tmp_path, arguments, code, message):
-    first, *rest = arguments
-    printed = run(repo, first, *rest, cwd=tmp_path, code=code)
+def test_mistakes_are_one_line_with_an_exit_code(tmp_path, arguments, code, message):
+    printed = run(*arguments, cwd=tmp_path, code=code)
     assert message in printed
+    assert len(printed.strip().splitlines()) == 1
+
+
+def test_a_mistake_in_a_python_that_starts_anew(repo, tmp_path):
+    printed = run_python(str(repo / "train.py"), "--recipe", "sead", cwd=tmp_path, code=2)
+    assert 'Did you mean "seed"?' in printed
     assert len(printed.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
 def test_plain_torchrun(repo, place, options):
     command = ["--standalone", "--nproc_per_node=2", str(repo / "train.py"), *options, f"runs={place / 'two'}"]
-    printed = run(repo, "torch.distributed.run", *command, cwd=place)
+    printed = run_python("-m", "torch.distributed.run", *command, cwd=place)
     assert "2 x cpu" in printed
     assert (place / "two" / "seed" / "fold0" / "stage1" / "best.pt").exists()
 
@@ -193,16 +205,16 @@ def test_plain_torchrun(repo, place, options):
 def test_two_processes_predict_as_one(repo, place, options, trained):
     """Per-image results of one process and of two, thread for thread, are the same."""
     folder = place / "runs" / "seed"
-    run(repo, "predict.py", *options, cwd=place)
+    run("predict.py", *options, cwd=place)
     alone = (folder / "submission.csv").read_bytes()
     tables = [np.load(folder / f"fold{fold}" / "stage3" / "oof-best.npz") for fold in (0, 1)]
     before = [{name: arrays[name] for name in arrays.files} for arrays in tables]
     for fold in (0, 1):
         (folder / f"fold{fold}" / "stage3" / "oof-best.npz").unlink()
-    launch = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    run(repo, *launch, str(repo / "predict.py"), *options, cwd=place)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    run_python(*launch, str(repo / "predict.py"), *options, cwd=place)
     assert (folder / "submission.csv").read_bytes() == alone
-    run(repo, *launch, "-m", "pneumo", "oof", *options, cwd=place)
+    run_python(*launch, "-m", "pneumo", "oof", *options, cwd=place)
     for fold, arrays in enumerate(before):
         with np.load(folder / f"fold{fold}" / "stage3" / "oof-best.npz") as again:
             for name, array in arrays.items():

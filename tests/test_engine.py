@@ -71,7 +71,7 @@ def test_two_processes_compute_what_one_computes_that_accumulates(results, figur
     for found in (one, first, second):
         del found["reductions"]
     torch.manual_seed(0)
-    fresh = two_processes.UNet("resnet18", decoder_channels=(8, 8, 8, 4, 4)).double().state_dict()
+    fresh = two_processes.UNet(two_processes.SMALL, decoder_channels=(8, 8, 8, 4, 4)).double().state_dict()
     assert min(float((one[key] - fresh[key]).abs().max()) for key in fresh if key.endswith("weight")) > 1e-3
     assert largest_difference(one, first) < 1e-10
     assert largest_difference(first, second) == 0  # batch-norm statistics as well

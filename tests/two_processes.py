@@ -24,6 +24,7 @@ from pneumo.model.unet import UNet
 
 LOSS = LossSettings("focal_dice", 10.0, 2.0, 1.0)
 CPU = torch.device("cpu")
+SMALL = "test_resnet"  # an encoder
 SIZES = range(1, 14)  # of a validation fold; with 2 in a batch and 2 processes, one has none at the first two
 
 
@@ -45,11 +46,11 @@ def counted_allreduce(
     return allreduce_hook(torch.distributed.group.WORLD, bucket)
 
 
-def train(dtype: torch.dtype, step_count: int) -> dict[str, torch.Tensor]:
+def train(encoder: str, dtype: torch.dtype, step_count: int) -> dict[str, torch.Tensor]:
     """Train; 13 images in micro-batches of 2, 3 micro-batches a step: the last step leaves a process idle."""
     pack, _ = made_up(13, 64)
     torch.manual_seed(0)
-    model = UNet("resnet18", decoder_channels=(8, 8, 8, 4, 4)).to(dtype)
+    model = UNet(encoder, decoder_channels=(8, 8, 8, 4, 4)).to(dtype)
     running = RunningStatistics(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -106,10 +107,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with dist.launch(60.0):
         torch.manual_seed(0)
-        small = UNet("test_resnet", decoder_channels=(8, 8, 8, 4, 4))
+        small = UNet(SMALL, decoder_channels=(8, 8, 8, 4, 4))
         results = {
-            "float64": train(torch.float64, 20),
-            "float32": train(torch.float32, 3),
+            "float64": train(SMALL, torch.float64, 20),  # the CPU's float64 convolution is slow
+            "float32": train("resnet18", torch.float32, 3),
             **{f"evaluate {count}": evaluate(small, count) for count in SIZES},
         }
         torch.save(results, Path(sys.argv[1]) / f"{dist.rank()}-of-{dist.world()}.pt")

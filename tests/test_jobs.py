@@ -91,13 +91,13 @@ def test_a_fold_ends_with_the_one_that_started_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_folds_side_by_side_are_those_one_after_the_other(repo, tmp_path):
+def test_folds_side_by_side_are_those_one_after_the_other(tmp_path):
     small_run.write_data(tmp_path / "data")
     leaves = []
     for name, more in (("one", []), ("two", ["--jobs", "2"])):
         options = small_run.settings(tmp_path / "data", tmp_path / name)
         options += ["folds.count=2", *(f"stage.{number}.epochs=1" for number in (1, 2, 3))]
-        printed = run(repo, "pneumo", "cv", *more, "--set", *options, cwd=tmp_path)
+        printed = run("pneumo", "cv", *more, "--set", *options, cwd=tmp_path)
         assert ("[fold 1] fold 1 stage 3 epoch 1/1" in printed) == bool(more)
         paths = sorted((tmp_path / name / "seed").glob("fold*/stage*/best.pt"))
         assert len(paths) == 6

@@ -10,6 +10,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import small_run
+import torch
 from fault_table import (  # noqa: F401 - fixtures and hooks
     figure,
     pytest_addoption,
@@ -19,6 +20,12 @@ from fault_table import (  # noqa: F401 - fixtures and hooks
 )
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background deaf to it
+
+if torch.cuda.is_available():
+    # for tests marked gpu, in this process; the commands that tests start compute on the CPU, where two processes can
+    # share what there is, unless a test says otherwise
+    torch.cuda.init()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 REPO = Path(__file__).resolve().parents[1]
 

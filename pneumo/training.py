@@ -216,7 +216,7 @@ class _Run:
         }
         inside = data.folds == fold
         self.training, self.validation = np.flatnonzero(~inside), np.flatnonzero(inside)
-        self.apply = augment.apply
+        self.transform = augment.transform
         self.position = Position()
         self.saved: dict[str, Any] | None = None  # the position that last.pt holds
         self.noted = 0  # the step of the epoch whose numbers the host reads next
@@ -310,7 +310,7 @@ class _Run:
             self.model.compile(dynamic=False)
             self.folded.compile(dynamic=False)
             if self.device.type == "cuda":
-                self.apply = torch.compile(augment.apply, dynamic=False)
+                self.transform = torch.compile(augment.transform, dynamic=False)
         self.wrapped: nn.Module = dist.wrap(self.model)
 
     def _merged_blocks(self) -> list[bool]:
@@ -457,7 +457,7 @@ class _Run:
             image, mask = next(batches)
             seed = feeds.key(self.recipe.seed, self.fold, self.stage, epoch, step, place, "augment")
             generator = torch.Generator(self.device).manual_seed(seed)
-            yield augmented(image, mask, self.recipe.augment, generator, self.apply)
+            yield augmented(image, mask, self.recipe.augment, generator, self.transform)
 
     def _note(self, finished_steps: list[list[float]], plan: list[list[np.ndarray]]) -> tuple[bool, bool]:
         """Take in what the host now knows of earlier steps; return whether to stop and whether to save."""
@@ -699,22 +699,22 @@ def augmented(
     mask: Tensor,
     settings: AugmentConfig,
     generator: torch.Generator,
-    apply: Callable[..., tuple[Tensor, Tensor]] = augment.apply,
+    transform: Callable[..., tuple[Tensor, Tensor]] = augment.transform,
 ) -> tuple[Tensor, Tensor]:
     """Augment a batch as a recipe says.
 
     Args:
         image, mask: (B, 1, S, S) uint8.
         generator: on the same device.
-        apply: `augment.apply`, or that compiled.
+        transform: `augment.transform`, or that compiled.
 
     Returns:
         (B, 1, S, S) float32 in [0, 1], channels_last, and (B, 1, S, S) float32 of 0 and 1.
     """
     low, high = settings.gamma
     values = {**asdict(settings), "gamma": (low, high)}
-    warp = augment.draw(len(image), image.shape[-1], generator, **values)
-    image, mask = apply(image, mask, warp)
+    numbers = augment.random_numbers(len(image), image.shape[-1], generator, **values)
+    image, mask = transform(image, mask, *numbers, **values)
     return image.contiguous(memory_format=torch.channels_last), mask
 
 

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: subprocesses of the tests inherit it
@@ -51,3 +54,20 @@ def siim() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real X-rays at {folder}")
     return folder
+
+
+@pytest.fixture
+def waiting_refused() -> Callable[[], AbstractContextManager[None]]:
+    """Within what it gives, whatever makes the host wait for a GPU raises an error."""
+
+    @contextmanager
+    def refused() -> Iterator[None]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the mode is said to be a prototype
+                torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return refused

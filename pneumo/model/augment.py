@@ -6,6 +6,7 @@ gamma and brightness into one curve. No value of the device is read by the host.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,10 +60,42 @@ class Warp:
         return turned | self.bent | self.stretched | (self.optical != 0)
 
 
-def draw(
+def draw(count: int, side: int, generator: torch.Generator, **settings: Any) -> Warp:
+    """Draw the augmentation of a batch.
+
+    Args:
+        count: how many images, B.
+        side: of the images, pixels.
+        generator: source of randomness; everything is made on its device.
+        settings: as of `to_warp`.
+    """
+    return to_warp(*random_numbers(count, side, generator, **settings), side, **settings)
+
+
+def random_numbers(
     count: int,
     side: int,
     generator: torch.Generator,
+    *,
+    grid_steps: int = 5,
+    elastic_sigma: float = 6.0,
+    **_settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """All that is random about the augmentation of a batch, drawn at once; `to_warp` makes of it what a recipe says.
+
+    Returns:
+        (B, K) and (B, 2, h, w) float32, uniform in [0, 1).
+    """
+    options = {"generator": generator, "device": generator.device}
+    _, size, radius = _lattice(side, elastic_sigma)
+    chance = torch.rand(count, sum(_columns(grid_steps).values()), **options)
+    return chance, torch.rand(count, 2, size + 2 * radius, size + 2 * radius, **options)
+
+
+def to_warp(
+    chance: Tensor,
+    noise: Tensor,
+    side: int,
     *,
     flip: float = 0.5,
     intensity: float = 0.3,
@@ -81,12 +114,11 @@ def draw(
     scale: float = 0.1,
     rotate: float = 45.0,
 ) -> Warp:
-    """Draw the augmentation of a batch.
+    """What is done to each image of a batch, of random numbers; arithmetic alone, which a compiler can fuse.
 
     Args:
-        count: how many images, B.
+        chance, noise: from `random_numbers` with the same side, `grid_steps` and `elastic_sigma`.
         side: of the images, pixels.
-        generator: source of randomness; everything is made on its device.
         flip: probability of a left-right mirror.
         intensity: probability of one of: gain 1 +- `contrast`, exponent in `gamma`, `brightness` +- times the mean.
         distort: probability of one of: an elastic field (noise in [-1, 1] blurred by `elastic_sigma` pixels, times
@@ -99,34 +131,36 @@ def draw(
         The transforms are those of albumentations 0.3 (ShiftScaleRotate, ElasticTransform, GridDistortion,
         OpticalDistortion, RandomContrast, RandomGamma, RandomBrightness), written as maps from output to input.
     """
-    device = generator.device
+    columns = _columns(grid_steps)
+    of = dict(zip(columns, chance.split(list(columns.values()), dim=1), strict=True))
 
-    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator, device=device)
+    def uniform(name: str, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * of[name].squeeze(1)
 
-    def signed(limit: float, *shape: int) -> Tensor:
-        return uniform(*shape, low=-limit, high=limit)
+    def signed(name: str, limit: float) -> Tensor:
+        return uniform(name, -limit, limit)
 
-    one = torch.ones(count, device=device)
-    which = (uniform(count) * 3).long()  # of the three kinds of each group
-    kind = torch.where(uniform(count) < intensity, which, -1)
-    gain = torch.where(kind == 0, 1 + signed(contrast, count), one)
-    exponent = torch.where(kind == 1, uniform(count, low=gamma[0], high=gamma[1]), one)
-    bias = torch.where(kind == 2, signed(brightness, count), 0 * one)
+    count, one = len(chance), torch.ones_like(chance[:, 0])
+    which = (uniform("tone") * 3).long()  # of the three kinds of each group
+    kind = torch.where(uniform("toned") < intensity, which, -1)
+    gain = torch.where(kind == 0, 1 + signed("contrast", contrast), one)
+    exponent = torch.where(kind == 1, uniform("gamma", *gamma), one)
+    bias = torch.where(kind == 2, signed("brightness", brightness), 0 * one)
 
-    which = (uniform(count) * 3).long()
-    kind = torch.where(uniform(count) < distort, which, -1)
+    which = (uniform("distortion") * 3).long()
+    kind = torch.where(uniform("distorted") < distort, which, -1)
     elastic = (kind == 0).float()
-    field = _elastic_field(uniform, count, side, elastic_sigma) * (elastic_alpha * 2 / side)
-    straight = torch.eye(2, 3, device=device).expand(count, 2, 3)
-    bent = _three_point_affine(signed(elastic_affine * 2 / side, count, 3, 2))
-    widths = torch.where((kind == 1)[:, None, None], 1 + signed(grid_limit, count, 2, grid_steps), 1.0)
+    field = _elastic_field(noise, side, elastic_sigma) * (elastic_alpha * 2 / side)
+    straight = torch.eye(2, 3, device=chance.device).expand(count, 2, 3)
+    bent = _three_point_affine(signed("corners", elastic_affine * 2 / side).view(count, 3, 2))
+    stretch = 1 + signed("steps", grid_limit).view(count, 2, grid_steps)
+    widths = torch.where((kind == 1)[:, None, None], stretch, 1.0)
     knots = F.pad((widths * (2 / grid_steps)).cumsum(dim=-1), (1, 0)) - 1
 
-    moved = uniform(count) < rigid
-    angle = torch.where(moved, signed(math.radians(rotate), count), 0.0)
-    zoom = torch.where(moved, 1 + signed(scale, count), 1.0)
-    move = torch.where(moved[:, None], signed(2 * shift, count, 2), 0.0)  # positions span 2
+    moved = uniform("moved") < rigid
+    angle = torch.where(moved, signed("angle", math.radians(rotate)), 0.0)
+    zoom = torch.where(moved, 1 + signed("zoom", scale), 1.0)
+    move = torch.where(moved[:, None], signed("shift", 2 * shift), 0.0)  # positions span 2
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     back = torch.stack([torch.stack([cos, -sin], dim=-1), torch.stack([sin, cos], dim=-1)], dim=1)
     return Warp(
@@ -134,12 +168,22 @@ def draw(
         affine=torch.where(elastic[:, None, None] > 0, bent, straight),
         elastic=field * elastic[:, None, None, None],
         grid=knots,
-        optical=torch.where(kind == 2, signed(optical_limit, count), 0.0),
-        flip=torch.where(uniform(count) < flip, -one, one),
+        optical=torch.where(kind == 2, signed("lens", optical_limit), 0.0),
+        flip=torch.where(uniform("flip") < flip, -one, one),
         gamma=exponent,
         gain=gain,
         bias=bias,
     )
+
+
+def transform(image: Tensor, mask: Tensor, chance: Tensor, noise: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    """Augment a batch by given random numbers: `to_warp`, then `apply`, in one function for a compiler.
+
+    Args:
+        image, mask: as of `apply`.
+        chance, noise, settings: as of `to_warp`.
+    """
+    return apply(image, mask, to_warp(chance, noise, image.shape[-1], **settings))
 
 
 def sampling_grid(warp: Warp, side: int) -> Tensor:
@@ -238,19 +282,32 @@ def _follow(knots: Tensor, x: Tensor) -> Tensor:
     return left + (right - left) * (place - cell)
 
 
-def _elastic_field(uniform, count: int, side: int, sigma: float) -> Tensor:
+def _columns(grid_steps: int) -> dict[str, int]:
+    """What the random numbers of an image are for, and how many each takes."""
+    once = ("tone", "toned", "contrast", "gamma", "brightness", "distortion", "distorted", "lens")
+    more = {"corners": 6, "steps": 2 * grid_steps, "moved": 1, "angle": 1, "zoom": 1, "shift": 2, "flip": 1}
+    return dict.fromkeys(once, 1) | more
+
+
+def _lattice(side: int, sigma: float) -> tuple[float, int, int]:
+    """The elastic field's lattice: pixels between its points, points along a side, points that its blur reaches."""
+    stride = max(sigma / LATTICE, 1.0)
+    return stride, max(math.ceil(side / stride), 2), math.ceil(4 * sigma / stride)
+
+
+def _elastic_field(noise: Tensor, side: int, sigma: float) -> Tensor:
     """White noise in [-1, 1] at every pixel, blurred by `sigma` pixels, on a coarse lattice: (B, 2, h, w).
 
     The noise is made on the lattice itself; blurring n times fewer values a direction needs 1 / n of the deviation to
     give the same field.
+
+    Args:
+        noise: (B, 2, h + 2r, w + 2r) in [0, 1), r the reach of the blur.
     """
-    stride = max(sigma / LATTICE, 1.0)
-    size = max(math.ceil(side / stride), 2)
-    radius = math.ceil(4 * sigma / stride)
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offsets * stride / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).tolist()
-    noise = uniform(count, 2, size + 2 * radius, size + 2 * radius, low=-1.0, high=1.0) / stride
+    stride, size, radius = _lattice(side, sigma)
+    weights = [math.exp(-0.5 * (offset * stride / sigma) ** 2) for offset in range(-radius, radius + 1)]
+    kernel = [weight / sum(weights) for weight in weights]
+    noise = (2 * noise - 1) / stride
     rows = sum(weight * noise[:, :, i : i + size, :] for i, weight in enumerate(kernel))
     return sum(weight * rows[:, :, :, i : i + size] for i, weight in enumerate(kernel))
 

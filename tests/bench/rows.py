@@ -153,6 +153,11 @@ def steps_gpu(setup: Setup) -> Iterator[Row]:
         yield step_row(setup, side, batch, HALF, "channels_last", "ratio >= 1.6")
 
 
+def transform_of(setup: Setup) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The augmentation as `training` has it on the device."""
+    return torch.compile(augment.transform, dynamic=False) if setup.device.type == "cuda" else augment.transform
+
+
 def fed(setup: Setup, side: int, batch: int, count: int, target: str) -> Row:
     """Training with feed and augmentation against the bare step on tensors that lie ready."""
     images, masks = x_rays(batch * 4, side)
@@ -163,13 +168,13 @@ def fed(setup: Setup, side: int, batch: int, count: int, target: str) -> Row:
     step = our_step(setup, dtype, batch, side)
     settings = config.load(REPO / "configs.toml", "seed").augment
     generator = torch.Generator(setup.device).manual_seed(0)
-    apply = torch.compile(augment.apply, dynamic=False) if setup.device.type == "cuda" else augment.apply
+    transform = transform_of(setup)
     image, mask = batch_of(setup, batch, side)
     ready = (engine.to_input(image), mask.float())
 
     def ours() -> None:
         for image, mask in feed.batches(plan):
-            step([training.augmented(image, mask, settings, generator, apply)])
+            step([training.augmented(image, mask, settings, generator, transform)])
 
     def theirs() -> None:
         for _ in plan:
@@ -241,10 +246,10 @@ def _augmentations(setup: Setup, side: int, count: int) -> tuple[Callable[[], An
     image, mask = batch_of(setup, count, side)
     settings = config.load(REPO / "configs.toml", "seed").augment
     generator = torch.Generator(setup.device).manual_seed(0)
-    apply = torch.compile(augment.apply, dynamic=False) if setup.device.type == "cuda" else augment.apply
+    transform = transform_of(setup)
     recipe = rivals.kornia_recipe(side)
     return (
-        lambda: training.augmented(image, mask, settings, generator, apply),
+        lambda: training.augmented(image, mask, settings, generator, transform),
         lambda: rivals.kornia_batch(recipe, image, mask),
     )
 

@@ -90,10 +90,24 @@ def test_image_by_image_is_as_the_batch(monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_is_as_it_stands(monkeypatch):
-    batch, (wanted, wanted_mask) = mixed(monkeypatch)
-    out, mask = torch.compile(augment._apply, fullgraph=True)(*batch)
+    settings = {"distort": 0.5, "elastic_alpha": 30.0}
+    (image, mask, _), (wanted, wanted_mask) = mixed(monkeypatch)
+    numbers = augment.random_numbers(60, 96, torch.Generator().manual_seed(3))
+    monkeypatch.setattr(augment, "apply", augment._apply)
+    out, moved = torch.compile(augment.transform, fullgraph=True, dynamic=False)(image, mask, *numbers, **settings)
     torch.testing.assert_close(out, wanted, atol=2e-5, rtol=0)
-    assert (mask != wanted_mask).float().mean() < 1e-5
+    assert (moved != wanted_mask).float().mean() < 1e-5
+
+
+def test_in_one_function_is_as_in_two():
+    image = pictures(6)
+    settings = {"intensity": 0.9, "distort": 0.9, "elastic_sigma": 4.0, "grid_steps": 3}
+    numbers = augment.random_numbers(6, 64, torch.Generator().manual_seed(5), **settings)
+    warp = augment.draw(6, 64, torch.Generator().manual_seed(5), **settings)
+    for one, two in zip(
+        augment.transform(image, image > 99, *numbers, **settings), augment.apply(image, image > 99, warp), strict=True
+    ):
+        assert torch.equal(one, two)
 
 
 def test_rigid_motion_is_the_stated_one():
@@ -225,15 +239,12 @@ def test_a_warp_lives_where_its_generator_does():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_the_gpu_nothing_waits():
+def test_on_the_gpu_nothing_waits(waiting_refused):
     generator = torch.Generator("cuda").manual_seed(0)
     image = pictures(4).cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_refused():
         warp = augment.draw(4, 64, generator, distort=0.9, rigid=0.9)
         out, mask = augment.apply(image, image > 99, warp)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     reference, _ = augment.apply(
         image.cpu(), image.cpu() > 99, Warp(*(getattr(warp, f.name).cpu() for f in fields(Warp)))
     )

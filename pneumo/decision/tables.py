@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pneumo.decision.components import label_runs
@@ -139,18 +140,18 @@ def agreement(q: Tensor, views: Sequence[Tensor]) -> np.ndarray:
         where both are empty.
     """
     whole = _at_least(q)
-    total = np.zeros(whole.shape)
+    total = torch.zeros(whole.shape, dtype=torch.float64, device=q.device)
     for view in views:
         both, sizes = 2 * _at_least(torch.minimum(view, q)), whole + _at_least(view)
-        total += np.where(sizes > 0, both / np.maximum(sizes, 1), 1.0)
-    return total / len(views)
+        total += torch.where(sizes > 0, both.double() / sizes.clamp(min=1), 1.0)
+    return (total / len(views)).cpu().numpy()
 
 
-def _at_least(q: Tensor) -> np.ndarray:
+def _at_least(q: Tensor) -> Tensor:
     """(B, 257) int64: pixels of each image that are at least of each level; none is of 256."""
     offset = torch.arange(len(q), device=q.device)[:, None, None] * LEVELS
     counts = torch.bincount((q + offset).flatten(), minlength=len(q) * LEVELS).view(len(q), LEVELS)
-    return np.pad(counts.flip(1).cumsum(1).flip(1).cpu().numpy(), ((0, 0), (0, 1)))
+    return F.pad(counts.flip(1).cumsum(1).flip(1), (0, 1))
 
 
 def filtered(tables: Tables, rule: Rule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

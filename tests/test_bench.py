@@ -3,10 +3,12 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from bench import harness
+from bench.elsewhere import Elsewhere
 from bench.harness import Row
 
 CPU = torch.device("cpu")
@@ -70,6 +72,22 @@ def test_other_units_are_what_the_sides_return():
     row = Row(row="a", rival="b", ours=lambda: 4.0, theirs=lambda: 10.0, unit="GB", target="ours <= 8", once=True)
     result = harness.measure(row, 5, CPU)
     assert (result["ours"], result["ratio"], result["met"], result["runs"]) == (4.0, 2.5, True, 1)
+
+
+def test_a_rival_lives_in_a_process_of_its_own(tmp_path):
+    here = os.getcwd()
+    with Elsewhere() as elsewhere:
+        elsewhere.make(partial, os.chdir, str(tmp_path))()
+        call = elsewhere.make(partial, os.mkdir, "made")
+        assert not (tmp_path / "made").exists()
+        call()
+        assert (tmp_path / "made").is_dir() and os.getcwd() == here
+        with pytest.raises(RuntimeError, match=r"in the rival's process: FileExistsError"):
+            call()
+        elsewhere.make(partial, os.rmdir, "made")()  # an error does not end it
+        assert not (tmp_path / "made").exists()
+        child = elsewhere._process
+    assert not child.is_alive()
 
 
 @pytest.mark.slow

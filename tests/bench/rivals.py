@@ -39,18 +39,20 @@ def smp_unet(device: torch.device, *, channels_last: bool = False) -> nn.Module:
     return model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def smp_step(
-    model: nn.Module, image: Tensor, mask: Tensor, dtype: torch.dtype, *, channels_last: bool = False
-) -> Callable[[], None]:
-    """A training step with stage 1's loss and Adam.
+def smp_step(image: Tensor, mask: Tensor, dtype: torch.dtype, channels_last: bool) -> Callable[[], None]:
+    """A training step of a new network with stage 1's loss and Adam.
 
     Args:
-        image: (B, 3, S, S) float32, normalized.
+        image: (B, 3, S, S) float32, normalized, on the device.
         mask: (B, 1, S, S) float32.
         dtype: autocast type; float32 means none, and no TF32.
+        channels_last: that memory format, and compiled on a GPU.
     """
+    model = smp_unet(image.device, channels_last=channels_last)
     if channels_last:
         image = image.contiguous(memory_format=torch.channels_last)
+        if image.is_cuda:
+            model.compile(dynamic=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
 
     def step() -> None:
@@ -69,13 +71,18 @@ def smp_step(
     return step
 
 
-def smp_predict(models: list[nn.Module], image: Tensor) -> np.ndarray:
-    """The mean of all networks and mirror images, float32: (B, 3, S, S) to (B, S, S) on the host."""
-    torch.backends.cudnn.allow_tf32 = False
-    with torch.inference_mode():
-        total = sum(model(image).sigmoid() + model(image.flip(-1)).sigmoid().flip(-1) for model in models)
-    torch.backends.cudnn.allow_tf32 = True
-    return (total / (2 * len(models)))[:, 0].cpu().numpy()
+def smp_predict(image: Tensor, count: int) -> Callable[[], np.ndarray]:
+    """The mean of `count` networks and mirror images, float32: (B, 3, S, S) to (B, S, S) on the host."""
+    models = [smp_unet(image.device).eval() for _ in range(count)]
+
+    def predict() -> np.ndarray:
+        torch.backends.cudnn.allow_tf32 = False
+        with torch.inference_mode():
+            total = sum(model(image).sigmoid() + model(image.flip(-1)).sigmoid().flip(-1) for model in models)
+        torch.backends.cudnn.allow_tf32 = True
+        return (total / (2 * count))[:, 0].cpu().numpy()
+
+    return predict
 
 
 def albumentations_recipe(side: int) -> albumentations.Compose:

@@ -21,6 +21,7 @@ import maps
 import numpy as np
 import torch
 from bench import rivals
+from bench.elsewhere import Elsewhere
 from bench.harness import Row
 from PIL import Image
 from scipy import ndimage
@@ -57,10 +58,15 @@ class Setup:
     device: torch.device
     size: str
     folder: Path
+    elsewhere: Elsewhere
 
     def pick(self, full: Any, quick: Any, smoke: Any) -> Any:
         """What the size asks for."""
         return {"full": full, "quick": quick, "smoke": smoke}[self.size]
+
+    def rival(self, make: Callable[..., Callable[[], Any]], *given: Any) -> Callable[[], Any]:
+        """A rival's networks: on a CPU in a process of their own, one at a time; a GPU's memory is managed alike."""
+        return make(*given) if self.device.type == "cuda" else self.elsewhere.make(make, *given)
 
 
 @contextmanager
@@ -119,11 +125,8 @@ def step_row(setup: Setup, side: int, batch: int, dtype: torch.dtype, rival: str
     """A training step against smp's: "eager" in float32, or "channels_last" in our precision, compiled on a GPU."""
     image, mask = batch_of(setup, batch, side)
     better = rival == "channels_last"
-    model = rivals.smp_unet(setup.device, channels_last=better)
     compiled = better and setup.device.type == "cuda"
-    if compiled:
-        model.compile(dynamic=False)
-    theirs = rivals.smp_step(model, rival_input(image), mask.float(), dtype if better else WHOLE, channels_last=better)
+    theirs = setup.rival(rivals.smp_step, rival_input(image), mask.float(), dtype if better else WHOLE, better)
     step, pair = our_step(setup, dtype, batch, side), (engine.to_input(image), mask.float())
     name = {HALF: "bf16", WHOLE: "float32"}[dtype]
     return Row(
@@ -139,7 +142,7 @@ def step_row(setup: Setup, side: int, batch: int, dtype: torch.dtype, rival: str
 
 def steps_cpu(setup: Setup) -> Iterator[Row]:
     """Training steps as a CPU can take them."""
-    side, batch = setup.pick((256, 4), (96, 2), (64, 2))
+    side, batch = setup.pick((256, 8), (96, 4), (64, 2))
     yield step_row(setup, side, batch, WHOLE, "eager", "ratio >= 1.7")
     yield step_row(setup, side, batch, HALF, "eager", "ratio >= 3.5")
     yield step_row(setup, side, batch, WHOLE, "channels_last", "ratio >= 1.2")
@@ -404,13 +407,12 @@ def prediction(setup: Setup, side: int, batch: int, dtype: torch.dtype, target: 
     """Five networks and their mirror images, all kept loaded, to quantised probabilities on the host."""
     image, _ = batch_of(setup, batch, side)
     ours = five_folds(setup, dtype, side)
-    theirs, rival_image = copies(rivals.smp_unet(setup.device).eval()), rival_input(image)
     names = list(map(str, range(batch)))
     return Row(
         row=f"prediction, 5 folds x mirror, {side} px, {'bf16' if dtype == HALF else 'float32'}",
         rival="smp eager float32, kept loaded",
         ours=lambda: ensemble.predict(ours, image, side, names),
-        theirs=lambda: rivals.smp_predict(theirs, rival_image),
+        theirs=setup.rival(rivals.smp_predict, rival_input(image), 5),
         unit="images/s",
         items=batch,
         target=target,
@@ -420,7 +422,7 @@ def prediction(setup: Setup, side: int, batch: int, dtype: torch.dtype, target: 
 
 def prediction_cpu(setup: Setup) -> Iterator[Row]:
     """At a CPU's size."""
-    side, batch = setup.pick((256, 2), (96, 1), (64, 1))
+    side, batch = setup.pick((256, 8), (96, 2), (64, 1))
     yield prediction(setup, side, batch, WHOLE, "ratio >= 1.7")
     yield prediction(setup, side, batch, HALF, "ratio >= 3")
 
@@ -452,7 +454,7 @@ def memory_gpu(setup: Setup) -> Iterator[Row]:
         return lambda: step([pair])
 
     def theirs() -> Callable[[], Any]:
-        return rivals.smp_step(rivals.smp_unet(setup.device), rival_input(image), mask.float(), WHOLE)
+        return rivals.smp_step(rival_input(image), mask.float(), WHOLE, False)
 
     yield Row(
         row=f"peak memory of training, {side} px, batch {batch}",

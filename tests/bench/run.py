@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from bench import rivals, rows
+from bench.elsewhere import Elsewhere
 from bench.harness import measure, table
 from bench.rows import Setup
 
@@ -49,8 +50,8 @@ def run(size: str, device: torch.device, only: str = "") -> list[dict[str, Any]]
         groups = rows.CPU + rows.GPU + rows.HOST
     about = {"hardware": hardware(device), "versions": versions(), "date": date.today().isoformat(), "size": size}
     results, start = [], time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        setup = Setup(device, size, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, Elsewhere() as elsewhere:
+        setup = Setup(device, size, Path(folder), elsewhere)
         for group in groups:
             if only not in group.__name__:
                 continue
@@ -65,7 +66,7 @@ def run(size: str, device: torch.device, only: str = "") -> list[dict[str, Any]]
 
 def main() -> int:
     """Write the file and print the table; `sys.argv[1]` names a group to measure alone, which writes nothing."""
-    cli.keep_freed_memory()  # both sides profit
+    cli.keep_freed_memory()  # as our program does
     warnings.filterwarnings("ignore")  # the rivals' own
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,6 +74,9 @@ def main() -> int:
     if not sys.argv[1:]:
         Path("runs").mkdir(exist_ok=True)
         Path("runs/bench.json").write_text(json.dumps(results, indent=1) + "\n")
+    if not results:
+        print(f"no rows of a group named {sys.argv[1]} on this device", file=sys.stderr)
+        return 2
     about = results[0]
     print(table(results))
     missed = sum(result["met"] is False for result in results)

@@ -121,7 +121,7 @@ class TrainConfig:
     """How a run is run; nothing here but `amp` and `compile` changes the weights of best.pt."""
 
     amp: Literal["auto", "bf16", "fp16", "off"]
-    compile: Literal["auto", "on", "off"]
+    compile: Literal["auto", "on", "off", "graph"]
     ema: Annotated[float, "[0, 1)"]
     keep_best: Annotated[int, Positive]
     checkpoint_minutes: Annotated[float, "(0, inf)"]

@@ -189,6 +189,96 @@ def share(micro_batches: Sequence[np.ndarray]) -> list[int]:
     return list(range(dist.rank(), len(micro_batches), dist.world())) or [0]
 
 
+def add_gradient(
+    model: nn.Module,
+    image: Tensor,
+    mask: Tensor,
+    weight: float | Tensor,
+    scaler: torch.amp.GradScaler,
+    running: RunningStatistics,
+    loss: LossSettings,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of one micro-batch's loss, times `weight`, to that of the parameters.
+
+    Returns:
+        () the loss, without the weight, and (K,) the statistics that the pass left in the batch norms.
+    """
+    running.before_forward()
+    with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
+        logits = model(image)
+    value, _ = losses.loss(
+        logits, mask, loss.kind, focal_weight=loss.focal_weight, gamma=loss.gamma, smooth=loss.smooth
+    )
+    scaler.scale(value * weight).backward()
+    return value.detach(), running.captured()
+
+
+class RecordedGradient:
+    """`add_gradient` recorded once as a CUDA graph: replayed, its hundreds of kernels cost the host a single launch.
+
+    A smaller micro-batch, as the last of an epoch, goes the plain way. Gradients stay the tensors that they are: they
+    are set to zero between steps, not to None.
+
+    Args:
+        model: not wrapped for distribution, on a GPU.
+        batch: images of a full micro-batch.
+        scaler, running, loss, dtype: as of `add_gradient`.
+    """
+
+    WARM_UP = 3  # passes before recording: compilation, choice of algorithms, memory of libraries
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: int,
+        scaler: torch.amp.GradScaler,
+        running: RunningStatistics,
+        loss: LossSettings,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.batch = model, batch
+        self.how = (scaler, running, loss, dtype)
+        self.given: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, image: Tensor, mask: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+        """As `add_gradient`; what it returns is overwritten by the next call."""
+        if len(image) != self.batch:
+            return add_gradient(self.model, image, mask, weight, *self.how)
+        if self.given is None:
+            self._begin(image, mask)
+        self.given[0].copy_(image)
+        self.given[1].copy_(mask)
+        self.given[2].fill_(weight)
+        return self._replay()
+
+    def _begin(self, image: Tensor, mask: Tensor) -> None:
+        """Record the first full micro-batch; its weight is 0 meanwhile, so that nothing is added."""
+        self.given = image.clone(), mask.clone(), torch.zeros((), device=image.device)
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._replay = self._record(lambda: add_gradient(self.model, *self.given, *self.how))
+
+    def _record(self, work: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Record `work`; return what replays it and gives the tensors that it writes its results into."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(self.WARM_UP):
+                work()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = work()
+
+        def replay() -> tuple[Tensor, Tensor]:
+            graph.replay()
+            return results
+
+        return replay
+
+
 def train_step(
     model: nn.Module,
     micro_batches: Iterable[tuple[Tensor, Tensor]],
@@ -200,6 +290,7 @@ def train_step(
     *,
     count: int,
     flags: Sequence[float] = (),
+    recorded: RecordedGradient | None = None,
 ) -> Tensor:
     """Take one optimizer step, without waiting for the device.
 
@@ -214,28 +305,26 @@ def train_step(
         scaler: enabled only if `dtype`, the autocast type, is float16.
         count: micro-batches of the step over all processes.
         flags: numbers of this process to be summed over processes.
+        recorded: computes gradients in place of `add_gradient`, of the same model; in a launch of one process.
 
     Returns:
         (3 + len(flags),) float32 on the device: mean loss, 1 if the step was taken, gradient norm, flag sums.
     """
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=recorded is None)
     own = range(dist.rank(), count, dist.world())
     slots = running.running.new_zeros(count, len(running.running))
     total = running.running.new_zeros(())
     passes = max(len(own), 1)
+    weight = dist.world() / count if own else 0.0  # gradients are averaged over processes
     for i, (image, mask) in enumerate(micro_batches):
-        running.before_forward()
         with dist.sync_gradients(model, i == passes - 1):
-            with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(image)
-            value, _ = losses.loss(
-                logits, mask, loss.kind, focal_weight=loss.focal_weight, gamma=loss.gamma, smooth=loss.smooth
-            )
-            weight = dist.world() / count if own else 0.0  # gradients are averaged over processes
-            scaler.scale(value * weight).backward()
+            if recorded is None:
+                value, statistics = add_gradient(model, image, mask, weight, scaler, running, loss, dtype)
+            else:
+                value, statistics = recorded(image, mask, weight)
         if own:
-            slots[own[i]] = running.captured()
-            total = total + value.detach()
+            slots[own[i]] = statistics
+            total = total + value
     scaler.unscale_(optimizer)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])

@@ -207,6 +207,11 @@ class _Run:
         )
         self.rule = Rule(**asdict(recipe.rule))
         self.dtype = engine.autocast_dtype(recipe.train.amp, device)
+        if recipe.train.compile == "graph" and (device.type == "cpu" or dist.world() > 1 or recipe.model.checkpointing):
+            raise UsageError(
+                "train.compile=graph records what one process does on a GPU, without model.checkpointing; "
+                "choose train.compile=auto"
+            )
         self.identity = {
             "settings": config.stage_settings(recipe, stage),
             "digest": data.digest,
@@ -305,12 +310,20 @@ class _Run:
                 if self.average is not None:
                     self.average.load_state_dict(saved["average"])
                 self.position, self.saved = Position(**saved["position"]), saved["position"]
-        if self.recipe.train.compile == "on" or (self.recipe.train.compile == "auto" and self.device.type == "cuda"):
+        how, gpu = self.recipe.train.compile, self.device.type == "cuda"
+        if how in ("on", "graph") or (how == "auto" and gpu):
             # each shape once: a full micro-batch and the last one of an epoch, in training and in validation
             self.model.compile(dynamic=False)
             self.folded.compile(dynamic=False)
-            if self.device.type == "cuda":
+            if gpu:
                 self.transform = torch.compile(augment.transform, dynamic=False)
+        self.recorded = (
+            engine.RecordedGradient(
+                self.model, self.settings.batch_size, self.scaler, self.running, self.loss, self.dtype
+            )
+            if how == "graph"
+            else None
+        )
         self.wrapped: nn.Module = dist.wrap(self.model)
 
     def _merged_blocks(self) -> list[bool]:
@@ -426,6 +439,7 @@ class _Run:
                     float(_signals.number > 0),
                     float(dist.is_main() and minutes >= self.recipe.train.checkpoint_minutes),
                 ),
+                recorded=self.recorded,
             )
             if self.average is not None:
                 self.average.update(stats[1])

@@ -186,6 +186,64 @@ def test_auto_precision_is_bf16_only_where_the_device_computes_in_it(monkeypatch
     assert engine.autocast_dtype("fp16", cpu) == torch.float16
 
 
+class ComputedAgain(engine.RecordedGradient):
+    """Replays by computing again, which a CPU can; like a graph into the tensors that were there when it recorded."""
+
+    def _record(self, work):
+        work()  # as a recording warms up
+        parameters = list(self.model.parameters())
+        recorded = [parameter.grad for parameter in parameters]
+
+        def replay():
+            now = [parameter.grad for parameter in parameters]
+            for parameter, gradient in zip(parameters, recorded, strict=True):
+                parameter.grad = gradient
+            results = work()
+            for parameter, gradient in zip(parameters, now, strict=True):
+                parameter.grad = gradient
+            return results
+
+        return replay
+
+
+def steps_of(recorded: bool, device: torch.device, kind: type = ComputedAgain) -> tuple[nn.Module, torch.Tensor]:
+    """A model after three epochs of 10 images in micro-batches of 4, two a step, and its gradient norms."""
+    torch.manual_seed(0)
+    model = two_processes.UNet(two_processes.SMALL, decoder_channels=(8, 8, 8, 4, 4)).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    running, scaler = RunningStatistics(model), torch.amp.GradScaler(device.type, enabled=False)
+    how = (scaler, running, two_processes.LOSS, torch.float32)
+    stand_in = kind(model, 4, *how) if recorded else None
+    images = torch.rand(10, 1, 64, 64, device=device)
+    pairs = [(image, (image > 0.5).float()) for image in images.split(4)]
+    found = []
+    for _epoch in range(3):
+        for step in (pairs[:2], pairs[2:]):
+            found.append(
+                engine.train_step(model, step, optimizer, *how, count=len(step), flags=(1.0,), recorded=stand_in)
+            )
+    return model, torch.stack(found)
+
+
+def test_a_recorded_gradient_is_the_plain_one():
+    model, found = steps_of(True, torch.device("cpu"))
+    plain, wanted = steps_of(False, torch.device("cpu"))
+    assert torch.equal(found, wanted)
+    assert found[:, 1].tolist() == [1] * 6  # steps were taken
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_cuda_graph_computes_the_plain_gradient():
+    model, found = steps_of(True, torch.device("cuda"), engine.RecordedGradient)
+    plain, wanted = steps_of(False, torch.device("cuda"))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-2, atol=2e-3, msg=name)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_step_does_not_wait_for_the_gpu(waiting_refused):

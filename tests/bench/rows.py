@@ -98,8 +98,12 @@ def batch_of(setup: Setup, count: int, side: int) -> tuple[Tensor, Tensor]:
     return (torch.from_numpy(part.astype(np.uint8))[:, None].to(setup.device) for part in (images, masks))
 
 
-def our_step(setup: Setup, dtype: torch.dtype, batch: int, side: int) -> Callable[[list], Tensor]:
-    """A training step as `training` takes it, on a list of micro-batches."""
+def our_step(setup: Setup, dtype: torch.dtype, batch: int, side: int, graph: bool = False) -> Callable[[list], Tensor]:
+    """A training step as `training` takes it, on a list of micro-batches.
+
+    Args:
+        graph: as with train.compile=graph, on a GPU.
+    """
     model = UNet().to(setup.device, memory_format=torch.channels_last)
     for block, shape in zip(model.blocks, model.block_shapes(batch, side), strict=True):
         block.merged = is_faster(*shape, setup.device, dtype)
@@ -108,9 +112,11 @@ def our_step(setup: Setup, dtype: torch.dtype, batch: int, side: int) -> Callabl
     scaler = torch.amp.GradScaler(setup.device.type, enabled=False)
     if setup.device.type == "cuda":
         model.compile(dynamic=False)
+    how = (scaler, running, LOSS, dtype)
+    recorded = engine.RecordedGradient(model, batch, *how) if graph and setup.device.type == "cuda" else None
 
     def step(micro_batches: list) -> Tensor:
-        return engine.train_step(model, micro_batches, optimizer, scaler, running, LOSS, dtype, count=1)
+        return engine.train_step(model, micro_batches, optimizer, *how, count=1, recorded=recorded)
 
     return step
 
@@ -121,16 +127,18 @@ def rival_input(image: Tensor) -> Tensor:
     return (image.float() / 255 - mean) / std
 
 
-def step_row(setup: Setup, side: int, batch: int, dtype: torch.dtype, rival: str, target: str) -> Row:
+def step_row(
+    setup: Setup, side: int, batch: int, dtype: torch.dtype, rival: str, target: str, graph: bool = False
+) -> Row:
     """A training step against smp's: "eager" in float32, or "channels_last" in our precision, compiled on a GPU."""
     image, mask = batch_of(setup, batch, side)
     better = rival == "channels_last"
     compiled = better and setup.device.type == "cuda"
     theirs = setup.rival(rivals.smp_step, rival_input(image), mask.float(), dtype if better else WHOLE, better)
-    step, pair = our_step(setup, dtype, batch, side), (engine.to_input(image), mask.float())
+    step, pair = our_step(setup, dtype, batch, side, graph), (engine.to_input(image), mask.float())
     name = {HALF: "bf16", WHOLE: "float32"}[dtype]
     return Row(
-        row=f"training step, {side} px, {name}",
+        row=f"training step, {side} px, {name}{', CUDA graph' if graph else ''}",
         rival=f"smp {f'channels_last {name}' if better else 'eager float32'}{' compiled' if compiled else ''}",
         ours=lambda: step([pair]),
         theirs=theirs,
@@ -153,7 +161,8 @@ def steps_gpu(setup: Setup) -> Iterator[Row]:
     """Training steps at the recipe's sizes."""
     for side, batch in setup.pick(((512, 16), (1024, 4)), ((512, 16), (1024, 4)), ((64, 2),)):
         yield step_row(setup, side, batch, HALF, "eager", "ratio >= 4")
-        yield step_row(setup, side, batch, HALF, "channels_last", "ratio >= 1.6")
+        for graph in (False, True):
+            yield step_row(setup, side, batch, HALF, "channels_last", "ratio >= 1.6", graph)
 
 
 def transform_of(setup: Setup) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -150,7 +150,7 @@ def step_row(
 
 def steps_cpu(setup: Setup) -> Iterator[Row]:
     """Training steps as a CPU can take them."""
-    side, batch = setup.pick((256, 8), (96, 4), (64, 2))
+    side, batch = setup.pick((256, 8), (64, 2), (64, 2))
     yield step_row(setup, side, batch, WHOLE, "eager", "ratio >= 1.7")
     yield step_row(setup, side, batch, HALF, "eager", "ratio >= 3.5")
     yield step_row(setup, side, batch, WHOLE, "channels_last", "ratio >= 1.2")
@@ -431,7 +431,7 @@ def prediction(setup: Setup, side: int, batch: int, dtype: torch.dtype, target: 
 
 def prediction_cpu(setup: Setup) -> Iterator[Row]:
     """At a CPU's size."""
-    side, batch = setup.pick((256, 8), (96, 2), (64, 1))
+    side, batch = setup.pick((256, 8), (64, 1), (64, 1))
     yield prediction(setup, side, batch, WHOLE, "ratio >= 1.7")
     yield prediction(setup, side, batch, HALF, "ratio >= 3")
 
@@ -515,7 +515,7 @@ def scaling(name: str, sizes: tuple[int, ...], repeats: int, run: Callable[[int]
 def growth(setup: Setup) -> Iterator[Row]:
     """Cost against the number of images, at 64 px."""
     many = setup.pick((1000, 4000, 12000), (250, 500, 1000), (2, 4))
-    some = setup.pick((100, 200, 400), (4, 8, 16), (2, 4))
+    some = setup.pick((100, 200, 400), (4, 8, 12), (2, 4))
     repeats, fewer = setup.pick((3, 2), (3, 1), (1, 1))
     side, recipe = 64, config.load(REPO / "configs.toml", "seed")
     images, masks = x_rays(many[-1], side)

@@ -381,8 +381,10 @@ def _has(table: Any, path: Sequence[str]) -> bool:
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged.get(key, {}), value) if both or isinstance(value, dict) else value
+        if isinstance(value, dict):
+            inside = merged.get(key)
+            value = _merge(inside if isinstance(inside, dict) else {}, value)
+        merged[key] = value
     return merged
 
 

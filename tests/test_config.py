@@ -182,6 +182,7 @@ FILES = {
             "[seed.stage.4]",
             "[seed] stage must have tables numbered 1, 2, ... without gaps, got [1, 2, 4]",
         ),
+        ("demo", "rotate = 8.0", "rotate.0 = 1", "[demo.augment] rotate: expected float, got {'0': 1}"),
         ("seed", "[seed]\nseed = 0", "[seed]\nseed = = 0", "not valid TOML: Invalid value (at line 8, column 8)"),
         ("seed", "[seed]\nseed = 0", "[seed]\nseed = " + "9" * 5000, "not valid TOML: "),
         ("seed", "[seed]\nseed = 0", "[seed]\nseed = " + "[" * 5000, "not valid TOML: "),

@@ -24,6 +24,8 @@ from pneumo.decision import metrics
 from pneumo.decision.rule import Rule, decide, decide_batch, resize_quantise
 from pneumo.model import losses
 
+SHAPES = 64  # that one function may be compiled for
+
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -179,6 +181,22 @@ class Late:
                 event.synchronize()
             ready.append(vector.tolist())
         return ready
+
+
+def compiled(function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
+    """Compile a function, or the forward pass of a module in place, once for each shape that it is given.
+
+    Beyond a number of shapes the compiler would give up and run it as it stands; all folds and stages in one process
+    can have more of them than it allows by itself, since the last micro-batch of each may be another.
+
+    Returns:
+        The compiled function, or the module.
+    """
+    torch._dynamo.config.recompile_limit = SHAPES
+    if isinstance(function, nn.Module):
+        function.compile(dynamic=False, backend=backend)
+        return function
+    return torch.compile(function, dynamic=False, backend=backend)
 
 
 def share(micro_batches: Sequence[np.ndarray]) -> list[int]:

@@ -313,10 +313,10 @@ class _Run:
         how, gpu = self.recipe.train.compile, self.device.type == "cuda"
         if how in ("on", "graph") or (how == "auto" and gpu):
             # each shape once: a full micro-batch and the last one of an epoch, in training and in validation
-            self.model.compile(dynamic=False)
-            self.folded.compile(dynamic=False)
+            engine.compiled(self.model)
+            engine.compiled(self.folded)
             if gpu:
-                self.transform = torch.compile(augment.transform, dynamic=False)
+                self.transform = engine.compiled(augment.transform)
         self.recorded = (
             engine.RecordedGradient(
                 self.model, self.settings.batch_size, self.scaler, self.running, self.loss, self.dtype

@@ -35,8 +35,8 @@ def test_each_shape_is_compiled_once_over_epochs_and_stages(compiled):
         model = UNet("resnet18", decoder_channels=(8, 8, 8, 4, 4))
         running, folded = RunningStatistics(model), FoldedUNet(model, torch.float32)
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
-        model.compile(backend=backend, dynamic=False)
-        folded.compile(backend=backend, dynamic=False)
+        engine.compiled(model, backend)
+        engine.compiled(folded, backend)
         for _epoch in range(2):
             for size in (3, 3, 2):
                 batch = (torch.rand(size, 1, 64, 64), torch.zeros(size, 1, 64, 64))
@@ -49,3 +49,16 @@ def test_each_shape_is_compiled_once_over_epochs_and_stages(compiled):
                     engine.predict_logits(folded, torch.zeros(size, 1, 64, 64, dtype=torch.uint8), torch.float32)
         seen = list(shapes)
         assert [shape[0] for shape in seen] == [3, 2, 4, 1], f"after fold {fold}: {seen}"
+
+
+def test_as_many_shapes_are_compiled_as_all_folds_have(compiled, monkeypatch):
+    shapes, backend = compiled
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # as it is at first; restored afterwards
+    for _stage in range(2):
+        network = engine.compiled(torch.nn.AvgPool2d(3), backend)
+        double = engine.compiled(lambda image: image * 2, backend)
+        for size in range(1, 13):
+            image = torch.zeros(size, 1, 8, 8)
+            with torch.inference_mode():
+                double(network(image))
+    assert [shape[0] for shape in shapes] == [size for size in range(1, 13) for _ in range(2)]

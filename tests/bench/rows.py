@@ -111,7 +111,7 @@ def our_step(setup: Setup, dtype: torch.dtype, batch: int, side: int, graph: boo
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4, fused=True)
     scaler = torch.amp.GradScaler(setup.device.type, enabled=False)
     if setup.device.type == "cuda":
-        model.compile(dynamic=False)
+        engine.compiled(model)
     how = (scaler, running, LOSS, dtype)
     recorded = engine.RecordedGradient(model, batch, *how) if graph and setup.device.type == "cuda" else None
 
@@ -167,7 +167,7 @@ def steps_gpu(setup: Setup) -> Iterator[Row]:
 
 def transform_of(setup: Setup) -> Callable[..., tuple[Tensor, Tensor]]:
     """The augmentation as `training` has it on the device."""
-    return torch.compile(augment.transform, dynamic=False) if setup.device.type == "cuda" else augment.transform
+    return engine.compiled(augment.transform) if setup.device.type == "cuda" else augment.transform
 
 
 def fed(setup: Setup, side: int, batch: int, count: int, target: str) -> Row:

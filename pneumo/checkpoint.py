@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pneumo.errors import DataError, NoSpaceError, NotFiniteError, UsageError, WriteError
+from pneumo.errors import DataError, NoSpaceError, NotFiniteError, UsageError, WriteError, one_line
 
 FORMAT = 1
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, largest file
@@ -106,7 +106,7 @@ def read(path: Path) -> Any:
                     )
                 bad = archive.testzip()
             if bad is not None:
-                raise DataError(f"{path} is damaged (CRC of {bad} differs).")
+                raise DataError(f"{path} is damaged (CRC of {one_line(bad)} differs).")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -117,7 +117,7 @@ def read(path: Path) -> Any:
     except Exception as error:  # zipfile, pickle and torch raise a dozen types on damaged or hostile files
         text = " ".join(str(error).split())
         if code := re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|global):? (\S+)", text):
-            reason = f"it asks for code ({code[1] or code[2]}), which was not run"
+            reason = f"it asks for code ({one_line(code[1] or code[2])}), which was not run"
         else:
             reason = f"it is cut off, damaged or something else ({path.stat().st_size:,} bytes)"
         raise DataError(f"{path} cannot be read: {reason}.") from None

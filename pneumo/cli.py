@@ -17,7 +17,7 @@ import torch
 
 from pneumo import checkpoint, config, dist
 from pneumo.config import Recipe
-from pneumo.errors import NoSpaceError, OutOfMemory, PneumoError, Stopped, UsageError
+from pneumo.errors import NoSpaceError, OutOfMemory, PneumoError, Stopped, UsageError, printable
 
 INTERRUPTED = 130
 BUG = 1
@@ -86,7 +86,7 @@ def run(
             elif not isinstance(known, Stopped):
                 message = f"error: {message}"
     if message:
-        print(" ".join(message.split()), file=sys.stderr, flush=True)
+        print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
     if dist.world() > 1:  # the group is broken; leaving it in an orderly way could wait for who is gone
         sys.stdout.flush()
         os._exit(code)

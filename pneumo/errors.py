@@ -7,9 +7,15 @@ its text when it crosses a thread or process. Imports nothing from pneumo.
 import re
 
 
+def printable(text: str) -> str:
+    """Text as a terminal can show it: what would move its cursor, or is no character, stands as its escape."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else ascii(sign)[1:-1] for sign in text)
+
+
 def one_line(text: object) -> str:
     """What strangers' files put into a message, on one line and without words that no screen would hold."""
-    return re.sub(r"\S{100,}", lambda word: f"{word[0][:97]}...", " ".join(str(text).split()))
+    words = printable(" ".join(str(text).split()))
+    return re.sub(r"\S{100,}", lambda word: f"{word[0][:97]}...", words)
 
 
 class PneumoError(ValueError):

@@ -1,6 +1,6 @@
 """What a run says: a line to read, a JSON line to plot, a bar to watch, a status file.
 
-Imports checkpoint, dist.
+Imports checkpoint, dist, errors.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pneumo import checkpoint, dist
+from pneumo.errors import printable
 
 tqdm.set_lock(threading.RLock())  # its own serves several processes and leaks a semaphore from one that is killed
 
@@ -20,14 +21,14 @@ tqdm.set_lock(threading.RLock())  # its own serves several processes and leaks a
 def say(message: str) -> None:
     """Print one line on process 0, above any progress bar."""
     if dist.is_main():
-        tqdm.write(message, file=sys.stdout)
+        tqdm.write(printable(message), file=sys.stdout)
         sys.stdout.flush()
 
 
 def warn(message: str) -> None:
     """Print one warning line to stderr on process 0."""
     if dist.is_main():
-        tqdm.write(f"warning: {message}", file=sys.stderr)
+        tqdm.write(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def bar(items: Iterable[Any] | None = None, *, total: int | None = None, title: str, start: int = 0) -> tqdm:

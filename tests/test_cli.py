@@ -1,7 +1,11 @@
+import argparse
 import subprocess
 import sys
 
 import pytest
+
+from pneumo import cli, log
+from pneumo.errors import DataError, one_line
 
 CHURN = """
 import resource, sys
@@ -25,3 +29,20 @@ def test_freed_memory_is_used_again(repo):
         return int(done.stdout)
 
     assert faults("keep") < 1000 < faults("return")  # 64 MB are 16,384 pages
+
+
+def test_what_is_shown_cannot_move_the_cursor(capsys, monkeypatch):
+    assert one_line("a\x1b[2J\n b\tü\udcff") == r"a\x1b[2J b ü\udcff"
+    log.say("a\x1b[2J\nb\u202e")
+    log.warn("\udcff\x07.png")
+    out, err = capsys.readouterr()
+    assert (out, err) == ("a\\x1b[2J\nb\\u202e\n", "warning: \\udcff\\x07.png\n")
+
+    def command(_options: argparse.Namespace) -> None:
+        raise DataError("\x1b]0;title\x07.png: no image")
+
+    parser = argparse.ArgumentParser()
+    cli.add_recipe_options(parser)
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
+    assert cli.run(command, parser, []) == 3
+    assert capsys.readouterr().err == "error: \\x1b]0;title\\x07.png: no image\n"

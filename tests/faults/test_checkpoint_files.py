@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -82,6 +83,15 @@ def test_nothing_good_is_left(data, half, figure):
         assert "no good checkpoint is left" in line and "Delete the folder to start this stage anew" in line
     assert not (half / STAGE / "last.pt").exists()
     figure("exit 3, 2 of 2")
+
+
+def test_a_name_within_a_damaged_archive_cannot_break_the_line(tmp_path):
+    path = tmp_path / "w.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/\x1b[2J\nerror: b" + "c" * 300, b"first")
+    path.write_bytes(path.read_bytes().replace(b"first", b"other"))
+    with pytest.raises(DataError, match=r"w\.pt is damaged \(CRC of a/\\x1b\[2J error: bc{96}\.\.\. differs\)\.$"):
+        checkpoint.read(path)
 
 
 @pytest.mark.fault("R6", "200 random bits of a training checkpoint flipped, one at a time")

@@ -97,7 +97,7 @@ def mutate_text(content: bytes, others: list[bytes], rng: random.Random) -> byte
         elif kind == 2 and len(lines) > 1:
             del lines[at]
         else:
-            parts = [part for part in _split(lines[at]) if part]
+            parts = [part for part in _split(lines[at]) if part] or [""]
             where = rng.randrange(len(parts))
             parts[where] = rng.choice(WORDS) if kind != 5 else parts[where] + rng.choice(WORDS)
             lines[at] = "".join(parts)

@@ -1,15 +1,17 @@
 """A UNet for evaluation and prediction: batch norm folded into the convolutions, decoder weights summed up once.
 
-Imports unet, kernels.
+Convolution, sum and ReLU are one where the device has that. Imports unet, kernels.
 """
 
 import copy
 from collections.abc import Callable
 
 import torch
+from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pneumo.kernels.conv_relu import conv_relu
 from pneumo.kernels.upconv import stride_2_weight
 from pneumo.model.unet import DecoderBlock, UNet
 
@@ -39,6 +41,10 @@ class FoldedUNet(nn.Module):
                 modules[conv].bias = nn.Parameter(modules[conv].weight.new_zeros(len(modules[conv].weight)), False)
             parent, _, name = norm.rpartition(".")
             setattr(self.encoder.get_submodule(parent), name, _after(modules[norm]))
+        for name, module in modules.items():
+            if _is_basic(module):
+                parent, _, last = name.rpartition(".")
+                setattr(self.encoder.get_submodule(parent), last, _FoldedBasicBlock(module))
         self.blocks = nn.ModuleList(map(_FoldedBlock, model.blocks))
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -72,6 +78,19 @@ class FoldedUNet(nn.Module):
         return self.head(x)
 
 
+class _FoldedBasicBlock(nn.Module):
+    """A residual block of two convolutions, its batch norms folded; its convolutions keep their names."""
+
+    def __init__(self, block: BasicBlock) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.downsample = block.conv1, block.conv2, block.downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As timm's `BasicBlock.forward`."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return conv_relu(conv_relu(x, self.conv1), self.conv2, shortcut)
+
+
 class _FoldedBlock(nn.Module):
     """A decoder block without batch norms, its first convolution in two parts."""
 
@@ -80,28 +99,40 @@ class _FoldedBlock(nn.Module):
         self.below = block.below
         first, second = block.conv1[0].weight, block.conv2[0].weight
         out, inside = first.shape[:2]
-        options = {"device": first.device}
-        self.up = nn.ConvTranspose2d(self.below, out, 4, stride=2, padding=1, **options).requires_grad_(False)
-        skip = inside - self.below
-        self.skip = nn.Conv2d(skip, out, 3, padding=1, bias=False, **options).requires_grad_(False) if skip else None
-        self.second = nn.Conv2d(out, len(second), 3, padding=1, **options).requires_grad_(False)
+        skip, options = inside - self.below, {"device": first.device}
+        self.up = nn.ConvTranspose2d(self.below, out, 4, stride=2, padding=1, bias=not skip, **options)
+        self.skip = nn.Conv2d(skip, out, 3, padding=1, **options) if skip else None
+        self.second = nn.Conv2d(out, len(second), 3, padding=1, **options)
+        self.requires_grad_(False)
 
     def fill(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> None:
         """Take over weights and biases of the block's two convolutions."""
         weight, bias = first
         self.up.weight.copy_(stride_2_weight(weight[:, : self.below]))
-        self.up.bias.copy_(bias)
-        if self.skip is not None:
+        if self.skip is None:
+            self.up.bias.copy_(bias)
+        else:
             self.skip.weight.copy_(weight[:, self.below :])
+            self.skip.bias.copy_(bias)
         self.second.weight.copy_(second[0])
         self.second.bias.copy_(second[1])
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         """As `DecoderBlock.forward`."""
         x = self.up(x)
-        if skip is not None:
-            x += self.skip(skip)
-        return self.second(x.relu_()).relu_()
+        x = x.relu_() if skip is None else conv_relu(skip, self.skip, x)
+        return conv_relu(x, self.second)
+
+
+def _is_basic(module: nn.Module) -> bool:
+    """Whether it is timm's plain residual block of two convolutions, which `_FoldedBasicBlock` replaces."""
+    return (
+        type(module) is BasicBlock
+        and module.se is None
+        and isinstance(module.aa, nn.Identity)
+        and isinstance(module.act1, nn.ReLU)
+        and isinstance(module.act2, nn.ReLU)
+    )
 
 
 def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:

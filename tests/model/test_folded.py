@@ -1,8 +1,9 @@
 import pytest
 import torch
+from timm.models.resnet import BasicBlock
 from torch import nn
 
-from pneumo.model.folded import FoldedUNet
+from pneumo.model.folded import FoldedUNet, _FoldedBasicBlock
 from pneumo.model.unet import UNet
 
 NARROW = (16, 8, 8, 8, 4)
@@ -21,7 +22,7 @@ def trained(encoder: str, seed: int = 0) -> UNet:
     return model.to(memory_format=torch.channels_last).eval()
 
 
-@pytest.mark.parametrize("encoder", ["resnet18", "mobilenetv3_small_050", "tf_efficientnet_lite0"])
+@pytest.mark.parametrize("encoder", ["resnet18", "resnetblur18", "mobilenetv3_small_050", "tf_efficientnet_lite0"])
 def test_the_logits_stay_the_same(encoder):
     model = trained(encoder).double()
     folded = FoldedUNet(model, torch.float64)
@@ -61,3 +62,26 @@ def test_the_network_itself_is_left_alone():
     FoldedUNet(model, torch.bfloat16)
     assert model.training and all(module.training for module in model.modules())
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_residual_blocks_are_replaced_where_they_are_plain():
+    def count(name: str) -> tuple[int, int]:
+        folded = FoldedUNet(trained(name), torch.float32)
+        kinds = [type(module) for module in folded.encoder.modules()]
+        return kinds.count(_FoldedBasicBlock), kinds.count(BasicBlock)
+
+    assert count("resnet18") == (8, 0)
+    assert count("resnetblur18") == (5, 3)  # three blur between their convolutions
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_the_gpu_as_on_the_cpu():
+    model = trained("resnet34")
+    image = torch.rand(2, 1, 128, 128)
+    with torch.inference_mode():
+        exact = model.double()(image.double())
+        folded = FoldedUNet(model.float().cuda(), torch.bfloat16)
+        with torch.autocast("cuda", torch.bfloat16):
+            found, plain = (net(image.cuda()).float().cpu().double() for net in (folded, model))
+    assert float((found - exact).abs().mean()) <= 2 * float((plain - exact).abs().mean())

@@ -271,7 +271,7 @@ class RecordedGradient:
         return self._replay()
 
     def _begin(self, image: Tensor, mask: Tensor) -> None:
-        """Record the first full micro-batch; its weight is 0 meanwhile, so that nothing is added."""
+        """Record the first full micro-batch; its weight is 0 meanwhile, so that nothing is added that is finite."""
         self.given = image.clone(), mask.clone(), torch.zeros((), device=image.device)
         for parameter in self.model.parameters():
             if parameter.grad is None:

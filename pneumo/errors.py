@@ -5,11 +5,17 @@ its text when it crosses a thread or process. Imports nothing from pneumo.
 """
 
 import re
+import unicodedata
 
 
 def printable(text: str) -> str:
-    """Text as a terminal can show it: what would move its cursor, or is no character, stands as its escape."""
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else ascii(sign)[1:-1] for sign in text)
+    """Text as a terminal can show it: what would steer it, or is no character, stands as its escape."""
+    return "".join(ascii(sign)[1:-1] if _steers(sign) else sign for sign in text)
+
+
+def _steers(sign: str) -> bool:
+    """Whether it is a control or format character or half a surrogate; joiners, line ends and tabs are let through."""
+    return unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp") and sign not in "\n\t\u200c\u200d"
 
 
 def one_line(text: object) -> str:

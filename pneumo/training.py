@@ -207,11 +207,6 @@ class _Run:
         )
         self.rule = Rule(**asdict(recipe.rule))
         self.dtype = engine.autocast_dtype(recipe.train.amp, device)
-        if recipe.train.compile == "graph" and (device.type == "cpu" or dist.world() > 1 or recipe.model.checkpointing):
-            raise UsageError(
-                "train.compile=graph records what one process does on a GPU, without model.checkpointing; "
-                "choose train.compile=auto"
-            )
         self.identity = {
             "settings": config.stage_settings(recipe, stage),
             "digest": data.digest,
@@ -311,6 +306,11 @@ class _Run:
                     self.average.load_state_dict(saved["average"])
                 self.position, self.saved = Position(**saved["position"]), saved["position"]
         how, gpu = self.recipe.train.compile, self.device.type == "cuda"
+        if how == "graph" and (not gpu or dist.world() > 1 or self.recipe.model.checkpointing):
+            raise UsageError(
+                "train.compile=graph records what one process does on a GPU, without model.checkpointing. Train so, or "
+                "start anew with train.compile=auto"
+            )
         if how in ("on", "graph") or (how == "auto" and gpu):
             # each shape once: a full micro-batch and the last one of an epoch, in training and in validation
             engine.compiled(self.model)

@@ -28,6 +28,7 @@ if torch.cuda.is_available():
     # for tests marked gpu, in this process; the commands that tests start compute on the CPU, where two processes can
     # share what there is, unless a test says otherwise
     torch.cuda.init()
+    torch.cuda.device_count()  # kept from now on
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 REPO = Path(__file__).resolve().parents[1]

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from pneumo import cli, log
-from pneumo.errors import DataError, one_line
+from pneumo.errors import DataError, one_line, printable
 
 CHURN = """
 import resource, sys
@@ -33,6 +33,8 @@ def test_freed_memory_is_used_again(repo):
 
 def test_what_is_shown_cannot_move_the_cursor(capsys, monkeypatch):
     assert one_line("a\x1b[2J\n b\tü\udcff") == r"a\x1b[2J b ü\udcff"
+    for text in ("胸部X線　左.png", "a\xa0b", "u\u0308", "👨\u200d👩\u200d👧", "नमस्ते क्\u200dष", "naïve ❤️ \U0001fae9"):
+        assert printable(text) == text
     log.say("a\x1b[2J\nb\u202e")
     log.warn("\udcff\x07.png")
     out, err = capsys.readouterr()

@@ -32,29 +32,55 @@ def test_by_hand():
     assert x[0, 0, 0].tolist() == [1, 2, 3]
 
 
-def as_cudnn(x, weight, bias, z, share, stride, padding, dilation, groups):
-    return (F.conv2d(x, weight, bias, stride, padding, dilation, groups) + share * z).relu()
+def as_cudnn(x, weight, bias, add, *geometry):
+    return (F.conv2d(x, weight, bias, *geometry) + (0 if add is None else add)).relu()
+
+
+def half(x, weight, bias, add, *geometry):
+    return as_cudnn(x, weight, bias, None if add is None else add / 2, *geometry)
+
+
+def always(x, weight, bias, add, *geometry):
+    return as_cudnn(x, weight, bias, x if add is None else add, *geometry)
+
+
+def out_of_memory(*_given):
+    raise torch.OutOfMemoryError("on a card")
+
+
+def is_right(inside: int, out: int, stride: int, adds: bool) -> bool:
+    geometry = (stride, stride), (1, 1), (1, 1), 1
+    return module._fused_is_right(CPU, torch.bfloat16, (out, inside, 3, 3), *geometry, adds)
 
 
 @pytest.mark.parametrize(
     ("fused", "right"),
     [
-        (as_cudnn, True),
-        (lambda *given: as_cudnn(*given[:4], 1.0, *given[5:]), False),  # adds where nothing is to be added
-        (lambda *given: as_cudnn(*given[:4], 0.0, *given[5:]), False),
-        (lambda *given: torch.full_like(given[3], torch.nan), False),
-        (module._fused, False),  # a CPU has none
+        (as_cudnn, {True, False}),
+        (half, {False}),
+        (always, {True}),
+        (lambda *given: torch.full_like(as_cudnn(*given), torch.nan), set()),
+        (module._fused, set()),  # a CPU has none
     ],
 )
 def test_the_fused_form_is_tried_before_it_is_used(monkeypatch, fused, right):
     monkeypatch.setattr(module, "_fused", fused)
-    assert module._fused_is_right(CPU, torch.bfloat16) is right
+    assert {adds for adds in (True, False) if is_right(16, 16, 1, adds)} == right
+    assert {adds for adds in (True, False) if is_right(8, 16, 2, adds)} == right - {False}
+
+
+def test_what_only_memory_prevented_is_tried_again(monkeypatch):
+    monkeypatch.setattr(module, "_fused", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        is_right(16, 16, 1, True)
+    monkeypatch.setattr(module, "_fused", as_cudnn)
+    assert is_right(16, 16, 1, True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("inside", "out", "stride"), [(32, 32, 1), (16, 32, 1), (16, 32, 2), (3, 16, 2)])
+@pytest.mark.parametrize(("inside", "out", "stride"), [(32, 32, 1), (16, 32, 1), (16, 32, 2), (3, 16, 2), (61, 38, 1)])
 @pytest.mark.parametrize("adds", [True, False])
 def test_on_the_gpu_it_is_the_plain_result(dtype, inside, out, stride, adds):
     device = torch.device("cuda")
@@ -63,4 +89,12 @@ def test_on_the_gpu_it_is_the_plain_result(dtype, inside, out, stride, adds):
     add = torch.randn_like(conv(x)) if adds else None
     wanted = conv_relu_ref(x, conv, add)
     torch.testing.assert_close(conv_relu(x, conv, add), wanted, rtol=0.02, atol=0.02)
-    assert module._fused_is_right(device, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_recipes_network_is_fused_on_the_gpu():
+    device, geometry = torch.device("cuda"), ((1, 1), (1, 1), (1, 1), 1)
+    for channels in (64, 512, 16):
+        for adds in (True, False):
+            assert module._fused_is_right(device, torch.bfloat16, (channels, channels, 3, 3), *geometry, adds)

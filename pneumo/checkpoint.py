@@ -21,12 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pneumo.errors import DataError, NoSpaceError, NotFiniteError, UsageError, WriteError, one_line
+from pneumo.errors import DataError, NoSpaceError, NotFiniteError, OutOfMemory, UsageError, WriteError, one_line
 
 FORMAT = 1
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, largest file
 
+_NOT_ITS_FAULT = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _LEFT = re.compile(r".+\.[0-9]+\.tmp")  # what `write_atomic` leaves if it is killed
+
+
+class _UnreadableError(DataError):
+    """A file that may be good, but that this process may or can not read."""
 
 
 def save(state: dict[str, Any], path: Path, *, keep: Path | None = None) -> None:
@@ -95,7 +100,8 @@ def read(path: Path) -> Any:
 
     Raises:
         DataError: missing, damaged (any flipped bit of a zip archive's content is found), or holds anything but tensors
-            and plain Python.
+            and plain Python; or this process may or can not read it.
+        OutOfMemory: it does not fit in what memory is left.
     """
     try:
         if zipfile.is_zipfile(path):  # files of torch before 1.6 are none
@@ -116,6 +122,15 @@ def read(path: Path) -> Any:
         raise DataError(f"{path}: no such file.") from None
     except Exception as error:  # zipfile, pickle and torch raise a dozen types on damaged or hostile files
         text = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+            raise OutOfMemory(
+                f"{path}: not enough memory to read it ({megabytes(path.stat().st_size)}); it was left as it is. Close "
+                f"other programs."
+            ) from None
+        if isinstance(error, OSError) and error.errno in _NOT_ITS_FAULT:
+            raise _UnreadableError(
+                f"{path} cannot be read: {error.strerror}; it was left as it is. Mend that, then run the same command."
+            ) from None
         if code := re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|global):? (\S+)", text):
             reason = f"it asks for code ({one_line(code[1] or code[2])}), which was not run"
         else:
@@ -152,7 +167,7 @@ def load_last(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
 
     Raises:
         DataError: there are files, but none is good: never start afresh silently. Or one is whole but of another
-            format.
+            format, or cannot be read by no fault of its own.
     """
     complaints: list[str] = []
     last, previous = folder / "last.pt", folder / "prev.pt"
@@ -163,6 +178,8 @@ def load_last(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
             continue
         try:
             state = read(path)
+        except _UnreadableError:
+            raise
         except DataError as error:
             corrupt = path.with_name(path.name + ".corrupt")
             os.replace(path, corrupt)

@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, hostile, of other settings or of another version."""
 
+import errno
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import signal
 import zipfile
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import forked
 import pytest
@@ -14,7 +16,7 @@ import timm
 import torch
 
 from pneumo import checkpoint
-from pneumo.errors import DataError
+from pneumo.errors import DataError, OutOfMemory
 
 STAGE = Path("seed") / "fold0" / "stage1"
 
@@ -57,6 +59,35 @@ def test_a_truncated_checkpoint_is_put_aside_for_the_one_before(half, figure):
         assert complaint.startswith(f"{last} ") and complaint.endswith("Kept as last.pt.corrupt.")
         assert (folder / "last.pt.corrupt").exists() and not last.exists()
     figure(f"{len(SHARES)} of {len(SHARES)} fell back to prev.pt")
+
+
+REASONS = [
+    (PermissionError(errno.EACCES, "Permission denied"), DataError, r"cannot be read: Permission denied; it was left"),
+    (
+        OSError(errno.EIO, "Input/output error"),
+        DataError,
+        r"cannot be read: Input/output error; it was left as it is\.",
+    ),
+    (MemoryError(), OutOfMemory, r"not enough memory to read it \([\d.]+ MB\); it was left as it is\."),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemory, r"not enough memory to read it"),
+]
+
+
+@pytest.mark.fault(
+    "R17", "memory, permission or the disk fails while good checkpoints are read: they stay what they are"
+)
+def test_what_is_not_the_checkpoints_fault_leaves_it_alone(half, monkeypatch, figure):
+    folder = half / STAGE
+    before = {path.name: path.read_bytes() for path in folder.glob("*.pt*")}
+    for reason, kind, message in REASONS:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "load", Mock(side_effect=reason))
+            with pytest.raises(kind, match=rf"last\.pt.*{message}") as caught:
+                checkpoint.load_last(folder)
+        assert "\n" not in str(caught.value)
+        assert {path.name: path.read_bytes() for path in folder.glob("*.pt*")} == before
+    assert checkpoint.load_last(folder)[1] == folder / "last.pt"
+    figure(f"{len(REASONS)} of {len(REASONS)} named, nothing renamed")
 
 
 @pytest.mark.fault("R5", "the end of last.pt cut off, the run started again: said, and equal in the end")

@@ -72,14 +72,14 @@ def folds(options: argparse.Namespace) -> None:
     """Split the training images and write folds.csv with its audit."""
     recipe = cli.load_recipe(options)
     path = recipe.folder / "folds.csv"
-    if path.exists() and not options.force:
-        dataset.load(recipe)
-        log.say(f"{path} is there and fits the data; --force splits anew\n{(recipe.folder / 'audit.txt').read_text()}")
-        return
     has_images = (Path(recipe.data.root) / recipe.data.train).is_dir()
     found = dataset.load_cases(recipe, need_images=has_images)
     packed = dataset.open_pack(recipe, "train", found, recipe.stage[1].image_size) if has_images else None
-    dataset.split(recipe, found, packed)
+    if path.exists() and not options.force:
+        text = dataset.audit(recipe, found, dataset.read_folds(recipe, found), packed)
+        log.say(f"{path} is there and fits the data; --force splits anew\n{text}")
+    else:
+        dataset.split(recipe, found, packed)
 
 
 def cv(options: argparse.Namespace) -> None:

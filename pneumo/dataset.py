@@ -4,6 +4,7 @@ Imports data, config, checkpoint, dist, log.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,9 +71,7 @@ def load_test_cases(recipe: Recipe) -> tuple[list[Case], list[str]]:
     return found, sample_ids
 
 
-def open_pack(
-    recipe: Recipe, name: str, found: list[Case] | tuple[Case, ...], side: int, *, check: bool = False
-) -> Pack:
+def open_pack(recipe: Recipe, name: str, found: Sequence[Case], side: int, *, check: bool = False) -> Pack:
     """The packed images of these cases at this side, made first where they are not there."""
     return pack.open_pack(
         Path(recipe.runs) / "pack",
@@ -90,7 +89,7 @@ def load(recipe: Recipe) -> Dataset:
     """The recipe's training set, split into folds as folds.csv says; splits it first if that is not there.
 
     Raises:
-        DataError: a file is wrong, or folds.csv is of other images.
+        DataError: a file is wrong, or folds.csv is of other images or parts those of a patient.
     """
     found = load_cases(recipe)
     packed = open_pack(recipe, "train", found, recipe.stage[1].image_size)
@@ -99,32 +98,65 @@ def load(recipe: Recipe) -> Dataset:
     with checkpoint.wait_lock(recipe.folder / "folds.lock"):  # processes that start together: one splits
         if not path.exists():
             split(recipe, found, packed)
-    fold_of = folds.load(path, ids, recipe.folds.count)
+    fold_of = read_folds(recipe, found)
     return Dataset(tuple(found), fold_of, packed.digest, folds.fingerprint(ids, fold_of))
 
 
-def split(recipe: Recipe, found: list[Case], packed: Pack | None) -> None:
-    """Write folds.csv and its audit, audit.json and audit.txt, and print the audit.
+def read_folds(recipe: Recipe, found: Sequence[Case]) -> np.ndarray:
+    """(N,) fold of each case, as folds.csv says.
+
+    Raises:
+        DataError: it is damaged, of other images, or parts those of a patient where folds.group is "patient".
+    """
+    path, ids = recipe.folder / "folds.csv", [case.image_id for case in found]
+    fold_of = folds.load(path, ids, recipe.folds.count)
+    if recipe.folds.group == "patient":
+        folds.check_patients(path, ids, fold_of, [case.patient for case in found])
+    return fold_of
+
+
+def split(recipe: Recipe, found: Sequence[Case], packed: Pack | None) -> None:
+    """Write folds.csv and its audit, and print the audit.
 
     Args:
         packed: of the same cases, to find near-duplicates in; None if there are no images.
     """
     settings = recipe.folds
-    ids = [case.image_id for case in found]
-    areas = [case.area for case in found]
-    patients = [case.patient for case in found]
-    groups: list[str | None] = patients if settings.group == "patient" else [None] * len(found)
-    duplicates = None
-    if packed is not None:
-        duplicates = folds.find_duplicates(pack.thumbnails(packed), settings.duplicate_correlation)
-        groups = folds.join_groups(groups, duplicates)
+    ids, areas = [case.image_id for case in found], [case.area for case in found]
+    groups: list[str | None] = [case.patient if settings.group == "patient" else None for case in found]
+    duplicates = None if packed is None else _duplicates(recipe, packed)
+    groups = groups if duplicates is None else folds.join_groups(groups, duplicates)
     fold_of = folds.split(ids, areas, groups, count=settings.count, area_bins=settings.area_bins, seed=recipe.seed)
+    checkpoint.write_atomic(recipe.folder / "folds.csv", folds.dumps(ids, fold_of, groups).encode())
+    text = _write_audit(recipe, found, fold_of, duplicates)
+    log.say(f"{recipe.folder / 'folds.csv'}: {len(ids)} images in {settings.count} folds\n{text}")
+
+
+def audit(recipe: Recipe, found: Sequence[Case], fold_of: np.ndarray, packed: Pack | None) -> str:
+    """Audit the folds anew, of the data as they are now: patients may have become known since the split.
+
+    Args:
+        packed: as of `split`.
+
+    Returns:
+        The audit in words; writes it as audit.txt, its numbers as audit.json.
+    """
+    return _write_audit(recipe, found, fold_of, None if packed is None else _duplicates(recipe, packed))
+
+
+def _write_audit(
+    recipe: Recipe, found: Sequence[Case], fold_of: np.ndarray, duplicates: list[tuple[int, int]] | None
+) -> str:
+    areas, patients = [case.area for case in found], [case.patient for case in found]
     report = folds.audit(fold_of, areas, patients, duplicates)
     text = folds.audit_text(report)
     checkpoint.write_atomic(recipe.folder / "audit.json", json.dumps(report, indent=1).encode() + b"\n")
     checkpoint.write_atomic(recipe.folder / "audit.txt", text.encode() + b"\n")
-    checkpoint.write_atomic(recipe.folder / "folds.csv", folds.dumps(ids, fold_of, groups).encode())
-    log.say(f"{recipe.folder / 'folds.csv'}: {len(ids)} images in {settings.count} folds\n{text}")
+    return text
+
+
+def _duplicates(recipe: Recipe, packed: Pack) -> list[tuple[int, int]]:
+    return folds.find_duplicates(pack.thumbnails(packed), recipe.folds.duplicate_correlation)
 
 
 def _judge(recipe: Recipe, problems: list[Problem]) -> None:

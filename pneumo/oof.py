@@ -209,8 +209,9 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
         if (origin["data"], origin["split"]) != (data.digest, data.split):
             raise DataError(f"{path} is of other images, annotations or folds than there are now. {again}")
         for source, digest in origin["checkpoints"].items():
-            if Path(source).exists() and checkpoint.sha256(Path(source)) != digest:
-                raise DataError(f"{path} was made by another {source} than there is now. {again}")
+            now = path.with_name(Path(source).name)  # the run folder may have been moved
+            if now.exists() and checkpoint.sha256(now) != digest:
+                raise DataError(f"{path} was made by another {now} than there is now. {again}")
         wanted = {data.cases[row].image_id for row in np.flatnonzero(data.folds == fold)}
         for what, odd in (
             ("has no prediction of", sorted(wanted - set(image_ids))),

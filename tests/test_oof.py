@@ -170,6 +170,21 @@ def test_outdated_and_damaged_files_are_refused_and_made_anew(recipe, capsys):
         oof.write(recipe, data, CPU)
 
 
+@pytest.mark.fault("S8", "a run folder moved, then a checkpoint in it replaced: its out-of-fold file is outdated")
+def test_a_moved_run_is_compared_with_its_own_checkpoints(repo, root, recipe, tmp_path):
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    (tmp_path / "seed").rename(tmp_path / "moved")
+    moved = small_run.recipe(repo, root, tmp_path / "elsewhere", *SMALL)
+    moved.folder.parent.mkdir(parents=True)
+    (tmp_path / "moved").rename(moved.folder)
+    oof.load(moved, data)
+    best = moved.stage_folder(0, 3) / "best.pt"
+    checkpoint.save({**checkpoint.load(best), "record": {"epoch": 2, "dice": 0.6}}, best)
+    with pytest.raises(DataError, match=r"was made by another .*elsewhere.*best.pt than there is now"):
+        oof.load(moved, data)
+
+
 def test_only_finished_folds_are_predicted(recipe):
     data = small_run.pretend_trained(recipe)
     log.write_status(recipe.stage_folder(1, 3), "running", epoch=1, epochs=2)

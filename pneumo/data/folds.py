@@ -237,6 +237,29 @@ def load(path: Path, image_ids: Sequence[str], count: int) -> np.ndarray:
     return np.array([folds[image_id] for image_id in image_ids], dtype=np.int64)
 
 
+def check_patients(path: Path, image_ids: Sequence[str], folds: np.ndarray, patients: Sequence[str | None]) -> None:
+    """Refuse folds that part the images of a patient.
+
+    Args:
+        path: of folds.csv, for the error.
+        image_ids, folds, patients: of N images; None where the patient is not known.
+
+    Raises:
+        DataError: gives two such images, never the patient.
+    """
+    first: dict[str, int] = {}
+    parted = []
+    for index, patient in enumerate(patients):
+        if patient is not None and folds[other := first.setdefault(patient, index)] != folds[index]:
+            parted.append((image_ids[other], image_ids[index]))
+    if parted:
+        raise DataError(
+            f"{path}: {len(parted)} images are in another fold than one of the same patient, as "
+            f"{' and '.join(parted[0])}. Delete it and run `python -m pneumo folds` to split anew; earlier runs belong "
+            f"to the old split. Or, if that is meant: --set folds.group=image"
+        )
+
+
 def fingerprint(image_ids: Sequence[str], folds: np.ndarray) -> str:
     """A hash of who is in which fold, 64 hex digits, whatever the order."""
     lines = sorted(f"{image_id} {fold}" for image_id, fold in zip(image_ids, folds.tolist(), strict=True))

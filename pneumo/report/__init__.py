@@ -50,10 +50,11 @@ def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
     if logs.empty:
         raise DataError(f"{recipe.folder}: no log.jsonl yet. Run: make cv RECIPE={recipe.name}")
     data = dataset.load(recipe)
+    packed = dataset.open_pack(recipe, "train", data.cases, recipe.stage[1].image_size)
     note = " (SYNTHETIC X-rays)" if (Path(recipe.data.root) / "SYNTHETIC.txt").exists() else ""
     content = page.Content(
         title=f"{recipe.name}{note}",
-        audit=(recipe.folder / "audit.txt").read_text(encoding="utf-8"),
+        audit=dataset.audit(recipe, data.cases, data.folds, packed),
         figures=[("Training", _training_figures(recipe, data, logs, note, folder))],
     )
     if any(oof.path_of(recipe, fold).exists() for fold in range(recipe.folds.count)):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pneumo import dataset
 from pneumo.data import rle
+from pneumo.errors import DataError
 
 
 @pytest.mark.fault("R19", "CSV rows shuffled, files written in another order, 1 and 4 threads; trained to the end")
@@ -92,3 +93,30 @@ def test_nothing_is_in_two_folds(repo, tmp_path, figure):
         images += len(fold)
     assert np.mean(spreads) < 0.1  # of some 17 images a fold
     figure(f"{images} ids in 10 splits: 0 in two folds, 0 patients, 0 pairs; prevalence within {np.mean(spreads):.1%}")
+
+
+@pytest.mark.fault("R20", "patients.csv written after the split: train, tune and folds refuse it; --force splits anew")
+def test_patients_that_become_known_are_not_parted(data, tmp_path, figure):
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    recipe = small_run.recipe(forked.REPO, root, tmp_path / "runs")
+    dataset.load(recipe)
+    ids = sorted(path.stem for path in (root / "train").iterdir())
+    rows = "".join(f"{image_id},secret-{i % 3}\n" for i, image_id in enumerate(ids))
+    (root / "patients.csv").write_text("ImageId,patient_id\n" + rows)
+    with pytest.raises(
+        DataError, match=r"folds\.csv: \d+ images are in another fold than one of the same patient, as"
+    ) as e:
+        dataset.load(recipe)
+    assert (
+        "secret" not in str(e.value) and "\n" not in str(e.value) and str(e.value).endswith("--set folds.group=image")
+    )
+    by_image = small_run.recipe(forked.REPO, root, tmp_path / "runs", "folds.group=image")
+    found = dataset.load_cases(by_image)
+    text = dataset.audit(by_image, found, dataset.read_folds(by_image, found), None)
+    assert "patients known: 3, in more than one fold: 3" in text
+    assert text + "\n" == (tmp_path / "runs" / "seed" / "audit.txt").read_text()
+    dataset.split(recipe, found, None)
+    assert "in more than one fold: 0" in (tmp_path / "runs" / "seed" / "audit.txt").read_text()
+    dataset.load(recipe)
+    figure("refused by two images' names, no patient's; split anew: 0 of 3 patients parted")

@@ -93,13 +93,24 @@ def read(path: str | Path) -> Scan:
         return Scan(pixels, spacing, tuple(remarks))
 
 
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[BinaryIO]:
+    """Open an image's file to read its bytes; what is raised meanwhile names it.
+
+    Raises:
+        DataError: missing, too large, or no regular file: to read a pipe or a device could take for ever.
+    """
+    with _naming(path), _opened(path) as file:
+        yield file
+
+
 def size(path: str | Path) -> tuple[int, int]:
     """Read the height and width of an image without decoding it.
 
     Raises:
         DataError: as `read`, as far as that shows.
     """
-    with _naming(path), _opened(path) as file:
+    with opened(path) as file:
         start = file.read(1024)
         kind = _kind(start)
         file.seek(0)

@@ -126,7 +126,9 @@ def content_digest(cases: Sequence[Case], hashes: dict[str, str], annotation_siz
 def file_hashes(
     cache: Path, paths: Sequence[Path], *, progress: Callable[..., object], report: Path | None = None
 ) -> dict[str, str]:
-    """The sha256 of every file, read only where its size or time changed since the cache was written.
+    """The sha256 of every file, read only where another file or content is at its path since the cache was written.
+
+    Size and time of change do not show that: copies of two files may share both, and change places.
 
     Returns:
         Hashes by path as text.
@@ -141,15 +143,15 @@ def file_hashes(
 
     def entry(path: Path) -> list | Problem:
         try:
-            stat = path.stat()
-            old = known.get(os.path.abspath(path))
-            if old is not None and old[:2] == [stat.st_size, stat.st_mtime_ns]:
-                return old
-            with open(path, "rb") as file:
-                return [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
-        except OSError as error:
-            what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-            return Problem(str(path), None, "", f"{path}: {what}", True)
+            with images.opened(path) as file:
+                stat = os.fstat(file.fileno())
+                known_by = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+                old = known.get(os.path.abspath(path))
+                if old is not None and old[:-1] == known_by:
+                    return old
+                return [*known_by, hashlib.file_digest(file, "sha256").hexdigest()]
+        except DataError as error:
+            return Problem(str(path), None, "", str(error), True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         entries = list(progress(pool.map(entry, paths), total=len(paths), title="hash"))
@@ -157,7 +159,7 @@ def file_hashes(
     fresh = {os.path.abspath(path): value for path, value in zip(paths, entries, strict=True)}
     if any(known.get(path) != value for path, value in fresh.items()):
         checkpoint.write_atomic(cache, json.dumps({**known, **fresh}).encode())
-    return {str(path): value[2] for path, value in zip(paths, entries, strict=True)}
+    return {str(path): value[-1] for path, value in zip(paths, entries, strict=True)}
 
 
 def pack_image(pixels: np.ndarray, side: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import json
 import os
 import pty
 import re
@@ -178,6 +179,59 @@ def test_pack_says_what_verify_says(tmp_path, figure):
     with pytest.raises(DataError, match=r"case-00050\.png: no such file\.$"):
         pack.open_pack(tmp_path / "pack", "train", found, 64, annotation_size=64, progress=bar, report=report)
     figure("6 of 6 listed in the same words, 594 of 594 good ones kept")
+
+
+@pytest.mark.fault("P1", "a pipe, a link to /dev/zero and a folder named as an image or a mask: pack, and each reader")
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, figure):
+    small_run.write_data(tmp_path / "data", train=9)
+    odd = [tmp_path / "data" / "train" / f"train-00{number}.png" for number in range(3)]
+    for path in odd:
+        path.unlink()
+    os.mkfifo(odd[0])
+    odd[1].symlink_to("/dev/zero")
+    odd[2].mkdir()
+    for path in odd:
+        for reader in (images.read, images.read_mask, images.size, lambda path: images.opened(path).__enter__()):
+            with pytest.raises(DataError, match=rf"^{path}: not a file$"):
+                reader(path)
+    odd[2].rmdir()
+    small_run.write_data(tmp_path / "masks", train=9)
+    (tmp_path / "masks" / "train-rle.csv").unlink()
+    (tmp_path / "masks" / "mask").mkdir()
+    for path in sorted((tmp_path / "masks" / "train").iterdir())[2:]:
+        Image.new("L", (64, 64)).save(tmp_path / "masks" / "mask" / path.name)
+    os.mkfifo(tmp_path / "masks" / "mask" / "train-000.png")
+    (tmp_path / "masks" / "mask" / "train-001.png").symlink_to("/dev/zero")
+    for data, named in (("data", odd[0]), ("masks", tmp_path / "masks" / "mask" / "train-000.png")):
+        settings = small_run.settings(tmp_path / data, tmp_path / "runs")
+        command = [sys.executable, "-m", "pneumo", "pack", "--set", *settings, "data.allow_missing=true"]
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)  # it hung for ever
+        assert ended.returncode == 3, ended.stderr
+        listed = tmp_path / "runs" / "seed" / "data_report.csv"
+        assert ended.stderr.endswith(f"{named}: not a file. 1 more problem is listed in {listed}.\n")
+    figure("3 of 3 kinds refused by 4 of 4 readers; pack ended with 3 for images and masks")
+
+
+@pytest.mark.fault("R24", "two files of one size and one time of change, as `cp -p` leaves them, change places")
+def test_files_that_change_places_are_read_anew(tmp_path, figure):
+    paths = [tmp_path / name for name in ("a.dcm", "b.dcm")]
+    for path, content in zip(paths, (b"first", b"other"), strict=True):
+        path.write_bytes(content)
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+
+    def hashes() -> list[str]:
+        found = pack.file_hashes(tmp_path / "files.json", paths, progress=lambda items, **_: items)
+        return [found[str(path)] for path in paths]
+
+    first = hashes()
+    os.rename(paths[0], tmp_path / "c")
+    os.rename(paths[1], paths[0])
+    os.rename(tmp_path / "c", paths[1])
+    assert hashes() == first[::-1]
+    old = {str(path): [5, 1_700_000_000 * 10**9, "0" * 64] for path in paths}  # as it was before inodes were noted
+    (tmp_path / "files.json").write_text(json.dumps(old))
+    assert hashes() == first[::-1]
+    figure("2 of 2 seen")
 
 
 def test_pack_warns_of_what_is_odd(tmp_path, capsys):

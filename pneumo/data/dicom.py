@@ -284,6 +284,9 @@ def _check_header(header: Any) -> None:
     allocated, stored = (int(header.get(keyword) or 0) for keyword in ("BitsAllocated", "BitsStored"))
     if allocated not in (8, 16) or not 1 <= stored <= allocated:
         raise DataError(f"a DICOM of {stored} bits in {allocated} a pixel; 8 or 16 are read")
+    high = int(header.get("HighBit", stored - 1))
+    if high != stored - 1:  # bits below are something else
+        raise DataError(f"a DICOM whose HighBit is {high}; {stored - 1} is read with {stored} bits a pixel")
     if header.get("PixelRepresentation") is None:
         header.PixelRepresentation = 0
 

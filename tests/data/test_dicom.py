@@ -53,7 +53,7 @@ def make(pixels, syntax=dicom.EXPLICIT_LITTLE, *, frame=None, drop=(), **element
     header.PixelRepresentation = int(pixels.dtype.kind == "i")
     for keyword, value in elements.items():
         setattr(header, keyword, value)
-    header.HighBit = header.BitsStored - 1
+    header.HighBit = elements.get("HighBit", header.BitsStored - 1)
     if frame is not None:
         header.PixelData = pydicom.encaps.encapsulate([frame])
         header["PixelData"].is_undefined_length = True
@@ -294,7 +294,8 @@ def test_pydicom_says_nothing_itself(read, caplog):
 
 
 @pytest.mark.fault(
-    "D5", "colour, frames, SEG, PR, SR, DICOMDIR, no or too few pixels, 65,535 squared, a JPEG of another size"
+    "D5",
+    "colour, frames, SEG, PR, SR, DICOMDIR, no or too few pixels, 65,535 squared, a JPEG of another size, a HighBit",
 )
 @pytest.mark.parametrize(
     ("pixels", "options", "reason"),
@@ -308,6 +309,12 @@ def test_pydicom_says_nothing_itself(read, caplog):
         (np.zeros((80, 40), np.uint8), {"NumberOfFrames": 2, "Rows": 40}, "2 frames"),
         (np.zeros((40, 40), np.uint32), {}, "32 bits in 32"),
         (ramp(), {"BitsStored": 9}, "9 bits in 8"),
+        (
+            ramp(high=4095, dtype=np.uint16) << 4,
+            {"BitsStored": 12, "HighBit": 15, "WindowCenter": 2048, "WindowWidth": 4096},
+            "HighBit is 15; 11 is read with 12 bits a pixel",
+        ),
+        (ramp(), {"HighBit": 0}, "HighBit is 0; 7 is read with 8 bits a pixel"),
         (ramp(), {"drop": ["PixelData"]}, "without pixels"),
         (ramp(), {"drop": ["Rows"]}, "Rows is missing"),
         (ramp(), {"drop": ["BitsStored"]}, "0 bits in 8"),

@@ -10,7 +10,7 @@ import os
 import stat
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -28,7 +28,9 @@ MAX_BYTES = 256 * 2**20
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".dcm": "DICOM", ".dicom": "DICOM"}
 
+_PNG_GREY, _PNG_RGB, _PNG_GREY_ALPHA = 0, 2, 4  # colour types; the other of 16 bits is RGB and alpha
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+_LUMA = (19595, 38470, 7471)  # ITU-R 601, in 65536ths, as Pillow has it
 _COLOURS = "the red, green and blue channels differ: a colour photograph, or something drawn on it?"
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # as Pillow advises; MAX_PIXELS is lower
@@ -66,7 +68,7 @@ def read(path: str | Path) -> Scan:
     """Read a radiograph, whose format is that of its content.
 
     PNG and JPEG: 16 bits are shifted down, so that the smallest of 8, 10, 12, 14 and 16 bits that holds the
-    largest value becomes 8. Transparency is dropped, colours become luma.
+    largest value, of colours the largest of their luma, becomes 8. Transparency is dropped, colours become luma.
     DICOM: rescaled, then seen through the first window or lookup table. Where there is none, 8 unsigned bits
     stay as they are, and others are stretched from their smallest to their largest value. MONOCHROME1 is
     inverted last.
@@ -84,7 +86,8 @@ def read(path: str | Path) -> Scan:
             _check_size(known.height, known.width)
             pixels, spacing, remarks = dicom.decode(data, known)
         else:
-            pixels, remarks = _to_grey(_decode(data, kind))
+            stored, remarks = _decode(data, kind)
+            pixels = _to_eight_bits(stored)
         suffix = Path(path).suffix.lower()
         if SUFFIXES.get(suffix, kind) != kind:
             remarks.append(f"named {suffix}, but its content is {kind}")
@@ -139,8 +142,7 @@ def read_mask(path: str | Path) -> np.ndarray:
         kind = _kind(data)
         if kind == "DICOM":
             raise DataError("a DICOM; a mask must be a PNG of 0 and 255")
-        image = _decode(data, kind)
-        pixels, remarks = (np.array(image), []) if image.mode.startswith("I;16") else _to_grey(image)
+        pixels, remarks = _decode(data, kind)
         if _COLOURS in remarks:
             raise DataError("a mask must be grey, of 0 and 255; this one has colours")
         high = pixels.max()
@@ -266,8 +268,8 @@ def _check_size(height: int, width: int) -> None:
         raise DataError(f"{shape}; {MAX_PIXELS // 2**20} Mpx and {MAX_SIDE:,} pixels a side are the limit")
 
 
-def _decode(data: bytes, kind: str) -> Image.Image:
-    """Decode a PNG or JPEG of acceptable size."""
+def _decode(data: bytes, kind: str) -> tuple[np.ndarray, list[str]]:
+    """Decode a PNG or JPEG of acceptable size: (H, W) uint8 or uint16 as stored; and what is odd about it."""
     if kind == "PNG":
         data = _essence(data)
         _check_size(*_png_size(data))
@@ -276,8 +278,32 @@ def _decode(data: bytes, kind: str) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=(kind,))  # the header only
     width, height = image.size
     _check_size(height, width)
+    if kind == "PNG" and data[24] == 16 and data[25] != _PNG_GREY:
+        return _one_channel(np.moveaxis(_sixteen_bits(data, data[25]), -1, 0), alpha=data[25] != _PNG_RGB)
     image.load()
-    return image
+    return _to_grey(image)
+
+
+def _sixteen_bits(data: bytes, colours: int) -> np.ndarray:
+    """Decode a PNG of several channels of 16 bits: (H, W, C) uint16.
+
+    Pillow keeps the upper byte of each alone, which is 0 to 15 of a detector's 12 bits. But which bytes it takes can
+    be chosen, so it is asked twice.
+    """
+
+    def unpacked(layout: str) -> np.ndarray:
+        image = Image.open(io.BytesIO(data), formats=("PNG",))
+        image.tile = [tile._replace(args=layout) for tile in image.tile]
+        image.load()
+        return np.array(image)
+
+    if colours == _PNG_GREY_ALPHA:  # four bytes a pixel, as four channels of 8 bits have
+        return unpacked("RGBA").view(">u2").astype(np.uint16)
+    mode = "RGB" if colours == _PNG_RGB else "RGBA"
+    stored = unpacked(f"{mode};16B").astype(np.uint16)  # the first byte of two, as a PNG's upper one is
+    stored <<= 8
+    stored |= unpacked(f"{mode};16L")  # the second
+    return stored
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
@@ -311,27 +337,40 @@ def _essence(data: bytes) -> bytes:
 
 
 def _to_grey(image: Image.Image) -> tuple[np.ndarray, list[str]]:
-    """Make (H, W) uint8 of a decoded image; and what is odd about it."""
-    if image.mode == "L":
+    """Make (H, W) uint8 or uint16 of a decoded image; and what is odd about it."""
+    if image.mode == "L" or image.mode.startswith("I;16"):
         return np.array(image), []
     if image.mode == "1":
         return np.array(image.convert("L")), []
-    if image.mode.startswith("I;16"):
-        stored = np.array(image)
-        high = int(stored.max())
-        bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 1 << bits)
-        return (stored >> (bits - 8)).astype(np.uint8), []
     if image.mode == "P":
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     if image.mode not in ("LA", "RGB", "RGBA"):
         raise DataError(f"pixels of mode {image.mode}; grey or RGB is needed. Convert it to 8-bit grey.")
-    remarks = []
-    channels = image.split()
-    if image.mode in ("LA", "RGBA"):
-        *channels, alpha = channels
-        if alpha.getextrema()[0] < 255:
-            remarks.append("it has transparent pixels; the transparency was ignored")
-    first = channels[0].tobytes()
-    if any(channel.tobytes() != first for channel in channels[1:]):
-        return np.array(Image.merge("RGB", channels).convert("L")), [*remarks, _COLOURS]
-    return np.array(channels[0]), remarks
+    return _one_channel([np.asarray(channel) for channel in image.split()], alpha=image.mode != "RGB")
+
+
+def _one_channel(channels: Iterable[np.ndarray], *, alpha: bool) -> tuple[np.ndarray, list[str]]:
+    """Make one of grey, or of red, green and blue, each (H, W) of one type; and what is odd about them.
+
+    Args:
+        alpha: whether another one follows, which says how opaque a pixel is.
+    """
+    channels, remarks = list(channels), []
+    if alpha and (opacity := channels.pop()).min() < np.iinfo(opacity.dtype).max:
+        remarks.append("it has transparent pixels; the transparency was ignored")
+    first, *others = channels
+    if all(np.array_equal(channel, first) for channel in others):
+        return np.array(first), remarks
+    luma = np.full(first.shape, 1 << 15, dtype=np.uint32)  # as Pillow rounds; 16 bits and 16 of the weights fit
+    for channel, weight in zip(channels, _LUMA, strict=True):
+        luma += channel.astype(np.uint32) * weight
+    return (luma >> 16).astype(first.dtype), [*remarks, _COLOURS]
+
+
+def _to_eight_bits(stored: np.ndarray) -> np.ndarray:
+    """Shift 16 bits down by those that are used: (H, W) uint8; the array itself if it has 8."""
+    if stored.dtype == np.uint8:
+        return stored
+    high = int(stored.max())
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 1 << bits)
+    return (stored >> (bits - 8)).astype(np.uint8)

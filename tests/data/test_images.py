@@ -26,6 +26,10 @@ def encode(pixels, kind="PNG", **options):
     return buffer.getvalue()
 
 
+def chunk(name, body):
+    return len(body).to_bytes(4) + name + body + zlib.crc32(name + body).to_bytes(4)
+
+
 @pytest.fixture
 def write(tmp_path):
     def write(content, name="case.png"):
@@ -78,6 +82,51 @@ def test_sixteen_bits_are_shifted_by_their_maximum(write, high, shift):
     np.testing.assert_array_equal(images.read(write(encode(stored))).pixels, stored >> shift)
 
 
+def sixteen_bit_png(*channels, adam7=False):
+    """A PNG of grey and alpha, RGB, or RGB and alpha with 16 bits a channel, which Pillow cannot write."""
+    stored = np.stack(channels, axis=-1).astype(">u2")
+    header = stored.shape[1].to_bytes(4) + stored.shape[0].to_bytes(4)
+    header += bytes([16, {2: 4, 3: 2, 4: 6}[len(channels)], 0, 0, adam7])
+    passes = [np.s_[:, :]]
+    if adam7:
+        passes = [np.s_[::8, ::8], np.s_[::8, 4::8], np.s_[4::8, ::4], np.s_[::4, 2::4], np.s_[2::4, ::2]]
+        passes += [np.s_[::2, 1::2], np.s_[1::2, :]]
+    rows = b"".join(b"\0" + row.tobytes() for part in passes for row in stored[part])
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.fault("P2", "16 bits in grey with alpha, RGB, and RGB with alpha, 8 to 16 of them used: as 16-bit grey")
+@pytest.mark.parametrize("high", [200, 1023, 4095, 65535])
+@pytest.mark.parametrize("adam7", [False, True])
+def test_sixteen_bits_in_several_channels_are_those_of_grey(write, high, adam7):
+    grey = np.random.default_rng(0).integers(0, high + 1, (48, 40), dtype=np.uint16)
+    opaque = np.full_like(grey, 65535)
+    wanted = images.read(write(encode(grey))).pixels
+    for channels in ((grey, opaque), (grey,) * 3, (grey, grey, grey, opaque)):
+        scan = images.read(write(sixteen_bit_png(*channels, adam7=adam7)))
+        np.testing.assert_array_equal(scan.pixels, wanted)
+        assert scan.warnings == () and scan.pixels.dtype == np.uint8 and scan.pixels.flags.writeable
+    content = sixteen_bit_png(grey, opaque, adam7=adam7)
+    half = chunk(b"IDAT", zlib.compress(zlib.decompress(content[41:-16])[:4000]))
+    assert "truncated" in refusal(write(content[:33] + half + content[-12:]))
+    opaque[3, 3] -= 1  # in the lower byte
+    scan = images.read(write(sixteen_bit_png(grey, opaque)))
+    np.testing.assert_array_equal(scan.pixels, wanted)
+    assert "transparen" in scan.warnings[0]
+
+
+@pytest.mark.fault("P3", "16-bit RGB, one pixel of which differs in the lower byte: luma of 16 bits, with a warning")
+def test_sixteen_bit_colours_become_luma(write):
+    rgb = [ramp().astype(np.uint16) * 16 for _ in range(3)]
+    rgb[1][5, 7] ^= 1
+    scan = images.read(write(sixteen_bit_png(*rgb)))
+    assert "channels differ" in scan.warnings[0]
+    np.testing.assert_array_equal(scan.pixels, ramp())
+    red = images.read(write(sixteen_bit_png(rgb[0] * 16, rgb[0], rgb[0]))).pixels
+    np.testing.assert_allclose(red, (0.299 * 16 + 0.701) * ramp() / 16, atol=1)  # its luma has 15 bits: shifted by 8
+
+
 @pytest.mark.fault("P3", "one pixel whose channels differ: luma, with a warning")
 def test_colours_become_luma_with_a_warning(write):
     rgb = np.stack([ramp(), ramp(), ramp()], axis=-1)
@@ -85,6 +134,8 @@ def test_colours_become_luma_with_a_warning(write):
     scan = images.read(write(encode(rgb)))
     assert "channels differ" in scan.warnings[0]
     np.testing.assert_array_equal(scan.pixels, np.array(Image.fromarray(rgb).convert("L")))
+    rgb = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(images.read(write(encode(rgb))).pixels, np.array(Image.fromarray(rgb).convert("L")))
 
 
 def test_transparency_is_dropped_with_a_warning(write):
@@ -135,10 +186,6 @@ def test_size_from_the_header(write, kind):
 def test_what_is_no_radiograph_is_named(write, content, reason):
     path = write(content)
     assert reason in refusal(path)
-
-
-def chunk(name, body):
-    return len(body).to_bytes(4) + name + body + zlib.crc32(name + body).to_bytes(4)
 
 
 @pytest.mark.fault("P5", "headers of 81 Mpx to 4,294 Mpx, PNG and JPEG: refused before a pixel is unpacked")
@@ -276,6 +323,15 @@ def test_mask_of_two_values(write, high, mode):
     read = images.read_mask(write(encode(image)))
     assert read.dtype == np.bool_
     np.testing.assert_array_equal(read, mask)
+
+
+@pytest.mark.fault("I11", "a 16-bit RGB mask of 0 and 1, of 0 and 255, of 0 and 65,535, and with colours")
+def test_sixteen_bit_mask_of_several_channels(write):
+    mask = ramp() > 99
+    for high in (1, 255):
+        np.testing.assert_array_equal(images.read_mask(write(sixteen_bit_png(*[mask * high] * 3))), mask)
+    assert "found 2 values: 0, 65535" in refusal(write(sixteen_bit_png(*[mask * 65535] * 3)), images.read_mask)
+    assert "colours" in refusal(write(sixteen_bit_png(mask, mask, mask & False)), images.read_mask)
 
 
 @pytest.mark.parametrize(("value", "count"), [(0, 0), (1, 1600), (255, 1600)])

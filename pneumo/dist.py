@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pneumo.errors import PeerError, Stopped, UsageError
 
-JOB = "PNEUMO_JOB"  # in the environment of a process that is to end with the one that started it
+JOB = "PNEUMO_JOB"  # in the environment of a process that is to end with the one that started it: that one's number
 GRACE = 3.0  # seconds in which a process may find out by itself that another failed
 ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 FAILED = f"pneumo/{ATTEMPT}/failed"  # key of the store: "rank<newline>message" of the process that failed first
@@ -53,7 +53,7 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
     global _store
     device = torch.device("cpu")
     if JOB in os.environ:
-        _end_with_parent()
+        _end_with_parent(int(os.environ[JOB]))
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", 0))
         here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
@@ -67,7 +67,7 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
-    _end_with_parent()
+    _end_with_parent(os.getppid())
     timeout = timedelta(seconds=timeout_seconds)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
@@ -192,9 +192,8 @@ def broadcast(item: Any) -> Any:
     return items[0]
 
 
-def _end_with_parent() -> None:
-    """End this process soon after its launcher died: an orphan must not go on writing."""
-    parent = os.getppid()
+def _end_with_parent(parent: int) -> None:
+    """End this process soon after its launcher died, or at once: an orphan must not go on writing."""
 
     def watch() -> None:
         while os.getppid() == parent:

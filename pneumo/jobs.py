@@ -49,7 +49,8 @@ def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence
             if caught:
                 return
             gpu = free.pop()
-            environment = {"OMP_NUM_THREADS": str(threads), **os.environ, dist.JOB: str(fold), "PYTHONUNBUFFERED": "1"}
+            environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
+            environment[dist.JOB] = str(os.getpid())
             if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = gpu
             process = running[fold] = subprocess.Popen(

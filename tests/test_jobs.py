@@ -67,13 +67,14 @@ def test_a_signal_reaches_every_fold_and_no_other_is_started(capsys, number, exi
 
 
 @pytest.mark.slow
-def test_a_fold_ends_with_the_one_that_started_it(tmp_path):
-    """kill -9 of the parent: its child, within `dist.launch`, ends by itself."""
+@pytest.mark.parametrize("when", ["within the launch", "before it"])
+def test_a_fold_ends_with_the_one_that_started_it(when):
+    """kill -9 of the parent: its child, within `dist.launch` or on the way to it, ends by itself."""
+    tell, orphaned = "print(os.getpid(), flush=True)", "while os.getppid() == parent: time.sleep(0.1)"
+    before, within = ("", tell) if when == "within the launch" else (f"{tell}\n{orphaned}", "")
     child = (
-        "import os, sys, time\n"
-        "from pneumo import dist\n"
-        "with dist.launch(5.0):\n"
-        "    print(os.getpid(), flush=True); time.sleep(60)"
+        f"import os, time\nparent = os.getppid()\n{before}\n"
+        f"from pneumo import dist\nwith dist.launch(5.0):\n    {within}\n    time.sleep(60)"
     )
     parent = (
         "import sys\nfrom pneumo import jobs\njobs._gpus = lambda: []\n"

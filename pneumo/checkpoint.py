@@ -16,7 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 from pneumo.errors import DataError, NoSpaceError, NotFiniteError, OutOfMemory, UsageError, WriteError, one_line
 
 FORMAT = 1
+INSTEAD = "another place, as with --set runs=DIR or --out DIR"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, largest file
 
 _NOT_ITS_FAULT = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
@@ -60,7 +61,7 @@ def write_atomic(path: Path, content: bytes | memoryview, *, keep: Path | None =
     Raises:
         NoSpaceError, WriteError: no space, no permission; what was there is intact.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # no other process writes into it
+    temporary = temporary_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(path.parent).free < len(content):
@@ -81,13 +82,47 @@ def write_atomic(path: Path, content: bytes | memoryview, *, keep: Path | None =
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if error.errno not in NO_SPACE:
-            raise WriteError(f"Cannot save {path}: {error.strerror or error}. What was there is intact.") from error
+            raise WriteError(
+                f"Cannot save {path}: {error.strerror or error}. What was there is intact. {_way_out(error)}."
+            ) from error
         place = next(folder for folder in path.parents if folder.exists())
         free = shutil.disk_usage(place).free
         raise NoSpaceError(
             f"Cannot save {path}: {megabytes(len(content))} needed, {megabytes(free)} free on {place}"
             f"{'' if free < len(content) else f' ({error.strerror})'}. What was there is intact."
         ) from error
+
+
+def temporary_of(path: Path) -> Path:
+    """Where this process, and no other, writes what then becomes the file."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def refusal(path: Path | str, error: OSError, instead: str = INSTEAD) -> WriteError:
+    """The error for what the system refused to write or make.
+
+    Args:
+        instead: what could be chosen in place of the path.
+    """
+    kind = NoSpaceError if error.errno in NO_SPACE else WriteError
+    return kind(f"Cannot write {path}: {error.strerror or error}. {_way_out(error, instead)}.")
+
+
+@contextlib.contextmanager
+def writing(path: Path, *, instead: str = INSTEAD) -> Iterator[None]:
+    """Within, whatever the system refuses is the `refusal` of the path."""
+    try:
+        yield
+    except OSError as error:
+        raise refusal(path, error, instead) from error
+
+
+def _way_out(error: OSError, instead: str = INSTEAD) -> str:
+    if error.errno in NO_SPACE:
+        return "Free space, then run the same command"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"Allow writing there, or choose {instead}"
+    return f"Choose {instead}"
 
 
 def megabytes(count: int) -> str:
@@ -222,12 +257,12 @@ def lock(folder: Path, *, instead: str = "another recipe or --set runs=DIR") -> 
 
     Raises:
         UsageError: another process holds it; names that process.
+        WriteError: the folder cannot be made, or nothing can be written or locked in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+") as file:
+    with _open_lock(folder / "lock", instead) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             for _ in range(20):  # the holder may have just come
                 file.seek(0)
                 if holder := file.read().strip():
@@ -235,10 +270,13 @@ def lock(folder: Path, *, instead: str = "another recipe or --set runs=DIR") -> 
                 time.sleep(0.05)
             holder = holder or "another process"
             raise UsageError(f"{folder} is in use by {holder}. Stop it, or choose {instead}.") from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} (since {time.strftime('%H:%M')})")
-        file.flush()
+        except OSError as error:  # a file system without locks
+            raise refusal(folder, error, instead) from error
+        with writing(folder, instead=instead):
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()} (since {time.strftime('%H:%M')})")
+            file.flush()
         for left in folder.glob("*.tmp"):
             if _LEFT.fullmatch(left.name):  # a user's own .tmp file is none of ours
                 left.unlink()
@@ -249,8 +287,19 @@ def lock(folder: Path, *, instead: str = "another recipe or --set runs=DIR") -> 
 
 @contextlib.contextmanager
 def wait_lock(path: Path) -> Iterator[None]:
-    """Hold a lock file while the processes that want it as well wait their turn."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold a lock file while the processes that want it as well wait their turn.
+
+    Raises:
+        WriteError: it cannot be made or locked.
+    """
+    with _open_lock(path) as file:
+        with writing(path):
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _open_lock(path: Path, instead: str = INSTEAD) -> IO[str]:
+    """Open a lock file; it and its folder are made if they are not there."""
+    with writing(path, instead=instead):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a+")

@@ -6,6 +6,7 @@ Imports config, dist, errors.
 import argparse
 import contextlib
 import ctypes
+import errno
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 
 from pneumo import checkpoint, config, dist
 from pneumo.config import Recipe
-from pneumo.errors import NoSpaceError, OutOfMemory, PneumoError, Stopped, UsageError, printable
+from pneumo.errors import OutOfMemory, PneumoError, Stopped, UsageError, printable
 
 INTERRUPTED = 130
 BUG = 1
@@ -111,8 +112,8 @@ def _known(error: Exception) -> PneumoError | None:
             f"prediction), lower stage.N.image_size, or start fewer processes (GPUS=)"
         )
     if isinstance(error, OSError):
-        if error.errno in checkpoint.NO_SPACE:
-            return NoSpaceError(f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free space, run again.")
+        if _came_of_writing(error):
+            return checkpoint.refusal(error.filename or "a file", error)
         return UsageError(f"{error.filename or ''}: {error.strerror or error}")
     return None
 
@@ -123,6 +124,15 @@ def keep_freed_memory() -> None:
     On a CPU that mapping takes up to half of the time of an augmentation.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+def _came_of_writing(error: OSError) -> bool:
+    """Whether the system refused to write a file or to make it, and not to read it."""
+    path = error.filename
+    if not isinstance(error, PermissionError) or not isinstance(path, str):
+        return error.errno in (errno.EROFS, *checkpoint.NO_SPACE)
+    new = not os.path.lexists(path) and os.access(os.path.dirname(path) or ".", os.X_OK)  # to read, it is just missing
+    return new or os.access(path, os.R_OK)
+
+
     if mallopt is not None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block

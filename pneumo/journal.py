@@ -69,7 +69,9 @@ class Journal:
         path = folder / f"{dist.rank()}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        with checkpoint.writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         size = os.fstat(self._file).st_size
         if size == 0:
             self._append(header)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pneumo import checkpoint
-from pneumo.errors import DataError, NoSpaceError, NotFiniteError, UsageError
+from pneumo.errors import DataError, NoSpaceError, NotFiniteError, UsageError, WriteError
 
 
 def state(value: float = 1.0) -> dict:
@@ -106,3 +106,10 @@ def test_a_second_writer_is_refused_by_the_firsts_number(tmp_path):
         first.communicate()
     with checkpoint.lock(tmp_path):  # killed, it holds nothing
         pass
+
+
+def test_a_lock_that_cannot_be_made_says_so(tmp_path):
+    too_long = tmp_path / ("x" * 300) / "lock"
+    for held in (checkpoint.lock(too_long), checkpoint.wait_lock(too_long)):
+        with pytest.raises(WriteError, match=r"Cannot write .*/lock: File name too long. Choose another"), held:
+            pass

@@ -287,6 +287,32 @@ def test_a_small_file_system_fills_up_and_is_enlarged(predict, scans, tmp_path, 
     figure(f"full after {done} of 27 masks, exit 5; enlarged: {again} predicted again, the same bytes")
 
 
+@pytest.mark.fault("R24", "masks, or runs, in a file system that is read-only; a folder's name that is too long")
+def test_a_folder_that_cannot_be_written(trained, predict, scans, tmp_path, capsys, figure):
+    recipe, models, ruling = trained
+    with pytest.raises(WriteError, match=r"File name too long. Choose another --out DIR"):
+        predict([scans], tmp_path / ("x" * 300))
+    out = tmp_path / "read-only"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", out]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems can be mounted by root only")
+    try:
+        with pytest.raises(WriteError, match=rf"Cannot write {out}.*: Read-only .* Allow .* choose another --out DIR"):
+            predict([scans], out)
+        parser = cli.argparse.ArgumentParser()
+        cli.add_recipe_options(parser)
+        code = cli.run(
+            lambda _: inference.predict_test(replace(recipe, runs=str(out)), models, ruling, CPU), parser, []
+        )
+    finally:
+        subprocess.run(["umount", out], check=True)
+    assert code == 5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: Cannot write {out / 'pack'}") and "--set runs=DIR" in line
+    figure("3 of 3: exit 5, path and way out")
+
+
 @pytest.mark.fault("R17", "the device out of memory in the fourth batch")
 def test_no_memory_in_a_prediction(trained, predict, scans, tmp_path, monkeypatch, capsys, figure):
     out, real, batches = tmp_path / "out", ensemble.predict, []

@@ -5,6 +5,11 @@
 The same command goes on where an interrupted one was.
 """
 
+from pneumo import start
+
+if __name__ == "__main__":
+    start.prepare()
+
 import argparse
 import sys
 from pathlib import Path

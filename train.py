@@ -3,6 +3,11 @@
 Started again with the same command, it goes on from where it was.
 """
 
+from pneumo import start
+
+if __name__ == "__main__":
+    start.prepare()
+
 import argparse
 import sys
 

@@ -1,5 +1,10 @@
 """The small commands: `python -m pneumo recipe|verify|pack|folds|cv|oof|tune|score|check-submission|phantom|report`."""
 
+from pneumo import start
+
+if __name__ == "__main__":
+    start.prepare()
+
 import argparse
 import json
 import os

@@ -1,6 +1,6 @@
 """What all commands share: options for the recipe, and how an error reads and ends.
 
-Imports config, dist, errors.
+Imports config, checkpoint, dist, start, errors.
 """
 
 import argparse
@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 
-from pneumo import checkpoint, config, dist
+from pneumo import checkpoint, config, dist, start
 from pneumo.config import Recipe
 from pneumo.errors import OutOfMemory, PneumoError, Stopped, UsageError, printable
 
-INTERRUPTED = 130
 BUG = 1
 CONFIGS = Path(__file__).resolve().parents[1] / "configs.toml"
 
@@ -68,12 +67,18 @@ def run(
     memory, 7 another process of the launch failed, 130 or 143 stopped.
     """
     options = parser.parse_args(argv)
+    with start.interruptible():
+        return _run(command, options)
+
+
+def _run(command: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     keep_freed_memory()
     try:
         command(options)
+        sys.stdout.flush()  # here, where an error has its line
         return 0
     except KeyboardInterrupt:
-        message, code = "interrupted", INTERRUPTED
+        message, code = "interrupted", start.INTERRUPTED
     except Exception as error:
         known = _known(error)
         if options.debug:
@@ -86,10 +91,11 @@ def run(
                 message = ""
             elif not isinstance(known, Stopped):
                 message = f"error: {message}"
-    if message:
-        print(printable(" ".join(message.split())), file=sys.stderr, flush=True)
-    if dist.world() > 1:  # the group is broken; leaving it in an orderly way could wait for who is gone
+    with contextlib.suppress(OSError):  # the code tells it as well
+        if message:
+            print(printable(message), file=sys.stderr, flush=True)
         sys.stdout.flush()
+    if dist.world() > 1:  # the group is broken; leaving it in an orderly way could wait for who is gone
         os._exit(code)
     return code
 
@@ -118,12 +124,6 @@ def _known(error: Exception) -> PneumoError | None:
     return None
 
 
-def keep_freed_memory() -> None:
-    """Let the process keep what it frees: large tensors would else be given back and mapped in anew in every step.
-
-    On a CPU that mapping takes up to half of the time of an augmentation.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
 def _came_of_writing(error: OSError) -> bool:
     """Whether the system refused to write a file or to make it, and not to read it."""
     path = error.filename
@@ -133,6 +133,12 @@ def _came_of_writing(error: OSError) -> bool:
     return new or os.access(path, os.R_OK)
 
 
+def keep_freed_memory() -> None:
+    """Let the process keep what it frees: large tensors would else be given back and mapped in anew in every step.
+
+    On a CPU that mapping takes up to half of the time of an augmentation.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     if mallopt is not None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block

@@ -406,3 +406,21 @@ class Threads:
 
     def __call__(self) -> None:
         os.cpu_count = lambda: self.count
+
+
+def outputs(kind: str) -> None:
+    """Have standard output and error "closed", their reader "gone", the "full" disk behind the first, or "ascii"."""
+    if kind == "closed":
+        os.close(1)
+        os.close(2)
+        sys.stdout = sys.stderr = None
+    elif kind == "gone":
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+    elif kind == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    else:
+        sys.stdout.reconfigure(encoding="ascii", errors="strict")
+        sys.stderr.reconfigure(encoding="ascii", errors="strict")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import forked
 import pytest
+import small_run
 import torch
 
 from pneumo import checkpoint
@@ -155,6 +156,59 @@ def test_an_interrupted_command_ends_with_its_own_code(data, tmp_path):
     job = forked.start(*forked.train(data, tmp_path), cwd=tmp_path, hook=partial(forked.interrupt_in, "dataset.split"))
     assert job.wait() == 130
     assert job.complaints == ["interrupted"]
+
+
+@pytest.mark.fault("R4", "Ctrl-C in the first seconds, while torch is imported; train.py, predict.py, -m pneumo")
+@pytest.mark.parametrize("command", [["train.py", "--help"], ["predict.py"], ["-m", "pneumo", "verify"]])
+def test_an_interrupted_import_ends_in_one_line(repo, tmp_path, figure, command):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    path = os.pathsep.join([str(tmp_path), str(repo)])
+    command = [str(repo / word) if word.endswith(".py") else word for word in command]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=50, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    figure(f"{Path(command[0]).name if len(command) < 3 else 'pneumo'}: one line, exit 130")
+
+
+@pytest.mark.fault("R24", "standard output and error closed, or a pipe that nobody reads")
+@pytest.mark.parametrize("kind", ["closed", "gone"])
+def test_a_run_that_nobody_listens_to_goes_on(data, tmp_path, figure, kind):
+    hook = partial(forked.outputs, kind)
+    runs = tmp_path / "runs"
+    job = forked.start(*forked.train(data, runs), cwd=tmp_path, hook=hook)
+    assert job.wait() == 0 and job.text == ""
+    assert forked.status(runs / STAGE)["state"] == "done"
+    assert len((runs / STAGE / "log.jsonl").read_text().splitlines()) == 2
+    assert forked.start("pneumo", "recipe", cwd=tmp_path, hook=hook).wait() == 0
+    refused = forked.start("train.py", "--fold", "9", cwd=tmp_path, hook=hook)
+    assert refused.wait() == 2
+    assert not list(tmp_path.glob("**/error.log"))
+    figure(f"{kind}: done; the others end with their own code")
+
+
+@pytest.mark.fault("R7", "the disk full that standard output goes to")
+def test_a_full_disk_behind_the_output_is_named(data, tmp_path, figure):
+    hook = partial(forked.outputs, "full")
+    line = "error: Cannot write standard output: No space left on device. Free space, then run the same command."
+    job = forked.start(*forked.train(data, tmp_path), cwd=tmp_path, hook=hook)
+    assert job.wait() == 5 and job.complaints == [line]
+    assert forked.start(*forked.train(data, tmp_path), cwd=tmp_path).wait() == 0
+    job = forked.start("pneumo", "recipe", cwd=tmp_path, hook=hook)
+    assert job.wait() == 5 and job.complaints == [line]
+    figure("named, exit 5; then the same command is done")
+
+
+@pytest.mark.fault("R24", "an output that takes ASCII only")
+def test_what_cannot_be_encoded_is_escaped(data, tmp_path, figure):
+    hook = partial(forked.outputs, "ascii")
+    options = ["--set", *small_run.settings(data, tmp_path / "läufe")]
+    job = forked.start("pneumo", "verify", *options, cwd=tmp_path, hook=hook)
+    assert job.wait() == 0 and r"l\xe4ufe/seed/data_report.csv" in job.text
+    job = forked.start("pneumo", "verify", "--set", "data.root=nöwhere", cwd=tmp_path, hook=hook)
+    assert job.wait() == 3 and r"n\xf6where" in job.text
+    figure("escaped, exit codes as always")
 
 
 def test_weights_in_the_hubs_cache_are_used_without_a_network(monkeypatch, tmp_path):

@@ -82,7 +82,7 @@ def folds(options: argparse.Namespace) -> None:
     packed = dataset.open_pack(recipe, "train", found, recipe.stage[1].image_size) if has_images else None
     if path.exists() and not options.force:
         text = dataset.audit(recipe, found, dataset.read_folds(recipe, found), packed)
-        log.say(f"{path} is there and fits the data; --force splits anew\n{text}")
+        log.say(f"{path} is there and fits the data; --force splits anew", *text.splitlines())
     else:
         dataset.split(recipe, found, packed)
 
@@ -136,7 +136,7 @@ def score(options: argparse.Namespace) -> None:
         seed=recipe.seed,
     )
     if options.json:
-        print(json.dumps(result))
+        print(log.dumps(result))
         return
 
     def shown(name: str) -> str:

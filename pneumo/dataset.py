@@ -3,7 +3,6 @@
 Imports data, config, checkpoint, dist, log.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +128,7 @@ def split(recipe: Recipe, found: Sequence[Case], packed: Pack | None) -> None:
     fold_of = folds.split(ids, areas, groups, count=settings.count, area_bins=settings.area_bins, seed=recipe.seed)
     checkpoint.write_atomic(recipe.folder / "folds.csv", folds.dumps(ids, fold_of, groups).encode())
     text = _write_audit(recipe, found, fold_of, duplicates)
-    log.say(f"{recipe.folder / 'folds.csv'}: {len(ids)} images in {settings.count} folds\n{text}")
+    log.say(f"{recipe.folder / 'folds.csv'}: {len(ids)} images in {settings.count} folds", *text.splitlines())
 
 
 def audit(recipe: Recipe, found: Sequence[Case], fold_of: np.ndarray, packed: Pack | None) -> str:
@@ -150,7 +149,7 @@ def _write_audit(
     areas, patients = [case.area for case in found], [case.patient for case in found]
     report = folds.audit(fold_of, areas, patients, duplicates)
     text = folds.audit_text(report)
-    checkpoint.write_atomic(recipe.folder / "audit.json", json.dumps(report, indent=1).encode() + b"\n")
+    checkpoint.write_atomic(recipe.folder / "audit.json", log.dumps(report, indent=1).encode() + b"\n")
     checkpoint.write_atomic(recipe.folder / "audit.txt", text.encode() + b"\n")
     return text
 

@@ -9,13 +9,13 @@ import unicodedata
 
 
 def printable(text: str) -> str:
-    """Text as a terminal can show it: what would steer it, or is no character, stands as its escape."""
+    """Text as one line that a terminal can show: what would steer it, or is no character, stands as its escape."""
     return "".join(ascii(sign)[1:-1] if _steers(sign) else sign for sign in text)
 
 
 def _steers(sign: str) -> bool:
-    """Whether it is a control or format character or half a surrogate; joiners, line ends and tabs are let through."""
-    return unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp") and sign not in "\n\t\u200c\u200d"
+    """Whether it is a control or format character or half a surrogate; joiners and tabs are let through."""
+    return unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp") and sign not in "\t\u200c\u200d"
 
 
 def one_line(text: object) -> str:

@@ -5,7 +5,6 @@ Imports config, dataset, ensemble, tuning, decision, data, submission, journal, 
 
 import csv
 import io
-import json
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -112,7 +111,7 @@ def _write_submission(
         "data": models.data,
         "split": models.split,
     }
-    checkpoint.write_atomic(path.with_suffix(".json"), json.dumps(origin, indent=1).encode() + b"\n")
+    checkpoint.write_atomic(path.with_suffix(".json"), log.dumps(origin, indent=1).encode() + b"\n")
     _write_referrals([record for record, _ in written], recipe.folder / "referral.csv")
     log.say(
         f"{path}: {submission.summary(codes, size)}; networks: {len(models.models)}, rule of "

@@ -59,7 +59,7 @@ class Journal:
                 parts |= dict(others)
             else:
                 outdated.append(path)
-                changed += _changes(first, json.loads(json.dumps(basis))) if others else []
+                changed += _changes(first, json.loads(log.dumps(basis))) if others else []
         found = dist.gather((parts, changed))  # from here on the first process holds the lock
         self.parts: dict[str, Any] = {key: result for part, _ in found for key, result in part.items()}
         if changes := sorted({change for _, some in found for change in some}):
@@ -67,7 +67,6 @@ class Journal:
         for path in outdated:
             path.unlink()
         path = folder / f"{dist.rank()}.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
         self._path = path
         with checkpoint.writing(path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +115,7 @@ class Journal:
 
 
 def _line(value: Any) -> bytes:
-    text = json.dumps(value).encode()
+    text = log.dumps(value).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 

@@ -4,6 +4,7 @@ Imports checkpoint, dist, errors.
 """
 
 import json
+import math
 import sys
 import threading
 from collections.abc import Iterable, Sequence
@@ -18,10 +19,10 @@ from pneumo.errors import printable
 tqdm.set_lock(threading.RLock())  # its own serves several processes and leaks a semaphore from one that is killed
 
 
-def say(message: str) -> None:
-    """Print one line on process 0, above any progress bar."""
+def say(*lines: str) -> None:
+    """Print lines on process 0, above any progress bar; a line end within one, as of a file's name, is escaped."""
     if dist.is_main():
-        tqdm.write(printable(message), file=sys.stdout)
+        tqdm.write("\n".join(map(printable, lines)), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -44,9 +45,22 @@ def bar(items: Iterable[Any] | None = None, *, total: int | None = None, title: 
     )
 
 
+def dumps(value: Any, *, indent: int | None = None) -> str:
+    """JSON for others to read, which knows no infinity and no NaN: they become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Write all records, one JSON object a line; the whole file, so that a resumed run has no gaps and no doubles."""
-    text = "".join(json.dumps(record) + "\n" for record in records)
+    text = "".join(dumps(record) + "\n" for record in records)
     checkpoint.write_atomic(path, text.encode())
 
 
@@ -57,7 +71,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def write_status(folder: Path, state: str, **details: Any) -> None:
     """Replace status.json: `state` is running, stopped, done or failed."""
-    checkpoint.write_atomic(folder / "status.json", json.dumps({"state": state, **details}).encode() + b"\n")
+    checkpoint.write_atomic(folder / "status.json", dumps({"state": state, **details}).encode() + b"\n")
 
 
 def read_status(folder: Path) -> dict[str, Any]:

@@ -56,12 +56,12 @@ def run(recipe: Recipe, data: Dataset) -> Tuned:
             f"no rule reaches a {recipe.tune.objective} of {recipe.tune.target}; the rules that come closest were taken"
         )
     log.say(
-        f"{len(found.image_ids)} cases of {len(tuned.fold_rules)} folds, {tuned.choice.plateau.size:,} rules\n"
+        f"{len(found.image_ids)} cases of {len(tuned.fold_rules)} folds, {tuned.choice.plateau.size:,} rules",
         f"recipe's rule    {describe(baseline)}: mean Dice {tuned.baseline.mean():.4f} (all masks empty: "
-        f"{(~positive).mean():.4f})\n"
-        f"chosen rule      {describe(tuned.rule)}, on a plateau of {tuned.choice.plateau.sum():,} rules\n"
-        f"cross-fitted     mean Dice {dice}; in-sample {tuned.in_sample:.4f}, optimism {tuned.optimism:+.4f}\n"
-        f"gain             {gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}) over the recipe's rule, paired"
+        f"{(~positive).mean():.4f})",
+        f"chosen rule      {describe(tuned.rule)}, on a plateau of {tuned.choice.plateau.sum():,} rules",
+        f"cross-fitted     mean Dice {dice}; in-sample {tuned.in_sample:.4f}, optimism {tuned.optimism:+.4f}",
+        f"gain             {gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}) over the recipe's rule, paired",
     )
     signals = trust.signals(found.tables, tuned.rule)
     learned = trust.fit(signals, tables.dice(found.tables, tuned.rule))

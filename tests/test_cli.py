@@ -1,4 +1,6 @@
 import argparse
+import errno
+import json
 import subprocess
 import sys
 
@@ -35,16 +37,47 @@ def test_what_is_shown_cannot_move_the_cursor(capsys, monkeypatch):
     assert one_line("a\x1b[2J\n b\tü\udcff") == r"a\x1b[2J b ü\udcff"
     for text in ("胸部X線　左.png", "a\xa0b", "u\u0308", "👨\u200d👩\u200d👧", "नमस्ते क्\u200dष", "naïve ❤️ \U0001fae9"):
         assert printable(text) == text
-    log.say("a\x1b[2J\nb\u202e")
-    log.warn("\udcff\x07.png")
+    log.say("a\x1b[2J", "b\u202e\nERROR forged.png")
+    log.warn("\udcff\x07\nerror: forged.png")
     out, err = capsys.readouterr()
-    assert (out, err) == ("a\\x1b[2J\nb\\u202e\n", "warning: \\udcff\\x07.png\n")
+    assert (out, err) == (
+        "a\\x1b[2J\nb\\u202e\\nERROR forged.png\n",
+        "warning: \\udcff\\x07\\nerror: forged.png\n",
+    )
 
     def command(_options: argparse.Namespace) -> None:
-        raise DataError("\x1b]0;title\x07.png: no image")
+        raise DataError("\x1b]0;title\x07\nerror: forged\r.png: no image")
 
     parser = argparse.ArgumentParser()
     cli.add_recipe_options(parser)
     monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
     assert cli.run(command, parser, []) == 3
-    assert capsys.readouterr().err == "error: \\x1b]0;title\\x07.png: no image\n"
+    assert capsys.readouterr().err == "error: \\x1b]0;title\\x07\\nerror: forged\\r.png: no image\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "x"), 5, "Cannot write x: Read-only file system. Allow writing"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "x"), 5, "Cannot write x: Disk quota exceeded. Free space"),
+        (PermissionError(errno.EACCES, "Permission denied", "new"), 5, "Cannot write new: Permission denied. Allow"),
+        (PermissionError(errno.EACCES, "Permission denied", "no/x"), 2, "no/x: Permission denied"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "x: No such file"),
+    ],
+)
+def test_what_cannot_be_written_has_its_own_code(capsys, monkeypatch, tmp_path, error, code, words):
+    def command(_options: argparse.Namespace) -> None:
+        raise error
+
+    parser = argparse.ArgumentParser()
+    cli.add_recipe_options(parser)
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(command, parser, []) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {words}")
+
+
+def test_json_for_others_has_no_infinity():
+    value = {"a": [1.5, float("inf"), (float("nan"),)], "b": {"c": -float("inf"), "d": None, "e": "NaN"}}
+    assert json.loads(log.dumps(value)) == {"a": [1.5, None, [None]], "b": {"c": None, "d": None, "e": "NaN"}}

@@ -6,7 +6,6 @@ dist, log, errors.
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -104,7 +103,7 @@ def _add_out_of_fold(
         "optimism": None if tuned is None else tuned.optimism,
         "checkpoints": found.sources,
     }
-    checkpoint.write_atomic(folder / "report.json", json.dumps(numbers, indent=1).encode() + b"\n")
+    checkpoint.write_atomic(folder / "report.json", log.dumps(numbers, indent=1).encode() + b"\n")
     return replace(
         content,
         summary=_summary(recipe, data, shown, scores[shown.name], tuned, note),

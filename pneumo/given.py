@@ -3,6 +3,7 @@
 Imports inference, ensemble, tuning, decision, data, kernels, journal, checkpoint, log, dist, errors, config.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -113,7 +114,7 @@ def predict(
         given: from `find`.
 
     Raises:
-        DataError: some files cannot be read; the others have been written.
+        DataError: some files cannot be read, or have too long a name; the others have been written.
         NotFiniteError: a network's probability is not a number.
         UsageError: another prediction into this folder is running.
     """
@@ -181,7 +182,7 @@ def predict(
             if not complaints:  # else the good files need not be done again when the bad ones are mended
                 journal.finish()
     if complaints:
-        raise DataError(f"{len(complaints)} of {len(given)} files could not be read: {complaints[0]}")
+        raise DataError(f"{len(complaints)} of {len(given)} files could not be predicted: {complaints[0]}")
 
 
 @dataclass(frozen=True)
@@ -215,12 +216,24 @@ def _read(batch: Sequence[Given], image_size: int, journal: Journal, out: Path) 
     for one in batch:
         try:
             scan = images.read(one.path)
+            _check_names(one, out)
         except DataError as error:
             complaints.append(str(error))
             continue
         scans.append((one, scan))
         squares.append(pack_image(scan.pixels, image_size))
     return _Read(key, len(batch), None, scans, squares, complaints)
+
+
+def _check_names(one: Given, out: Path) -> None:
+    """Refuse a file whose outputs have names that the file system cannot hold, before they are computed."""
+    last = checkpoint.temporary_of(Path(one.name + max(SUFFIXES, key=len)))  # the longest that is written
+    for name in (last, *last.parts):  # in a folder that is yet to be made, only a part alone tells
+        try:
+            os.lstat(out / name)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise DataError(f"{one.path}: the names of its mask and overlay are too long. Rename it.") from None
 
 
 def _content(path: Path) -> str:

@@ -135,7 +135,7 @@ def test_a_bad_file_among_good_ones_is_named_and_the_others_are_done(place, opti
     (place / "bad.png").write_bytes(b"<html>")
     good = str(place / "data" / "test" / "test-001.png")
     printed = run("predict.py", "bad.png", good, "--out", "some", *options, cwd=place, code=3)
-    assert "1 of 2 files could not be read: bad.png" in printed
+    assert "1 of 2 files could not be predicted: bad.png" in printed
     assert (place / "some" / "test-001_mask.png").exists()
 
 

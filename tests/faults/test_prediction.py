@@ -390,7 +390,7 @@ def test_bad_files_are_listed_together_and_the_others_predicted(predict, scans, 
     (scans / "test-005.png").write_bytes(b"<!DOCTYPE html>")
     out = tmp_path / "out"
     with pytest.raises(
-        DataError, match=r"3 of 8 files could not be read: .*test-002.png: image file is truncated"
+        DataError, match=r"3 of 8 files could not be predicted: .*test-002.png: image file is truncated"
     ) as caught:
         predict([scans, tmp_path / "typo.png"], out)
     assert caught.value.exit_code == 3
@@ -407,6 +407,35 @@ def test_bad_files_are_listed_together_and_the_others_predicted(predict, scans, 
         predict([tmp_path / "typo.png"], out)
     assert (out / "predictions.jsonl").exists()  # nothing good for something bad
     figure("3 of 3 named, 5 of 5 others predicted, exit 3")
+
+
+@pytest.mark.fault("P1", "a file among those given whose outputs would have too long a name, as is or in a folder")
+def test_a_name_that_is_too_long_costs_only_its_file(trained, scans, tmp_path, capsys, monkeypatch, figure):
+    """240 letters: the mask's own name would fit, but not what it is written as first."""
+    (scans / "new").mkdir()
+    long = "x" * 240 + ".png"
+    for place in (scans, scans / "new"):
+        shutil.copy(scans / "test-000.png", place / long)
+    out, computed, real = tmp_path / "out", [], ensemble.predict
+    with monkeypatch.context() as patch:
+        patch.setattr(ensemble, "predict", lambda m, x, size, names: computed.extend(names) or real(m, x, size, names))
+        with pytest.raises(DataError, match=r"2 of 9 files could not be predicted: .*xxx.png: .* too long. Rename it"):
+            given.predict(*trained, given.find([scans], out), out, CPU)
+    assert not any(long in name for name in computed) and len(computed) == IMAGES
+    assert capsys.readouterr().err.count("too long. Rename it") == 2
+    assert len(list(out.glob("*_mask.png"))) == len((out / "predictions.jsonl").read_text().splitlines()) == IMAGES
+    figure(f"2 of 2 named before they were computed, {IMAGES} of {IMAGES} others predicted, exit 3")
+
+
+@pytest.mark.parametrize("spacing", [(1e200, 1e200), (1e200, 1e-200), (float("nan"), 1.0)])
+def test_an_area_that_is_no_number_is_null(predict, scans, tmp_path, monkeypatch, spacing):
+    real = given.images.read
+    monkeypatch.setattr(given.images, "read", lambda path: replace(real(path), spacing=spacing))
+    predict([scans], tmp_path / "out")
+    for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines():
+        record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert record["area_pixels"] > 0
+        assert (record["area_cm2"] is None) == (spacing != (1e200, 1e-200))
 
 
 @pytest.mark.slow

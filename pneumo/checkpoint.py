@@ -6,6 +6,7 @@ A run folder has one writer at a time. Imports errors.
 import contextlib
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import io
 import os
@@ -14,7 +15,7 @@ import shutil
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +29,7 @@ INSTEAD = "another place, as with --set runs=DIR or --out DIR"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, largest file
 
 _NOT_ITS_FAULT = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
-_LEFT = re.compile(r".+\.[0-9]+\.tmp")  # what `write_atomic` leaves if it is killed
+_TEMPORARY = re.compile(r"(?s)(.+)\.([1-9][0-9]*)\.tmp")  # a name of `temporary`
 
 
 class _UnreadableError(DataError):
@@ -61,18 +62,18 @@ def write_atomic(path: Path, content: bytes | memoryview, *, keep: Path | None =
     Raises:
         NoSpaceError, WriteError: no space, no permission; what was there is intact.
     """
-    temporary = temporary_of(path)
+    unfinished = temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(path.parent).free < len(content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with open(temporary, "wb") as file:
+        with open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and path.exists():
             os.replace(path, keep)
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -80,7 +81,7 @@ def write_atomic(path: Path, content: bytes | memoryview, *, keep: Path | None =
             os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         if error.errno not in NO_SPACE:
             raise WriteError(
                 f"Cannot save {path}: {error.strerror or error}. What was there is intact. {_way_out(error)}."
@@ -91,11 +92,6 @@ def write_atomic(path: Path, content: bytes | memoryview, *, keep: Path | None =
             f"Cannot save {path}: {megabytes(len(content))} needed, {megabytes(free)} free on {place}"
             f"{'' if free < len(content) else f' ({error.strerror})'}. What was there is intact."
         ) from error
-
-
-def temporary_of(path: Path) -> Path:
-    """Where this process, and no other, writes what then becomes the file."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def refusal(path: Path | str, error: OSError, instead: str = INSTEAD) -> WriteError:
@@ -123,6 +119,40 @@ def _way_out(error: OSError, instead: str = INSTEAD) -> str:
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"Allow writing there, or choose {instead}"
     return f"Choose {instead}"
+
+
+def temporary(path: Path) -> Path:
+    """Where this process makes what shall be at `path` once it is whole; no other one writes there."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def abandoned(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """Those of `paths` that `temporary` named for a process that is gone, and the names they should have got.
+
+    A user's own .tmp file is none of ours.
+    """
+    for path in paths:
+        if (name := _TEMPORARY.fullmatch(path.name)) and not _at_work(name[2]):
+            yield path, name[1]
+
+
+def _at_work(pid: str) -> bool:
+    """Whether another process of that number runs; one that was killed has no command line."""
+    try:
+        return int(pid) != os.getpid() and Path("/proc", pid, "cmdline").read_bytes() != b""
+    except OSError:
+        return False
+
+
+def clean(paths: Iterable[Path], *names: str) -> None:
+    """Remove the files among `paths` that killed processes left half-written.
+
+    Args:
+        names: patterns, as in a shell, of what they should have become; all others stay.
+    """
+    for path, name in abandoned(paths):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in names) and path.is_file():
+            path.unlink()
 
 
 def megabytes(count: int) -> str:
@@ -277,9 +307,7 @@ def lock(folder: Path, *, instead: str = "another recipe or --set runs=DIR") -> 
             file.truncate()
             file.write(f"process {os.getpid()} (since {time.strftime('%H:%M')})")
             file.flush()
-        for left in folder.glob("*.tmp"):
-            if _LEFT.fullmatch(left.name):  # a user's own .tmp file is none of ours
-                left.unlink()
+        clean(folder.glob("*.tmp"), "*")
         yield
         file.seek(0)
         file.truncate()

@@ -128,7 +128,7 @@ def predict(
         ThreadPoolExecutor(os.cpu_count()) as writers,
     ):
         if dist.is_main():
-            inference.clean(path for name in (*SUFFIXES, RECORDS) for path in out.rglob(f"*{name}*.tmp"))
+            checkpoint.clean(out.rglob("*.tmp"), RECORDS, *(f"*{suffix}" for suffix in SUFFIXES))
         dist.broadcast(None)  # until that is done nobody writes
         done: list[dict[str, Any]] = []
         kept = 0  # files whose results were there
@@ -227,7 +227,7 @@ def _read(batch: Sequence[Given], image_size: int, journal: Journal, out: Path) 
 
 def _check_names(one: Given, out: Path) -> None:
     """Refuse a file whose outputs have names that the file system cannot hold, before they are computed."""
-    last = checkpoint.temporary_of(Path(one.name + max(SUFFIXES, key=len)))  # the longest that is written
+    last = checkpoint.temporary(Path(one.name + max(SUFFIXES, key=len)))  # the longest that is written
     for name in (last, *last.parts):  # in a folder that is yet to be made, only a part alone tells
         try:
             os.lstat(out / name)

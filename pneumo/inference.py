@@ -7,7 +7,7 @@ import csv
 import io
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -96,7 +96,7 @@ def _write_submission(
 ) -> None:
     """Write the files of a submission from each test image's record and code, in any order."""
     size, path = recipe.data.annotation_size, recipe.folder / "submission.csv"
-    clean(path for name in ("submission", "referral") for path in recipe.folder.glob(f"{name}.*.tmp"))
+    checkpoint.clean(recipe.folder.glob("*.tmp"), path.name, "submission.json", "referral.csv")
     codes = {record["ImageId"]: code for record, code in written}
     # ids of the sample without an image, which `load_test_cases` let pass with a warning, are empty
     codes |= {image_id: rle.EMPTY for image_id in sample_ids if image_id not in codes}
@@ -162,9 +162,3 @@ def _write_referrals(records: list[dict[str, Any]], path: Path) -> None:
     queue = sorted(records, key=lambda record: (record["expected_dice"], record["ImageId"]))
     writer.writerows({"place": place, **record} for place, record in enumerate(queue, 1))
     checkpoint.write_atomic(path, text.getvalue().encode())
-
-
-def clean(paths: Iterable[Path]) -> None:
-    """Remove what a killed process left half-written."""
-    for path in paths:
-        path.unlink()

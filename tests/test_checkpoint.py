@@ -91,6 +91,23 @@ def test_no_file_of_the_package_turns_safe_loading_off(repo: Path):
     assert [p for p in sources if "weights_only=False" in p.read_text()] == []
 
 
+def test_only_what_a_dead_process_left_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    unburied = subprocess.Popen([sys.executable, "-c", ""])  # a zombie: nobody waits for it
+    dead.wait()
+    os.waitid(os.P_PID, unburied.pid, os.WEXITED | os.WNOWAIT)
+    gone = {f"last.pt.{pid}.tmp" for pid in (dead.pid, unburied.pid, os.getpid(), 10**12)}
+    kept = {f"last.pt.{os.getppid()}.tmp", "last.pt.tmp", "my.tmp", "last.pt.0.tmp", "last.pt.7.draft.tmp", "7.tmp"}
+    for name in gone | kept:
+        (tmp_path / name).write_text("x")
+    (tmp_path / f"notes.{dead.pid}.tmp").mkdir()
+    checkpoint.clean(tmp_path.iterdir(), "best.*")
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == gone | kept
+    with checkpoint.lock(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {*kept, f"notes.{dead.pid}.tmp", "lock"}
+    unburied.wait()
+
+
 def test_a_second_writer_is_refused_by_the_firsts_number(tmp_path):
     hold = (
         "import sys, time; from pathlib import Path; from pneumo import checkpoint\n"

@@ -2,7 +2,9 @@
 
 Pictures are drawn, not derived from patients. A pneumothorax is what it is on film: a crescent between the chest wall
 and a thin bright pleural line in which the lung's vessels are missing. Its grey is that of lung and of the air beside
-the body, so no threshold finds it. Every picture has SYNTHETIC burnt in, and every id begins with it. Imports rle.
+the body, so no threshold finds it. Every picture has SYNTHETIC burnt in, and every id begins with it.
+
+Imports rle, checkpoint, errors.
 """
 
 import hashlib
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pneumo import checkpoint
 from pneumo.data import rle
 from pneumo.errors import UsageError
 
@@ -89,12 +92,16 @@ def write(root: Path, *, train: int, test: int, side: int, positive_fraction: fl
         positive_fraction: share of images with pneumothorax, exact to one image in either part.
 
     Raises:
-        UsageError: pydicom is not installed.
+        UsageError: pydicom is not installed, or a user's own folder has the name that is used meanwhile.
     """
-    final, root = root, root.with_name(root.name + ".part")  # what is cut off never looks complete
-    if root.exists():
-        shutil.rmtree(root)
-    root.mkdir(parents=True)
+    for left, name in checkpoint.abandoned(root.parent.glob("*.tmp")):
+        if name == root.name and (left / "SYNTHETIC.txt").is_file():
+            shutil.rmtree(left)
+    final, root = root, checkpoint.temporary(root)  # what is cut off never looks complete
+    try:
+        root.mkdir(parents=True)
+    except FileExistsError:
+        raise UsageError(f"{root} is in the way. Move it, or choose another folder: --set data.root=DIR") from None
     (root / "SYNTHETIC.txt").write_text(MARK)
     tables: dict[str, list[str]] = {"train": ["ImageId,EncodedPixels"], "test": ["ImageId,EncodedPixels"]}
     sample, patients = ["ImageId,EncodedPixels"], ["ImageId,patient_id"]

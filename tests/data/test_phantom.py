@@ -1,4 +1,7 @@
 import csv
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from pneumo.data import cases, phantom
 from pneumo.decision.components import drop_small
 from pneumo.decision.metrics import dice
+from pneumo.errors import UsageError
 
 
 def drawn(count: int, side: int) -> list[phantom.Phantom]:
@@ -96,6 +100,27 @@ def test_a_writing_that_was_cut_off_does_not_look_complete(tmp_path, monkeypatch
     monkeypatch.undo()
     phantom.write(tmp_path / "x", train=2, test=1, side=64, positive_fraction=0.5, seed=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
+
+
+@pytest.mark.fault("R2", "phantom beside folders of the user whose names end as those of its own unfinished ones")
+def test_a_users_own_folders_beside_it_stay(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    ours = tmp_path / f"x.{dead.pid}.tmp"
+    theirs = [f"x.{os.getppid()}.tmp", "x.part", "x.tmp", "x.old.tmp", f"y.{dead.pid}.tmp"]  # the first still at work
+    for folder in (ours, *(tmp_path / name for name in theirs)):
+        folder.mkdir()
+        (folder / "SYNTHETIC.txt").write_text("")
+    unmarked = tmp_path / f"x.0{dead.pid}.tmp", tmp_path / f"x.1{10**12}.tmp"
+    for folder in unmarked:
+        folder.mkdir()
+    options = {"train": 2, "test": 1, "side": 64, "positive_fraction": 0.5, "seed": 0}
+    phantom.write(tmp_path / "x", **options)
+    kept = [*theirs, *(folder.name for folder in unmarked)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["x", *kept])
+    (tmp_path / f"z.{os.getpid()}.tmp").mkdir()
+    with pytest.raises(UsageError, match=rf"z\.{os.getpid()}\.tmp is in the way\. Move it"):
+        phantom.write(tmp_path / "z", **options)
 
 
 def test_written_masks_are_the_drawn_ones(root):

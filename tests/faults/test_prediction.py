@@ -179,6 +179,35 @@ def test_only_what_is_there_and_right_is_kept(predict, scans, tmp_path, monkeypa
     figure("5 of 5 faults mended, no other batch predicted again")
 
 
+@pytest.mark.fault("S7", "a user's files whose names begin or end as those of half-written outputs do: none deleted")
+def test_only_its_own_half_written_files_are_removed(trained, predict, scans, tmp_path, figure):
+    recipe, models, ruling = trained
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    out = tmp_path / "out"
+    half_written = [
+        f"a_mask.png.{dead.pid}.tmp",
+        f"sub/b_overlay.png.{dead.pid}.tmp",
+        f"predictions.jsonl.{dead.pid}.tmp",
+    ]
+    own = ["notes/lung_mask.png.edited.tmp", "a_mask.png.tmp", "predictions.jsonl.old.tmp", f"a.png.{dead.pid}.tmp"]
+    own += [f"a_mask.png.{os.getppid()}.tmp", f"a_mask.png.{dead.pid}.mine.tmp", f"my-predictions.jsonl.{dead.pid}.tmp"]
+    for_submission = [f"{name}.{dead.pid}.tmp" for name in ("submission.csv", "submission.json", "referral.csv")]
+    own_there = ["submission.final.tmp", f"submission.final.{dead.pid}.tmp", f"referral.csv.{dead.pid}.bak.tmp"]
+    places = [out / name for name in half_written] + [recipe.folder / name for name in for_submission]
+    kept = [out / name for name in own] + [recipe.folder / name for name in own_there]
+    for path in (*places, *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    predict([scans], out)
+    inference.predict_test(recipe, models, ruling, CPU)
+    assert [path for path in places if path.exists()] == []
+    assert [path for path in kept if not path.exists()] == []
+    for path in kept:
+        path.unlink()
+    figure(f"{len(places)} of {len(places)} of its own removed, {len(kept)} of {len(kept)} of the user's kept")
+
+
 @pytest.mark.fault("S6", "interrupted, then started with another rule, batch size or networks")
 def test_another_kind_of_prediction_starts_anew_and_says_so(trained, predict, scans, tmp_path, capsys, figure):
     recipe, models, ruling = trained

@@ -5,7 +5,6 @@ the nearest known one. Imports errors.
 """
 
 import difflib
-import json
 import re
 import tomllib
 import types
@@ -313,7 +312,7 @@ def dumps(recipe: Recipe) -> str:
         lines.append(f"[{where}]")
         for key, value in table.items():
             if not isinstance(value, dict):
-                lines.append(f"{key} = {json.dumps(value)}")  # JSON's scalars and lists are TOML's
+                lines.append(f"{key} = {toml(value)}")
         lines.append("")
         for key, value in table.items():
             if isinstance(value, dict) and all(isinstance(item, dict) for item in value.values()):
@@ -325,6 +324,24 @@ def dumps(recipe: Recipe) -> str:
     table = asdict(recipe)
     emit(table, f'"{table.pop("name")}"')
     return "\n".join(lines)
+
+
+def toml(value: str | float | Sequence[Any]) -> str:
+    """A scalar or list as a TOML value, in ASCII: the paths of any user go through any terminal and editor."""
+    if isinstance(value, str):
+        return f'"{"".join(map(_toml_sign, value))}"'
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(toml, value))}]"
+    return str(value).lower()  # true, nan, inf
+
+
+def _toml_sign(sign: str) -> str:
+    """One sign within quotes. JSON's escapes will not do: beyond U+FFFF they are two halves, which TOML refuses."""
+    if sign in '"\\':
+        return f"\\{sign}"
+    if " " <= sign <= "~":
+        return sign
+    return f"\\u{ord(sign):04x}" if sign <= "\uffff" else f"\\U{ord(sign):08x}"
 
 
 def stage_settings(recipe: Recipe, stage: int) -> dict[str, Any]:
@@ -450,13 +467,18 @@ def _build(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if type(value) not in arguments:
             raise _Mistake(where, "", f": expected {' or '.join(map(_called, arguments))}, got {value!r}")
-        return value
+        return _build(type(value), value, where)
     if type(value) is int and abs(value) >= 2**63:
         raise _Mistake(where, "", " must be a number of 64 bits")
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:  # exactly, so that true is not an int
         raise _Mistake(where, "", f": expected {_called(hint)}, got {value!r}")
+    if hint is str and "\0" in value:
+        raise _Mistake(where, "", f" must not hold NUL, got {value!r}")
+    if hint is str and (half := re.search("[\ud800-\udfff]", value)):  # as Python reads a byte that is not UTF-8
+        text = f"{value!r} is not UTF-8 at character {half.start()}; rename the file or folder, or set a link to it"
+        raise _Mistake(where, "", f": {text}")
     return value
 
 

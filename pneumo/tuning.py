@@ -3,7 +3,6 @@
 Imports config, dataset, oof, decision, ensemble, checkpoint, log, errors.
 """
 
-import json
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pneumo import checkpoint, log, oof
+from pneumo import checkpoint, config, log, oof
 from pneumo.config import Recipe
 from pneumo.dataset import Dataset
 from pneumo.decision import metrics, tables, trust, tune
@@ -111,7 +110,7 @@ def held_out_signals(found: OutOfFold, tuned: Tuned) -> Signals:
 
 
 def write(path: Path, ruling: Ruling, measured: dict[str, Any], sources: dict[str, str]) -> None:
-    """Write a rule with what is known of it; a JSON scalar or list is TOML's as well."""
+    """Write a rule with what is known of it."""
     negative, positive = ruling.trust.knots
     sections = {
         "rule": asdict(ruling.rule),
@@ -122,7 +121,7 @@ def write(path: Path, ruling: Ruling, measured: dict[str, Any], sources: dict[st
     }
     lines = ["# Chosen on out-of-fold predictions; predict.py uses it with these checkpoints only."]
     for name, table in sections.items():
-        lines += ["", f"[{name}]", *(f"{_key(key)} = {json.dumps(value)}" for key, value in table.items())]
+        lines += ["", f"[{name}]", *(f"{_key(key)} = {config.toml(value)}" for key, value in table.items())]
     checkpoint.write_atomic(path, "\n".join(lines).encode() + b"\n")
 
 
@@ -192,4 +191,4 @@ def describe(rule: Rule) -> str:
 
 
 def _key(key: str) -> str:
-    return key if key.replace("_", "").isalnum() else json.dumps(key)
+    return key if key.isidentifier() and key.isascii() else config.toml(key)

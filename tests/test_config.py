@@ -1,10 +1,11 @@
 import re
-from dataclasses import asdict
+import tomllib
+from dataclasses import asdict, replace
 
 import pytest
 
 from pneumo import config
-from pneumo.errors import UsageError
+from pneumo.errors import UsageError, printable
 
 
 def test_seed_is_the_reports_recipe(repo):
@@ -32,6 +33,22 @@ def test_seed_focal_differs_in_the_loss_of_stage_3_alone(repo):
     assert changed == {"stage.3.loss", "stage.3.start"}
     assert focal.own_stages == [3]
     assert focal.start_folder(2, 3) == seed.stage_folder(2, 2)
+
+
+SIGNS = "".join(map(chr, range(1, 256))) + "\u2028\ue000\uffff\U0001f600\U0010ffff\\ud83d\\U0001F600"
+
+
+@pytest.mark.fault("C4", "paths of every control, Latin and other kind of sign, dumped and read back")
+def test_every_text_is_valid_toml(repo, tmp_path, figure):
+    for text in (SIGNS, "/data/\U0001f600/\u80f8\u90e8", "'", '"""', ""):
+        recipe = config.load(repo / "configs.toml", "seed")
+        recipe = replace(recipe, runs=text, model=replace(recipe.model, pretrained=text))
+        path = tmp_path / "config.toml"
+        path.write_text(config.dumps(recipe), encoding="ascii")
+        assert config.load(path, "seed") == recipe, text
+    values = [True, 0, -(2**62), 1e-5, 1e16, 5e300, float("inf"), [0.5, "\U0001f600"], []]
+    assert tomllib.loads(f"v = {config.toml(values)}")["v"] == values
+    figure(f"{len(SIGNS)} signs read back equal")
 
 
 @pytest.mark.parametrize("name", ["seed", "seed-focal", "demo"])
@@ -97,6 +114,9 @@ OVERRIDES = {
         ("model.decoder_channels=8", r"model\.decoder_channels: expected a list, got 8"),
         ("augment.gamma=[2.0, 1.0]", r"augment\.gamma must be \[low, high\]"),
         ("augment.gamma=[0.5, inf]", r"augment\.gamma must be \[low, high\]"),
+        (r'runs="a\u0000b"', r"runs must not hold NUL, got 'a\\x00b'"),
+        (r'model.pretrained="a\u0000b"', r"model\.pretrained must not hold NUL"),
+        ("data.root=/x/\udcff/y", r"data\.root: '/x/\\udcff/y' is not UTF-8 at character 3; rename the .* link to it"),
         ("augment.optical_limit=2.0", r"augment\.optical_limit must be in \[0, 0\.3\], got 2\.0"),
     ],
     "C3": [
@@ -118,7 +138,7 @@ def test_mistakes_in_overrides_are_named(repo, figure, row):
     for override, message in OVERRIDES[row]:
         with pytest.raises(UsageError) as caught:
             config.load(repo / "configs.toml", "seed", [override])
-        assert str(caught.value).startswith(f"{repo / 'configs.toml'} [seed] --set {override}: ")
+        assert str(caught.value).startswith(f"{repo / 'configs.toml'} [seed] --set {printable(override)}: ")
         assert re.search(message, str(caught.value)), caught.value
         assert caught.value.exit_code == 2
     figure(f"{len(OVERRIDES[row])} of {len(OVERRIDES[row])} named")

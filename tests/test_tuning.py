@@ -74,8 +74,9 @@ def test_a_file_reads_as_it_was_written(tmp_path):
     rule = Rule(threshold=0.3046875, min_area=3000, top_threshold=0.75, top_area=2000)
     learned = Trust((((0.1, 0.5), (0.9, 0.95)), ((0.0,), (0.6,))))
     path = tmp_path / "rule.toml"
-    tuning.write(path, Ruling(rule, "", learned), {"dice": 0.85, "interval": [0.8, 0.9]}, {"runs/a b/best.pt": "ff"})
-    assert tuning.read(path) == (Ruling(rule, str(path), learned), {"runs/a b/best.pt": "ff"})
+    sources = {"runs/a b/best.pt": "ff", '/\U0001f600/dät/\\ud83d"\x7f\n/best.pt': "00", "胸部": "01"}
+    tuning.write(path, Ruling(rule, "", learned), {"dice": 0.85, "interval": [0.8, float("nan")]}, sources)
+    assert tuning.read(path) == (Ruling(rule, str(path), learned), sources)
 
 
 def test_a_rule_alone_will_do(tmp_path):

@@ -163,4 +163,4 @@ def _bug(error: Exception, options: argparse.Namespace) -> str:
 
 def _another_says_it() -> bool:
     """Whether an error outside of a launch's group was met by all its processes; one on each host prints it."""
-    return int(os.environ.get("LOCAL_RANK", 0)) > 0
+    return os.environ.get("LOCAL_RANK", "").strip("0").isdecimal()

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pneumo.errors import UsageError, one_line
 
 Positive = "[1, inf)"
+Batch = "[1, 65536]"
 Share = "[0, 1]"
 NotNegative = "[0, inf)"
 
@@ -40,9 +41,9 @@ class DataConfig:
 class FoldsConfig:
     """How the training images are split."""
 
-    count: Annotated[int, "[2, inf)"]
+    count: Annotated[int, "[2, 1000]"]
     group: Literal["patient", "image"]
-    area_bins: Annotated[int, Positive]
+    area_bins: Annotated[int, "[1, 1000]"]
     duplicate_correlation: Annotated[float, "(0, 1]"]
 
 
@@ -74,7 +75,7 @@ class AugmentConfig:
     elastic_alpha: Annotated[float, NotNegative]
     elastic_sigma: Annotated[float, "(0, inf)"]
     elastic_affine: Annotated[float, NotNegative]
-    grid_steps: Annotated[int, Positive]
+    grid_steps: Annotated[int, "[1, 1000]"]
     grid_limit: Annotated[float, "[0, 1)"]
     optical_limit: Annotated[float, "[0, 0.3]"]
     rigid: Annotated[float, Share]
@@ -91,10 +92,10 @@ class AugmentConfig:
 class StageConfig:
     """One training stage of one fold."""
 
-    epochs: Annotated[int, Positive]
+    epochs: Annotated[int, "[1, 100000]"]
     image_size: Annotated[int, "[64, 8192]"]  # at 32 a lone image would be one pixel to the deepest batch norm
-    batch_size: Annotated[int, Positive]
-    accumulation: Annotated[int, Positive]
+    batch_size: Annotated[int, Batch]
+    accumulation: Annotated[int, Batch]
     loss: Literal["focal_dice", "bce_dice", "lovasz"]
     focal_weight: Annotated[float, NotNegative]
     gamma: Annotated[float, NotNegative]
@@ -126,15 +127,15 @@ class TrainConfig:
     checkpoint_minutes: Annotated[float, "(0, inf)"]
     checkpoint_steps: Annotated[int, NotNegative]
     nonfinite_steps: Annotated[int, Positive]
-    timeout_seconds: Annotated[float, "(0, inf)"]
-    gpu_reserve_gb: Annotated[float, NotNegative]
+    timeout_seconds: Annotated[float, "(0, 1e6]"]
+    gpu_reserve_gb: Annotated[float, "[0, 1e6]"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictConfig:
     """Validation and prediction."""
 
-    batch_size: Annotated[int, Positive]
+    batch_size: Annotated[int, Batch]
     mirror: bool
     weights: Literal["best", "ema", "average"]
 
@@ -166,15 +167,15 @@ class TuneConfig:
     objective: Literal["dice", "sensitivity", "specificity"]
     target: Annotated[float, Share]
     tolerance: Annotated[float, NotNegative]
-    draws: Annotated[int, "[100, inf)"]
+    draws: Annotated[int, "[100, 100000]"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhantomConfig:
     """The synthetic data set."""
 
-    train: Annotated[int, Positive]
-    test: Annotated[int, Positive]
+    train: Annotated[int, "[1, 1000000]"]
+    test: Annotated[int, "[1, 1000000]"]
     side: Annotated[int, "[64, 4096]"]
     positive_fraction: Annotated[float, Share]
 

@@ -8,6 +8,7 @@ Imports errors.
 import contextlib
 import inspect
 import os
+import re
 import sys
 import threading
 import time
@@ -21,12 +22,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pneumo.errors import PeerError, Stopped, UsageError
+from pneumo.errors import PeerError, Stopped, UsageError, one_line
 
 JOB = "PNEUMO_JOB"  # in the environment of a process that is to end with the one that started it: that one's number
 GRACE = 3.0  # seconds in which a process may find out by itself that another failed
 ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 FAILED = f"pneumo/{ATTEMPT}/failed"  # key of the store: "rank<newline>message" of the process that failed first
+
+_BY_TORCHRUN = "torchrun sets it; without torchrun, unset WORLD_SIZE, RANK and LOCAL_RANK."
 
 _store: dist.Store | None = None
 _waits = 0  # how often the others have waited for process 0
@@ -47,7 +50,7 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
         The device of this process.
 
     Raises:
-        UsageError: more processes than GPUs on this host.
+        UsageError: more processes than GPUs on this host, or the environment describes no launch.
         PeerError: another process failed, hangs or is gone.
     """
     global _store
@@ -55,8 +58,8 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
     if JOB in os.environ:
         _end_with_parent(int(os.environ[JOB]))
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+        local = _number("LOCAL_RANK", 0, default=0)
+        here = _number("LOCAL_WORLD_SIZE", 1, default=local + 1)
         if here > torch.cuda.device_count():
             raise UsageError(
                 f"{here} processes on this host, but {torch.cuda.device_count()} GPUs are visible; start at most that "
@@ -64,19 +67,23 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    processes = _number("WORLD_SIZE", 1, default=1)
+    if processes == 1:
         yield device
         return
+    _number("RANK", 0, processes - 1)
+    address = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", 1, 65535)
+    if not address[0]:
+        raise UsageError(f"MASTER_ADDR must name the host of process 0. {_BY_TORCHRUN}")
     _end_with_parent(os.getppid())
     timeout = timedelta(seconds=timeout_seconds)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     except dist.DistError as error:
         raise PeerError(
-            f"the {os.environ['WORLD_SIZE']} processes of the launch did not meet at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT')} within {timeout_seconds:g} s ({' '.join(str(error).split())[:160]})"
+            f"the {processes} processes of the launch did not meet at {address[0]}:{address[1]} within "
+            f"{timeout_seconds:g} s ({' '.join(str(error).split())[:160]})"
         ) from error
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     _store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
     left = _end_with_others()
     try:
@@ -190,6 +197,21 @@ def broadcast(item: Any) -> Any:
     items = [item]
     dist.broadcast_object_list(items, src=0)
     return items[0]
+
+
+def _number(name: str, low: int, high: int = 999_999, *, default: int | None = None) -> int:
+    """A number that torchrun puts into the environment.
+
+    Raises:
+        UsageError: not there and without a default, or no number from `low` to `high`.
+    """
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if not re.fullmatch("[0-9]{1,6}", text or "") or not low <= int(text) <= high:
+        found = "it is not set" if text is None else f"got {one_line(repr(text))}"
+        raise UsageError(f"{name} must be a number from {low} to {high}, {found}. {_BY_TORCHRUN}")
+    return int(text)
 
 
 def _end_with_parent(parent: int) -> None:

@@ -178,7 +178,8 @@ def parse_folds(text: str, count: int) -> list[int]:
     """
     if text == "all":
         return list(range(count))
+    known = {str(fold): fold for fold in range(count)}
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) < count for part in parts) or len(set(parts)) < len(parts):
-        raise UsageError(f"--folds {text}: expected all, or different numbers from 0 to {count - 1} as 0,1")
-    return [int(part) for part in parts]
+    if not all(part in known for part in parts) or len(set(parts)) < len(parts):
+        raise UsageError(f"--folds {one_line(text)}: expected all, or different numbers from 0 to {count - 1} as 0,1")
+    return [known[part] for part in parts]

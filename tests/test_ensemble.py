@@ -71,6 +71,7 @@ def test_a_probability_that_is_no_number_is_never_an_empty_mask():
 def test_folds_are_parsed():
     assert ensemble.parse_folds("all", 3) == [0, 1, 2]
     assert ensemble.parse_folds("2, 0", 3) == [2, 0]
-    for text in ("3", "a", "", "0,0", "-1", "0,,1"):
-        with pytest.raises(UsageError, match="--folds"):
+    for text in ("3", "a", "", "0,0", "0,00", "-1", "0,,1", "\u0661", "0" * 5000, "9" * 5000):
+        with pytest.raises(UsageError, match="--folds") as caught:
             ensemble.parse_folds(text, 3)
+        assert len(str(caught.value)) < 200

@@ -66,6 +66,28 @@ def test_a_mistake_is_said_once(data, tmp_path, figure):
     figure("one line")
 
 
+@pytest.mark.fault("R10", "an environment that describes no launch: words for numbers, a variable that is missing")
+def test_an_environment_that_describes_no_launch(data, tmp_path, figure):
+    good = forked.place(0, 2, forked.free_port())
+    changes = {
+        "WORLD_SIZE": ("abc", "WORLD_SIZE must be a number from 1 to 999999, got 'abc'. torchrun sets it; without "),
+        "RANK": (None, "RANK must be a number from 0 to 1, it is not set."),
+        "MASTER_PORT": ("9" * 5000, "MASTER_PORT must be a number from 1 to 65535, got '999"),
+        "MASTER_ADDR": (None, "MASTER_ADDR must name the host of process 0. torchrun sets it; without torchrun, "),
+    }
+    for name, (value, message) in changes.items():
+        environment = {key: text for key, text in {**good, name: value}.items() if text is not None}
+        job = forked.start(*forked.train(data, tmp_path), cwd=tmp_path, environment=environment)
+        assert job.wait() == 2, job.text
+        (line,) = job.complaints
+        assert line.startswith(f"error: {message}") and "unset WORLD_SIZE" in line and len(line) < 250
+    job = forked.start(
+        *forked.train(data, tmp_path), cwd=tmp_path, environment={**good, "RANK": "2", "LOCAL_RANK": "x"}
+    )
+    assert job.wait() == 2 and "RANK must be a number from 0 to 1, got '2'" in job.text
+    figure("5 of 5 named, exit 2")
+
+
 @pytest.mark.slow
 @pytest.mark.fault("R11", "one process of two hangs for good, train.timeout_seconds = 3")
 @pytest.mark.parametrize("rank", [0, 1])

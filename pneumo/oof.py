@@ -6,9 +6,10 @@ training, checkpoint, log, dist, errors.
 
 import io
 import json
+import warnings
 import zipfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,13 +24,31 @@ from pneumo.config import Recipe
 from pneumo.data.feed import Feed, cut
 from pneumo.dataset import Dataset
 from pneumo.decision import metrics, tables, tune
-from pneumo.decision.rule import Rule, level
+from pneumo.decision.rule import LEVELS, Rule, level
 from pneumo.decision.tables import Tables
 from pneumo.decision.tune import Grid
-from pneumo.errors import DataError, UsageError
+from pneumo.errors import DataError, UsageError, one_line
 
 FORMAT = 1
-ARRAYS = ("levels", "histogram", "true_histogram", "agreement", "counts", "area", "overlap", "mean")
+ARRAYS = {  # type and shape: N images, T levels, C components
+    "levels": ("int64", "T"),
+    "histogram": ("int32", "NL"),
+    "true_histogram": ("int32", "NL"),
+    "agreement": ("float32", "NT"),
+    "counts": ("int32", "NT"),
+    "area": ("int32", "C"),
+    "overlap": ("int32", "C"),
+    "mean": ("uint8", "C"),
+}
+ORIGIN = {  # of what a file tells, that is read again
+    "checkpoints": dict,
+    "data": str,
+    "split": str,
+    "mirror": bool,
+    "image_size": int,
+    "annotation_size": int,
+    "levels": list,
+}
 
 
 @dataclass(frozen=True)
@@ -210,7 +229,7 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
             raise DataError(f"{path} is of other images, annotations or folds than there are now. {again}")
         for source, digest in origin["checkpoints"].items():
             now = path.with_name(Path(source).name)  # the run folder may have been moved
-            if now.exists() and checkpoint.sha256(now) != digest:
+            if now.is_file() and checkpoint.sha256(now) != digest:
                 raise DataError(f"{path} was made by another {now} than there is now. {again}")
         wanted = {data.cases[row].image_id for row in np.flatnonzero(data.folds == fold)}
         for what, odd in (
@@ -237,19 +256,69 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Sequence[str], Tables]:
-    """A file's origin, image ids and tables; of another format, an origin that equals no other.
+    """A file's origin, image ids and tables.
 
     Raises:
-        DataError: damaged, or no such file.
+        DataError: damaged, of another format, or no such file.
+    """
+    try:
+        return _checked(*_content(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read ({one_line(error)[:200]}). Delete it and run: make oof") from None
+
+
+def _content(path: Path) -> tuple[str, Any, dict[str, np.ndarray]]:
+    """A file's origin, ids and tables, whatever they are.
+
+    Raises:
+        ValueError: damaged, or no such file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise ValueError("a checksum differs")
-        with np.load(path, allow_pickle=False) as arrays:
-            origin = json.loads(str(arrays["origin"]))
-            if not isinstance(origin, dict) or origin.get("format") != FORMAT:
-                raise ValueError(f"not of format {FORMAT}")
-            return origin, arrays["image_ids"].tolist(), Tables(*(arrays[name] for name in ARRAYS))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, zipfile.zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}). Delete it and run: make oof") from None
+        with warnings.catch_warnings(), np.load(path, allow_pickle=False) as arrays:
+            warnings.simplefilter("ignore")
+            return (
+                str(arrays["origin"]),
+                arrays["image_ids"].tolist(),
+                {name: np.asarray(arrays[name]) for name in ARRAYS},
+            )
+    except Exception as error:  # zipfile and numpy raise a dozen types on damaged files
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _checked(text: str, ids: Any, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], Sequence[str], Tables]:
+    """The origin, ids and tables of a file.
+
+    Raises:
+        ValueError: they do not fit each other.
+    """
+    origin = json.loads(text)
+    if not isinstance(origin, dict) or origin.get("format") != FORMAT:
+        raise ValueError(f"not of format {FORMAT}")
+    if wrong := [key for key, kind in ORIGIN.items() if type(origin.get(key)) is not kind]:
+        raise ValueError(f"its origin has no {wrong[0]}")
+    if not all(isinstance(digest, str) for digest in origin["checkpoints"].values()):
+        raise ValueError("its checkpoints have no hashes")
+    if not isinstance(ids, list) or not all(isinstance(image_id, str) for image_id in ids) or len(set(ids)) < len(ids):
+        raise ValueError("image_ids are not different names")
+    found = Tables(*(arrays[name] for name in ARRAYS))
+    sizes = {"N": len(ids), "T": len(origin["levels"]), "L": LEVELS, "C": found.area.size}
+    for name, (kind, letters) in ARRAYS.items():
+        array, shape = arrays[name], tuple(sizes[letter] for letter in letters)
+        if array.dtype != kind or array.shape != shape:
+            raise ValueError(f"{name} is {array.dtype} of {array.shape}, not {kind} of {shape}")
+    pixels = found.histogram.sum(axis=1, dtype=np.int64)
+    levels = np.unique(found.levels.clip(0, LEVELS)).tolist()
+    for name, good in (
+        ("levels", origin["levels"] == found.levels.tolist() == levels != []),
+        ("histogram", (found.histogram >= 0).all() and (pixels == origin["annotation_size"] ** 2).all()),
+        ("true_histogram", ((found.true_histogram >= 0) & (found.true_histogram <= found.histogram)).all()),
+        ("agreement", ((found.agreement >= 0) & (found.agreement <= 1)).all()),
+        ("counts", (found.counts >= 0).all() and found.counts.sum(dtype=np.int64) == len(found.area)),
+        ("overlap", ((found.overlap >= 0) & (found.overlap <= found.area)).all()),
+    ):
+        if not good:
+            raise ValueError(f"{name} holds what no prediction gives")
+    return origin, ids, found

@@ -140,7 +140,11 @@ def test_what_is_missing_or_strange_is_named(recipe, root, tmp_path):
     np.savez(path, **{**content, "image_ids": others})
     with pytest.raises(DataError, match=rf"oof-best.npz has no prediction of 1 images, as {gone}\. Run again"):
         oof.load(recipe, data)
-    np.savez(path, **{**content, "image_ids": np.append(content["image_ids"], "stranger")})
+    one_more = {
+        name: np.concatenate([content[name], content[name][:1] * (name != "counts")])
+        for name in ("histogram", "true_histogram", "agreement", "counts")
+    }
+    np.savez(path, **{**content, **one_more, "image_ids": np.append(content["image_ids"], "stranger")})
     with pytest.raises(DataError, match="has predictions of images that are not of its fold, 1 images, as stranger"):
         oof.load(recipe, data)
 
@@ -183,6 +187,51 @@ def test_a_moved_run_is_compared_with_its_own_checkpoints(repo, root, recipe, tm
     checkpoint.save({**checkpoint.load(best), "record": {"epoch": 2, "dice": 0.6}}, best)
     with pytest.raises(DataError, match=r"was made by another .*elsewhere.*best.pt than there is now"):
         oof.load(moved, data)
+
+
+@pytest.mark.fault("S8", "out-of-fold files that are whole, but hold what no prediction gives")
+def test_files_of_strange_content_are_refused(recipe, capsys, figure):
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    path = oof.path_of(recipe, 1)
+    good = path.read_bytes()
+    with np.load(path) as arrays:
+        content = dict(arrays)
+    origin = json.loads(str(content["origin"]))
+    damages = [
+        ({"histogram": content["histogram"][:, :10]}, r"histogram is int32 of \(6, 10\), not int32 of \(6, 256\)"),
+        ({"histogram": content["histogram"] - 1}, "histogram holds what no prediction gives"),
+        ({"true_histogram": content["true_histogram"] - 1}, "true_histogram holds what no"),
+        ({"area": np.full(content["area"].shape, np.nan)}, "area is float64"),
+        ({"counts": content["counts"][:1]}, r"counts is int32 of \(1, "),
+        ({"counts": content["counts"] * 2}, "counts holds what no"),
+        ({"overlap": content["area"] + 1}, "overlap holds what no"),
+        ({"agreement": content["agreement"] * np.float32("nan")}, "agreement holds what no"),
+        ({"levels": content["levels"][::-1]}, "levels holds what no"),
+        ({"image_ids": np.arange(6)}, "image_ids are not different names"),
+        ({"image_ids": content["image_ids"][[0, 0, 2, 3, 4, 5]]}, "image_ids are not different names"),
+        ({"origin": np.array("[" * 100_000)}, "recursion"),
+        ({"origin": np.array(json.dumps({**origin, "checkpoints": {"a": 5}}))}, "its checkpoints have no hashes"),
+        *(
+            ({"origin": np.array(json.dumps({**origin, key: None}))}, f"its origin has no {key}")
+            for key in ("checkpoints", "data", "split", "mirror", "image_size", "annotation_size", "levels")
+        ),
+    ]
+    files = []
+    for change, reason in damages:
+        np.savez(path, **{**content, **change})
+        files.append((path.read_bytes(), reason))
+    entry = good.index(b"PK\x01\x02")
+    for offset, byte, reason in ((10, 99, "compression method"), (8, 1, "encrypted")):
+        files.append((good[: entry + offset] + bytes([byte]) + good[entry + offset + 1 :], reason))
+    for bad, reason in files:
+        path.write_bytes(bad)
+        with pytest.raises(DataError, match=rf"oof-best\.npz cannot be read \(.*{reason}.*\)\. .* run: make oof$"):
+            oof.load(recipe, data)
+    oof.write(recipe, data, CPU)
+    assert "cannot be read" in capsys.readouterr().err
+    oof.load(recipe, data)
+    figure(f"{len(files)} of {len(files)} named, made anew by make oof")
 
 
 def test_only_finished_folds_are_predicted(recipe):

@@ -3,6 +3,7 @@
 Imports config, dataset, oof, decision, ensemble, checkpoint, log, errors.
 """
 
+import math
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -177,6 +178,9 @@ def read(path: Path) -> tuple[Ruling, dict[str, str]]:
             learned = Trust(tuple((tuple(map(float, k["confidence"])), tuple(map(float, k["dice"]))) for k in knots))
             if any(len(at) != len(value) or not at or list(at) != sorted(at) for at, value in learned.knots):
                 raise ValueError("trust: confidence must rise, and have as many values as dice")
+            for at, value in learned.knots:
+                if not all(map(math.isfinite, at)) or not all(0 <= dice <= 1 for dice in value):
+                    raise ValueError("trust: confidence must be of finite numbers, dice of numbers from 0 to 1")
         sources = {str(key): str(value) for key, value in document.get("checkpoints", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"no [{error.args[0]}]" if isinstance(error, KeyError) else error

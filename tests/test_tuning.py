@@ -97,6 +97,11 @@ def test_a_rule_alone_will_do(tmp_path):
         ("[rule]\n[trust.positive]\nconfidence = [1]\ndice = [1]", r"no \[negative\]"),
         ("[rule]\n[trust]\nnegative = {confidence = [1, 0], dice = [1, 1]}\npositive = {confidence = [1], dice = [1]}",
          "confidence must rise"),
+        *(
+            (f"[rule]\n[trust.negative]\nconfidence = [{at}]\ndice = [{dice}]\n"
+             "[trust.positive]\nconfidence = [1]\ndice = [1]", "confidence must be of finite numbers, dice of numbers")
+            for at, dice in (("nan", 1), ("inf", 1), (1, "nan"), (1, "inf"), (1, 1.5))
+        ),
         ("rule = 3", "not a rule file"),
         ("= nothing", "not a rule file"),
     ],

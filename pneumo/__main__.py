@@ -179,10 +179,12 @@ def check_submission(options: argparse.Namespace) -> None:
     empty = _empty(options.truth, recipe)
     log.say("no annotations" if empty is None else f"all masks empty: Dice {empty[0]:.4f} on {empty[1]}")
     origin = path.with_suffix(".json")
-    if origin.exists() and path.exists():
-        told = json.loads(origin.read_text(encoding="utf-8"))
-        same = told.get("sha256") == checkpoint.sha256(path)
-        log.say(f"{origin}: {'what made it' if same else 'tells of another file, which this one has replaced'}")
+    if origin.is_file() and path.is_file():
+        try:
+            same = log.read_json(origin).get("sha256") == checkpoint.sha256(path)
+            log.say(f"{origin}: {'what made it' if same else 'tells of another file, which this one has replaced'}")
+        except DataError as error:
+            log.say(f"note  {error}, so what made the submission is not known; make submit writes both anew")
     cases.raise_fatal(problems, None)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pneumo import checkpoint, dist
-from pneumo.errors import printable
+from pneumo.errors import DataError, printable
 
 tqdm.set_lock(threading.RLock())  # its own serves several processes and leaks a semaphore from one that is killed
 
@@ -65,8 +65,38 @@ def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read what `write_jsonl` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Read what `write_jsonl` wrote.
+
+    Raises:
+        DataError: a line is damaged; names it.
+    """
+    try:
+        lines = enumerate(path.read_bytes().splitlines(), 1)
+        return [_object(line, f"{path} line {number}") for number, line in lines]
+    except DataError as error:
+        raise DataError(
+            f"{error}. Start the stage's training again: where it is done, that only writes this file."
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        FileNotFoundError: not there.
+        DataError: damaged; names it.
+    """
+    return _object(path.read_bytes(), str(path))
+
+
+def _object(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):  # cut, not UTF-8, numbers and brackets without end
+        found = None
+    if not isinstance(found, dict):
+        raise DataError(f"{where} is damaged: it holds no JSON object")
+    return found
 
 
 def write_status(folder: Path, state: str, **details: Any) -> None:
@@ -75,8 +105,18 @@ def write_status(folder: Path, state: str, **details: Any) -> None:
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """The run folder's status; {"state": "missing"} where nothing ran."""
+    """The run folder's status; {"state": "missing"} where nothing ran, or a damaged file does not tell."""
+    path = folder / "status.json"
     try:
-        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        status = read_json(path)
+        counts = [status.get(key, 0) for key in ("epoch", "epochs", "images_seen")]
+        if not isinstance(status.get("state"), str) or not all(isinstance(count, int) for count in counts):
+            raise DataError(f"{path} is damaged: it holds no status")
+        if "epoch" in status and "epochs" not in status:
+            raise DataError(f"{path} is damaged: it has no epochs")
+        return status
     except FileNotFoundError:
-        return {"state": "missing"}
+        pass
+    except DataError as error:
+        warn(f"{error}. It counts as missing; training the stage again mends it.")
+    return {"state": "missing"}

@@ -8,6 +8,7 @@ log, errors.
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -136,10 +137,7 @@ def file_hashes(
     Raises:
         DataError: files cannot be read; names the first, and lists all in `report`.
     """
-    try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        known = {}  # only a cache: a damaged one costs time
+    known = _known(cache)
 
     def entry(path: Path) -> list | Problem:
         try:
@@ -160,6 +158,20 @@ def file_hashes(
     if any(known.get(path) != value for path, value in fresh.items()):
         checkpoint.write_atomic(cache, json.dumps({**known, **fresh}).encode())
     return {str(path): value[-1] for path, value in zip(paths, entries, strict=True)}
+
+
+def _known(cache: Path) -> dict[str, list]:
+    """What `file_hashes` wrote, the hash last in each entry; only a cache, so what is damaged in it costs time."""
+    try:
+        found = log.read_json(cache)
+    except (FileNotFoundError, DataError):
+        return {}
+
+    return {path: entry for path, entry in found.items() if isinstance(entry, list) and _is_hash(entry[-1:])}
+
+
+def _is_hash(found: list) -> bool:
+    return len(found) == 1 and isinstance(found[0], str) and re.fullmatch("[0-9a-f]{64}", found[0]) is not None
 
 
 def pack_image(pixels: np.ndarray, side: int) -> np.ndarray:

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,22 @@ def test_a_second_call_decodes_nothing(tmp_path, monkeypatch):
     first = open_it(tmp_path / "p", cases)
     monkeypatch.setattr(images, "read", None)
     assert np.array_equal(open_it(tmp_path / "p", cases).images, first.images)
+
+
+def test_a_damaged_cache_of_hashes_costs_time_only(tmp_path):
+    paths = [case.path for case in made_up(tmp_path / "x")]
+    cache = tmp_path / "files.json"
+    wanted = pack.file_hashes(cache, paths, progress=silent)
+    good = json.loads(cache.read_text())
+    damages = [b"", b"[]", b"5", b"[" * 100_000, b"\xff", b'{"a": ' + b"9" * 5000 + b"}"]
+    for odd in (5, None, [], [1], {}, "x" * 3, [1, 2, 3], [0, 0, "z" * 64]):
+        damages.append(json.dumps(dict.fromkeys(good, odd)).encode())
+    for cut in (1, 2):  # sizes and times are right, the hash is not there
+        damages.append(json.dumps({path: entry[:-cut] for path, entry in good.items()}).encode())
+    for damaged in damages:
+        cache.write_bytes(damaged)
+        assert pack.file_hashes(cache, paths, progress=silent) == wanted
+        assert json.loads(cache.read_text()) == good
 
 
 def test_an_interrupted_pack_goes_on(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 
-from pneumo import checkpoint
+from pneumo import checkpoint, log
 from pneumo.errors import DataError, OutOfMemory
 
 STAGE = Path("seed") / "fold0" / "stage1"
@@ -123,6 +123,17 @@ def test_a_name_within_a_damaged_archive_cannot_break_the_line(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"first", b"other"))
     with pytest.raises(DataError, match=r"w\.pt is damaged \(CRC of a/\\x1b\[2J error: bc{96}\.\.\. differs\)\.$"):
         checkpoint.read(path)
+
+
+def test_a_damaged_log_is_named_by_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log.write_jsonl(path, [{"epoch": 1}, {"epoch": 2}])
+    good = path.read_bytes()
+    assert log.read_jsonl(path) == [{"epoch": 1}, {"epoch": 2}]
+    for bad in (good[:-3], good.replace(b'{"epoch": 2}', b"[2]"), good[:13] + b"\xff\n", good[:13] + b"[" * 100_000):
+        path.write_bytes(bad)
+        with pytest.raises(DataError, match=r"log\.jsonl line 2 is damaged: .* Start the stage's training again"):
+            log.read_jsonl(path)
 
 
 @pytest.mark.fault("R6", "200 random bits of a training checkpoint flipped, one at a time")

@@ -41,6 +41,7 @@ from pneumo.model import augment
 from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
 
+WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # types in a checkpoint's model
 KEPT = "epoch{}.pt"  # one of the `train.keep_best` epochs that an ensemble may average
 
 
@@ -162,12 +163,21 @@ def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int
 
     Raises:
         DataError: damaged, or trained on other data, another split or another fold.
+        NotFiniteError: a weight is NaN or infinite.
     """
     state = checkpoint.load(path)
+    again = f"Restore it, or delete {path.parent} and train that stage again."
     if missing := [key for key in ("settings", "digest", "split", "fold", "model") if key not in state]:
-        raise DataError(f"{path} is no checkpoint of a stage: it has no {missing[0]}. Train the stage again.")
-    if not (isinstance(state["settings"], dict) and isinstance(state["model"], dict)):
-        raise DataError(f"{path} is no checkpoint of a stage: its settings or weights are no tables.")
+        raise DataError(f"{path} is no checkpoint of a stage: it has no {missing[0]}. {again}")
+    for key, kind in (("settings", dict), ("digest", str), ("split", str), ("fold", int), ("model", dict)):
+        if not isinstance(state[key], kind):
+            raise DataError(f"{path} is no checkpoint of a stage: its {key} is something else. {again}")
+    for name, weight in state["model"].items():
+        plain = isinstance(weight, Tensor) and weight.layout is torch.strided and weight.device.type == "cpu"
+        if not plain or weight.dtype not in WEIGHTS:
+            raise DataError(f"{path} is no checkpoint of a stage: {one_line(name)} holds no weights. {again}")
+        if not weight.isfinite().all():
+            raise NotFiniteError(f"{path} cannot be used: {one_line(name)} is not finite. {again}")
     for what, saved, wanted in (
         ("data", state["digest"], digest),
         ("folds", state["split"], split),

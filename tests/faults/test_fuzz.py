@@ -5,6 +5,7 @@ has checksums, half of the mutations get right ones, so that they reach what com
 """
 
 import io
+import json
 import random
 import resource
 import signal
@@ -23,9 +24,10 @@ from PIL import Image
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from pneumo import checkpoint, config, ensemble, training, tuning
-from pneumo.data import cases, dicom, images, rle
-from pneumo.errors import PneumoError
+from pneumo import checkpoint, config, ensemble, log, oof, training, tuning
+from pneumo.data import cases, dicom, images, pack, rle
+from pneumo.decision import tables
+from pneumo.errors import DataError, PneumoError
 from pneumo.model import unet
 
 pydicom = pytest.importorskip("pydicom")
@@ -147,7 +149,8 @@ def mutate_zip(content: bytes, others: list[bytes], rng: random.Random) -> bytes
     rebuilt = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(rebuilt, "w") as new:
         names = old.namelist()
-        target = next(name for name in names if name.endswith("data.pkl")) if rng.random() < 0.8 else rng.choice(names)
+        pickles = [name for name in names if name.endswith("data.pkl")]
+        target = pickles[0] if pickles and rng.random() < 0.8 else rng.choice(names)
         for name in names:
             body = old.read(name)
             if name == target:
@@ -445,3 +448,47 @@ def test_encoder_weights(folder, figure, count):
 
     tensors = save_tensors(state)
     figure("safetensors: " + fuzz(folder, "w.safetensors", [tensors], change, unet.read_weights, count // 2))
+
+
+@pytest.mark.fault("S8", "fuzz: out-of-fold files, most with right CRCs, read")
+@pytest.mark.parametrize("count", COUNTS)
+def test_out_of_fold(folder, figure, count):
+    levels, rng = np.array([8, 128, 250]), np.random.default_rng(0)
+    truth = np.array([[3, 40]])
+    measured = [tables.measure(rng.integers(0, 256, (8, 8), dtype=np.uint8), truth, levels) for _ in range(4)]
+    origin = {"format": oof.FORMAT, "checkpoints": {"best.pt": "d" * 64}, "mirror": True, "image_size": 64}
+    origin |= {"annotation_size": 8, "data": "d" * 64, "split": "s" * 64, "levels": levels.tolist()}
+    arrays = {name: getattr(tables.join(measured), name) for name in oof.ARRAYS}
+    content = io.BytesIO()
+    np.savez(content, image_ids=np.array(list("abcd")), origin=np.array(json.dumps(origin)), **arrays)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure("tables: " + fuzz(folder, "oof-best.npz", [content.getvalue()], mutate_zip, oof._read, count))
+
+
+@pytest.mark.fault("R24", "fuzz: the run folder's JSON: status, log lines, hashes of files")
+@pytest.mark.parametrize("count", COUNTS)
+def test_json(folder, figure, monkeypatch, count):
+    status = b'{"state": "done", "epoch": 2, "epochs": 2, "images_seen": 18, "best_dice": 0.5}\n'
+    lines = b'{"epoch": 1, "loss": 0.5, "val_loss": null}\n{"epoch": 2, "loss": 0.4, "val_loss": 1e-3}\n'
+    monkeypatch.setattr(log, "warn", lambda _: None)  # thousands of them
+    image = folder / "a.png"
+    image.write_bytes(b"")
+    hashes = {str(image): [0, image.stat().st_mtime_ns, "0" * 64], "b.png": [7, 7, "1" * 64]}
+
+    def read_status(path: Path) -> None:
+        if log.read_status(path.parent)["state"] == "missing":
+            raise DataError(f"{path}: as if it were not there")
+
+    def read_hashes(path: Path) -> None:
+        known = pack._known(path)
+        assert len(pack.file_hashes(path, [image], progress=lambda items, **_: items)[str(image)]) == 64
+        if len(known) < 2:
+            raise DataError(f"{path}: thrown away, or an entry of it")
+
+    for name, content, read in (
+        ("status.json", status, read_status),
+        ("log.jsonl", lines, log.read_jsonl),
+        ("files.json", json.dumps(hashes, indent=0).encode(), read_hashes),
+    ):
+        figure(f"{name}: " + fuzz(folder, name, [content], mutate_text, read, count // 3))

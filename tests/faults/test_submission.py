@@ -14,7 +14,7 @@ from pneumo import __main__ as commands
 from pneumo import checkpoint, cli, dataset, ensemble, inference, log, submission
 from pneumo.data import rle
 from pneumo.decision.rule import Rule, decide
-from pneumo.errors import NotFiniteError, UsageError
+from pneumo.errors import DataError, NotFiniteError, UsageError
 from pneumo.kernels.runs import runs_to_mask
 from pneumo.tuning import Ruling
 
@@ -97,8 +97,35 @@ def test_what_is_not_a_number_is_no_empty_mask(recipe, monkeypatch, capsys, figu
     figure("exit 4, ids named, the earlier submission intact")
 
 
+@pytest.mark.fault("S4", "a checkpoint whose weights are NaN or infinite; whose hashes, weights are something else")
+def test_a_checkpoint_that_cannot_predict_is_named(recipe, figure):
+    path = recipe.stage_folder(1, 3) / "best.pt"
+    good, state = path.read_bytes(), checkpoint.load(path)
+    weight = state["model"]["head.weight"]
+    changes = [
+        *({"model": {**state["model"], "head.weight": weight * float(number)}} for number in ("nan", "inf")),
+        *(
+            {"model": {**state["model"], "head.weight": odd}}
+            for odd in (weight > 0, 5, weight.to_sparse(), weight.to("meta"))
+        ),
+        *({"digest": ["a"]}, {"split": {"a": 1}}, {"fold": torch.zeros(2)}),
+    ]
+    try:
+        for number, change in enumerate(changes):
+            torch.save({**state, **change}, path)
+            with pytest.raises(
+                (NotFiniteError, DataError),
+                match=r"fold1/stage3/best\.pt .*Restore it, or delete .*fold1.stage3 and train that stage again\.$",
+            ) as caught:
+                ensemble.load(recipe, [0, 1], CPU)
+            assert caught.value.exit_code == (4 if number < 2 else 3)
+    finally:
+        path.write_bytes(good)
+    figure(f"{len(changes)} of {len(changes)} named with the way out")
+
+
 @pytest.mark.fault("S5", "a fold not trained, one stopped, one whose weights are gone; then --folds without them")
-def test_a_missing_fold_is_asked_for_or_left_out_on_purpose(recipe, figure):
+def test_a_missing_fold_is_asked_for_or_left_out_on_purpose(recipe, capsys, figure):
     folder = recipe.stage_folder(1, 3)
     status = (folder / "status.json").read_bytes()
     log.write_status(folder, "stopped", epoch=12, epochs=30)
@@ -108,6 +135,11 @@ def test_a_missing_fold_is_asked_for_or_left_out_on_purpose(recipe, figure):
     with pytest.raises(UsageError, match=r"make train FOLD=1 STAGE=3, or choose folds with --folds"):
         ensemble.load(recipe, ensemble.parse_folds("all", 2), CPU)
     assert len(ensemble.load(recipe, ensemble.parse_folds("0", 2), CPU).models) == 1
+    for damaged in (b"", b"[]", b"{}", b'{"state": 1}', b'{"state": "done", "epoch": 1}', b"[" * 100_000, b"\xff"):
+        (folder / "status.json").write_bytes(damaged)
+        with pytest.raises(UsageError, match=r'json says "missing"\. Run: make train FOLD=1 STAGE=3'):
+            ensemble.load(recipe, [0, 1], CPU)
+        assert f"warning: {folder / 'status.json'} is damaged: it h" in capsys.readouterr().err
     (folder / "status.json").write_bytes(status)
     with pytest.raises(ValueError, match=r"best\.pt.*no such file"):
         (folder / "best.pt").rename(folder / "away.pt")
@@ -115,7 +147,7 @@ def test_a_missing_fold_is_asked_for_or_left_out_on_purpose(recipe, figure):
             ensemble.load(recipe, [0, 1], CPU)
         finally:
             (folder / "away.pt").rename(folder / "best.pt")
-    figure("3 of 3 named with the command; --folds 0 predicts")
+    figure("3 of 3 named with the command, and 7 damaged status.json; --folds 0 predicts")
 
 
 def check(recipe, capsys, *arguments: str, code: int) -> str:
@@ -142,6 +174,12 @@ def test_a_submission_is_checked(recipe, tmp_path, capsys, figure):
     assert f"submission.csv: 9 rows, 9 ids; {submission.summary(written, 64)}" in said
     assert "sample_submission.csv: 9 ids" in said and "all masks empty: Dice 0.6667 on 18 training images" in said
     assert "submission.json: what made it" in said
+    note = recipe.folder / "submission.json"
+    written_note = note.read_bytes()
+    for damaged in (b"", b"[1]"):
+        note.write_bytes(damaged)
+        assert f"note  {note} is damaged: it holds no JSON object" in check(recipe, capsys, code=0)
+    note.write_bytes(written_note)
     bad = tmp_path / "bad.csv"
     head = "ImageId,EncodedPixels\n"
     rest = "".join(f"test-{number:03d},-1\n" for number in range(1, 9))

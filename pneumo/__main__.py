@@ -6,7 +6,6 @@ if __name__ == "__main__":
     start.prepare()
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable

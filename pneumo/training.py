@@ -353,7 +353,9 @@ class _Run:
         device = f"{torch.cuda.get_device_name(self.device)}, torch {torch.__version__}, {self.dtype}"
         if dist.is_main():
             with checkpoint.wait_lock(path.with_suffix(".lock")):
-                known = json.loads(path.read_text()) if path.exists() else {}
+                known = {}
+                with suppress(FileNotFoundError, DataError):  # damaged: timed anew
+                    known = log.read_json(path)
                 for block in blocks:
                     if f"{device}, {block}" not in known:
                         known[f"{device}, {block}"] = is_faster(*block, self.device, self.dtype)

@@ -78,16 +78,18 @@ def test_a_rival_lives_in_a_process_of_its_own(tmp_path):
     here = os.getcwd()
     with Elsewhere() as elsewhere:
         elsewhere.make(partial, os.chdir, str(tmp_path))()
-        call = elsewhere.make(partial, os.mkdir, "made")
-        assert not (tmp_path / "made").exists()
+        first, path = elsewhere._process, tmp_path / "made"
+        call = elsewhere.make(partial, os.mkdir, str(path))
+        assert os.getcwd() == here and not first.is_alive() and not path.exists()
         call()
-        assert (tmp_path / "made").is_dir() and os.getcwd() == here
+        assert path.is_dir()
         with pytest.raises(RuntimeError, match=r"in the rival's process: FileExistsError"):
             call()
-        elsewhere.make(partial, os.rmdir, "made")()  # an error does not end it
-        assert not (tmp_path / "made").exists()
-        child = elsewhere._process
-    assert not child.is_alive()
+        path.rmdir()
+        call()  # an error does not end it
+        assert path.is_dir()
+        second = elsewhere._process
+    assert not second.is_alive()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Callables that live in a process of their own, as a rival does where it is used. Imports nothing from pneumo.
 
-What our program does to its process, as keeping the memory that it frees, would else be done for the rival as well.
+What our program does to its process, as keeping the memory that it frees, would else be done for the rival as well; and
+what one row leaves in a process would change the next.
 """
 
 import multiprocessing
@@ -11,26 +12,30 @@ from typing import Any
 
 
 class Elsewhere:
-    """A process that holds one callable at a time, and calls it when asked to.
+    """A process that holds one callable, and calls it when asked to; a new process for each callable.
 
-    Use as a context manager; the process starts with the first callable.
+    Use as a context manager.
+
+    Args:
+        preload: modules that all processes have imported before they start.
     """
 
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other,), daemon=True)
+    def __init__(self, *preload: str) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(preload))
+        self._process: multiprocessing.Process | None = None
 
     def __enter__(self) -> "Elsewhere":
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if self._process.pid is not None:
+        if self._process is not None:
             self._process.kill()
             self._process.join()
+            self._pipe.close()
 
     def make(self, make: Callable[..., Callable[[], Any]], *given: Any) -> Callable[[], None]:
-        """Let the process call `make` with what is given, and keep what that returns instead of what it had.
+        """Let a new process call `make` with what is given, and keep what that returns; the process before it ends.
 
         Args:
             make: of the top level of a module.
@@ -38,8 +43,11 @@ class Elsewhere:
         Returns:
             Calls what was made, there, and waits for its end.
         """
-        if self._process.pid is None:
-            self._process.start()
+        self.__exit__()
+        self._pipe, other = self._context.Pipe()
+        self._process = self._context.Process(target=_serve, args=(other,), daemon=True)
+        self._process.start()
+        other.close()
         self._ask((make, given))
         return lambda: self._ask(None)
 
@@ -58,7 +66,6 @@ def _serve(pipe: Connection) -> None:
             if work is None:
                 call()
             else:
-                call = None  # its memory first
                 call = work[0](*work[1])
             pipe.send("")
         except Exception as error:

@@ -50,7 +50,7 @@ def run(size: str, device: torch.device, only: str = "") -> list[dict[str, Any]]
         groups = rows.CPU + rows.GPU + rows.HOST
     about = {"hardware": hardware(device), "versions": versions(), "date": date.today().isoformat(), "size": size}
     results, start = [], time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, Elsewhere() as elsewhere:
+    with tempfile.TemporaryDirectory() as folder, Elsewhere("bench.rivals") as elsewhere:
         setup = Setup(device, size, Path(folder), elsewhere)
         for group in groups:
             if only not in group.__name__:

@@ -29,12 +29,17 @@ SHAPES = 64  # that one function may be compiled for
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Which loss, and its numbers; see `pneumo.model.losses`."""
+    """Which loss, and its numbers; see `pneumo.model.losses`.
+
+    Attributes:
+        compute: `losses.loss`, or that compiled.
+    """
 
     kind: str
     focal_weight: float
     gamma: float
     smooth: float
+    compute: Callable[..., tuple[Tensor, dict[str, Tensor]]] = losses.loss
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype:
@@ -225,7 +230,7 @@ def add_gradient(
     running.before_forward()
     with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
         logits = model(image)
-    value, _ = losses.loss(
+    value, _ = loss.compute(
         logits, mask, loss.kind, focal_weight=loss.focal_weight, gamma=loss.gamma, smooth=loss.smooth
     )
     scaler.scale(value * weight).backward()

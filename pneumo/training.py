@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from pneumo.errors import (
     one_line,
 )
 from pneumo.kernels.upconv import is_faster
-from pneumo.model import augment
+from pneumo.model import augment, losses
 from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
 
@@ -316,7 +316,8 @@ class _Run:
                     self.average.load_state_dict(saved["average"])
                 self.position, self.saved = Position(**saved["position"]), saved["position"]
         how, gpu = self.recipe.train.compile, self.device.type == "cuda"
-        if how == "graph" and (not gpu or dist.world() > 1 or self.recipe.model.checkpointing):
+        recordable = gpu and dist.world() == 1 and not self.recipe.model.checkpointing
+        if how == "graph" and not recordable:
             raise UsageError(
                 "train.compile=graph records what one process does on a GPU, without model.checkpointing. Train so, or "
                 "start anew with train.compile=auto"
@@ -327,11 +328,12 @@ class _Run:
             engine.compiled(self.folded)
             if gpu:
                 self.transform = engine.compiled(augment.transform)
+                self.loss = replace(self.loss, compute=engine.compiled(losses.loss))
         self.recorded = (
             engine.RecordedGradient(
                 self.model, self.settings.batch_size, self.scaler, self.running, self.loss, self.dtype
             )
-            if how == "graph"
+            if how == "graph" or (how == "auto" and recordable)
             else None
         )
         self.wrapped: nn.Module = dist.wrap(self.model)

@@ -11,9 +11,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: subprocesses of t
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import torch
+
+# before Triton is imported: without a GPU its kernels run in Python, on the CPU
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
 import pytest
 import small_run
-import torch
 from fault_table import (  # noqa: F401 - fixtures and hooks
     figure,
     pytest_addoption,

@@ -51,9 +51,9 @@ def test_each_shape_is_compiled_once_over_epochs_and_stages(compiled):
         assert [shape[0] for shape in seen] == [3, 2, 4, 1], f"after fold {fold}: {seen}"
 
 
-def test_as_many_shapes_are_compiled_as_all_folds_have(compiled, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=8)  # as it is at first, and is again afterwards
+def test_as_many_shapes_are_compiled_as_all_folds_have(compiled):
     shapes, backend = compiled
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # as it is at first; restored afterwards
     for _stage in range(2):
         network = engine.compiled(torch.nn.AvgPool2d(3), backend)
         double = engine.compiled(lambda image: image * 2, backend)

@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 from pneumo import engine
 from pneumo.data import feed as feeds
 from pneumo.engine import Late, RunningStatistics
+from pneumo.model import losses
 
 
 def run_processes(world: int, folder: Path) -> list[dict[str, dict[str, torch.Tensor]]]:
@@ -216,9 +218,11 @@ def steps_of(
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     running = RunningStatistics(model)
     scaler = torch.amp.GradScaler(device.type, init_scale=256.0, enabled=dtype == torch.float16)
+    loss = two_processes.LOSS
     if compiled:
         engine.compiled(model)
-    how = (scaler, running, two_processes.LOSS, dtype)
+        loss = replace(loss, compute=engine.compiled(losses.loss))
+    how = (scaler, running, loss, dtype)
     stand_in = kind(model, 4, *how) if kind else None
     images = torch.rand(10, 1, 64, 64, device=device)
     pairs = [(image, (image > 0.5).float()) for image in images.split(4)]

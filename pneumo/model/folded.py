@@ -11,9 +11,10 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pneumo.kernels import thin_conv
 from pneumo.kernels.conv_relu import conv_relu
 from pneumo.kernels.upconv import stride_2_weight
-from pneumo.model.unet import DecoderBlock, UNet
+from pneumo.model.unet import DecoderBlock, UNet, features
 
 
 class FoldedUNet(nn.Module):
@@ -33,9 +34,10 @@ class FoldedUNet(nn.Module):
         self.requires_grad_(False).eval()
         self.register_buffer("mean", model.mean.clone())
         self.register_buffer("std", model.std.clone())
-        example = model.mean.expand(1, 3, 64, 64).contiguous()
+        self.stem = model.stem
         modules = dict(self.encoder.named_modules())
-        self._norms = dict(_conv_norm_pairs(self.encoder, example))
+        channels = 3 if self.stem is None else modules[self.stem].out_channels
+        self._norms = dict(_conv_norm_pairs(self.encoder, model.mean.new_zeros(1, channels, 64, 64)))
         for conv, norm in self._norms.items():
             if modules[conv].bias is None:
                 modules[conv].bias = nn.Parameter(modules[conv].weight.new_zeros(len(modules[conv].weight)), False)
@@ -45,6 +47,10 @@ class FoldedUNet(nn.Module):
             if _is_basic(module):
                 parent, _, last = name.rpartition(".")
                 setattr(self.encoder.get_submodule(parent), last, _FoldedBasicBlock(module))
+        # a ResNet's first ReLU follows right after its first convolution, and can be one with it
+        self.clipped = self.stem == "conv1" in self._norms and type(modules.get("act1")) is nn.ReLU
+        if self.clipped:
+            self.encoder.act1 = nn.Identity()
         self.blocks = nn.ModuleList(map(_FoldedBlock, model.blocks))
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -72,10 +78,10 @@ class FoldedUNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """As `UNet.forward`."""
-        *skips, x = self.encoder((image - self.mean) / self.std)
+        *skips, x = features(self, image, relu=self.clipped)
         for block, skip in zip(self.blocks, [*reversed(skips), None], strict=True):
             x = block(x, skip)
-        return self.head(x)
+        return thin_conv.conv(x, self.head.weight, self.head.bias)
 
 
 class _FoldedBasicBlock(nn.Module):
@@ -119,8 +125,12 @@ class _FoldedBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         """As `DecoderBlock.forward`."""
-        x = self.up(x)
-        x = x.relu_() if skip is None else conv_relu(skip, self.skip, x)
+        if skip is None:
+            x = thin_conv.doubling_conv(x, self.up.weight, self.up.bias, relu=True)
+        else:
+            x = conv_relu(skip, self.skip, self.up(x))
+        if thin_conv.is_thin(x, *self.second.weight.shape[:2]):
+            return thin_conv.conv(x, self.second.weight, self.second.bias, relu=True)
         return conv_relu(x, self.second)
 
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from pneumo import checkpoint
 from pneumo.errors import DataError, UsageError
+from pneumo.kernels import thin_conv
 from pneumo.kernels.upconv import upsampled_conv, upsampled_conv_ref
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a timm model on the hub, in timm's order
@@ -45,9 +46,19 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         """Map (B, below, H, W) and (B, skip, 2H, 2W), or None, to (B, out, 2H, 2W)."""
-        conv, norm, relu = self.conv1
         convolve = upsampled_conv if self.merged else upsampled_conv_ref
-        return self.conv2(relu(norm(convolve(x, skip, conv.weight))))
+        conv, norm, relu = self.conv1
+        x = relu(norm(convolve(x, skip, conv.weight)))
+        conv, norm, relu = self.conv2
+        return relu(norm(thin_conv.conv(x, conv.weight)))
+
+
+class Stem(nn.Conv2d):
+    """An encoder's first convolution, whose weights stay in the encoder, but which is computed before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pass on what was computed."""
+        return x
 
 
 def conv_bn_relu(inside: int, out: int) -> nn.Sequential:
@@ -93,6 +104,7 @@ class UNet(nn.Module):
         config = self.encoder.default_cfg if hasattr(self.encoder, "default_cfg") else self.encoder.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
+        self.stem = _take_stem(self.encoder)
         below = [channels[-1], *decoder_channels[:-1]]
         skips = [*reversed(channels[:-1]), 0]
         self.blocks = nn.ModuleList(map(DecoderBlock, below, skips, decoder_channels))
@@ -109,13 +121,13 @@ class UNet(nn.Module):
         Returns:
             (B, 1, H, W) logits.
         """
-        *skips, x = self.encoder((image - self.mean) / self.std)  # grey to the encoder's three channels
+        *skips, x = features(self, image)
         for block, skip in zip(self.blocks, [*reversed(skips), None], strict=True):
             if self.checkpointing and torch.is_grad_enabled():
                 x = recompute(block, x, skip, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, skip)
-        return self.head(x)
+        return thin_conv.conv(x, self.head.weight, self.head.bias)
 
     def block_shapes(self, batch: int, side: int) -> list[tuple[tuple[int, int, int, int], int, int]]:
         """What `upsampled_conv` is given in each block: shape of x, channels of the skip and of the result.
@@ -128,6 +140,42 @@ class UNet(nn.Module):
             out, inside = block.conv1[0].weight.shape[:2]
             shapes.append(((batch, block.below, side >> (5 - i), side >> (5 - i)), inside - block.below, out))
         return shapes
+
+
+def features(net: nn.Module, image: Tensor, *, relu: bool = False) -> list[Tensor]:
+    """What the encoder of a UNet, or of its folded form, makes of a grey image; finest first.
+
+    Args:
+        relu: let its first convolution end with one.
+    """
+    if net.stem is None:
+        return net.encoder((image - net.mean) / net.std)  # grey to the encoder's three channels
+    return net.encoder(thin_conv.grey_conv(image, net.encoder.get_submodule(net.stem), net.mean, net.std, relu=relu))
+
+
+def _take_stem(encoder: nn.Module) -> str | None:
+    """Put a `Stem` in the place of the encoder's first convolution; return its name.
+
+    None, and the encoder as it was, unless that is a plain one of three channels and the first that an image meets.
+    """
+    name, conv = next((name, module) for name, module in encoder.named_modules() if isinstance(module, nn.Conv2d))
+    if type(conv) is not nn.Conv2d or conv.in_channels != 3 or conv.padding_mode != "zeros":
+        return None
+    given: list[Tensor] = []
+    hook = conv.register_forward_pre_hook(lambda _module, inputs: given.append(inputs[0]))
+    image = torch.zeros(1, 3, 64, 64)
+    training = encoder.training
+    with torch.no_grad():
+        encoder.eval()(image)
+    hook.remove()
+    encoder.train(training)
+    if len(given) != 1 or given[0] is not image:
+        return None
+    with torch.device("meta"):  # draws no random weights
+        stem = Stem(3, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None)
+    stem.dilation, stem.groups, stem.weight, stem.bias = conv.dilation, conv.groups, conv.weight, conv.bias
+    encoder.set_submodule(name, stem)
+    return name
 
 
 def load_smp(model: UNet, state: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,174 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pneumo.kernels import thin_conv
+from pneumo.kernels.thin_conv import conv, doubling_conv, grey_conv
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"  # there Triton interprets the kernels, see conftest.py
+HALF = torch.bfloat16 if GPU else torch.float16  # bf16 is wrong in Triton's interpreter
+pytestmark = pytest.mark.skipif(thin_conv.triton is None, reason="no Triton")
+
+
+@pytest.fixture(autouse=True)
+def in_triton(monkeypatch):
+    """On a CPU, too, nothing goes the plain way."""
+    monkeypatch.setattr(thin_conv, "is_thin", lambda *_given: True)
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(sum(shape))).to(dtype)
+
+
+def check(ours, plain, *given: Tensor) -> None:
+    """The same result and gradients."""
+    results = []
+    for function in (ours, plain):
+        leaves = [tensor.clone().requires_grad_() for tensor in given]
+        y = function(*leaves)
+        results.append((y.detach(), *torch.autograd.grad(y, leaves, numbers(*y.shape))))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-4)
+
+
+def test_by_hand():
+    weight = torch.zeros(1, 1, 3, 3, device=DEVICE)
+    weight[0, 0, 1, 2] = 2  # twice the right neighbour
+    x = torch.tensor([[[[1.0, 2, 3], [4, 5, 6]]]], device=DEVICE)
+    assert conv(x, weight).tolist() == [[[[4, 6, 0], [10, 12, 0]]]]
+    assert conv(x, weight, torch.tensor([-5.0], device=DEVICE), relu=True).tolist() == [[[[0, 1, 0], [5, 7, 0]]]]
+
+
+def test_doubling_by_hand():
+    weight = torch.arange(16.0, device=DEVICE).view(1, 1, 4, 4)
+    x = torch.zeros(1, 1, 2, 2, device=DEVICE)
+    x[0, 0, 0, 1] = 1  # its outputs are rows -1 .. 2, columns 1 .. 4
+    assert doubling_conv(x, weight)[0, 0].tolist() == [[0, 4, 5, 6], [0, 8, 9, 10], [0, 12, 13, 14], [0, 0, 0, 0]]
+
+
+# channels that are powers of two and others, one alone, rows that end within a block of pixels and beyond one
+SHAPES = [(16, 16, 5, 20), (16, 1, 7, 9), (8, 8, 2, 150), (3, 5, 6, 6), (1, 16, 3, 129), (1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize(("channels", "out", "height", "width"), SHAPES)
+def test_convolution_and_its_gradients(channels, out, height, width):
+    given = numbers(2, channels, height, width), numbers(out, channels, 3, 3), numbers(out)
+    check(conv, lambda x, weight, bias: F.conv2d(x, weight, bias, padding=1), *given)
+    check(conv, lambda x, weight: F.conv2d(x, weight, padding=1), *given[:2])
+
+
+@pytest.mark.parametrize(("channels", "out", "height", "width"), [*SHAPES, (32, 16, 4, 6)])
+def test_doubling_convolution_and_its_gradients(channels, out, height, width):
+    given = numbers(2, channels, height, width), numbers(channels, out, 4, 4), numbers(out)
+    check(doubling_conv, lambda x, weight, bias: F.conv_transpose2d(x, weight, bias, stride=2, padding=1), *given)
+
+
+@pytest.mark.parametrize(("size", "stride", "pad", "out"), [(7, 2, 3, 64), (3, 2, 1, 32), (3, 1, 1, 8), (2, 2, 0, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_grey_convolution_and_the_gradient_of_its_weights(size, stride, pad, out, bias):
+    module = nn.Conv2d(3, out, size, stride, pad, bias=bias, device=DEVICE)
+    image = torch.rand(2, 1, 18, 22, device=DEVICE)
+    mean, std = (torch.tensor(values, device=DEVICE).view(1, 3, 1, 1) for values in ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4]))
+    found, wanted = grey_conv(image, module, mean, std), module((image - mean) / std)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    towards = numbers(*wanted.shape)
+    for ours, plain in zip(
+        *(torch.autograd.grad(y, module.parameters(), towards) for y in (found, wanted)), strict=True
+    ):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
+    with torch.no_grad():
+        clipped = grey_conv(image, module, mean, std, relu=True)
+    torch.testing.assert_close(clipped, wanted.relu(), rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_is_rounded_once():
+    x, weight = numbers(2, 16, 9, 40, dtype=HALF), numbers(16, 16, 3, 3, dtype=HALF)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    found = conv(x, weight)
+    assert found.dtype == HALF
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(HALF).eps, atol=1e-4)
+
+
+def test_results_are_channels_last():
+    assert conv(numbers(1, 16, 8, 8), numbers(16, 16, 3, 3)).is_contiguous(memory_format=torch.channels_last)
+    assert doubling_conv(numbers(1, 16, 8, 8), numbers(16, 8, 4, 4)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_kernels_are_as_a_compiler_is_told():
+    """Shapes, strides, mutation and the registration of gradients."""
+    kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
+    weight, bias = numbers(1, 1, 3, 3, 4, 8).requires_grad_(), numbers(8).requires_grad_()
+    x, gradient = (numbers(2, channels, 6, 10).contiguous(memory_format=torch.channels_last) for channels in (4, 8))
+    torch.library.opcheck(thin_conv.patches, (x.requires_grad_(), weight, bias, 1, 1, 1, False), test_utils=kinds)
+    torch.library.opcheck(thin_conv.patches_weight, (x.detach(), gradient, 3, 1, 1, 1), test_utils=kinds)
+
+
+def test_compiled_it_is_the_same():
+    given = numbers(1, 4, 6, 10), numbers(4, 3, 4, 4), numbers(1, 3, 3, 3)
+
+    def both(x: Tensor, doubling: Tensor, weight: Tensor) -> Tensor:
+        return conv(doubling_conv(x, doubling).relu(), weight)
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=False, backend="aot_eager")
+    check(compiled, both, *given)
+
+
+def test_refusals():
+    x, weight = numbers(1, 2, 6, 6).requires_grad_(), numbers(4, 2, 3, 3).requires_grad_()
+    with pytest.raises(NotImplementedError, match="the ReLU is for prediction, without gradients"):
+        conv(x, weight, relu=True)
+    strided = thin_conv.patches(x, weight.permute(2, 3, 1, 0)[None, None].contiguous(), None, 2, 1, 1, False)
+    with pytest.raises(NotImplementedError, match="a strided convolution gets no gradient"):
+        strided.sum().backward()
+
+
+def test_works_says_whether_results_are_right(monkeypatch):
+    device = torch.device(DEVICE)
+    assert thin_conv.works.__wrapped__(device, HALF)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert thin_conv.works.__wrapped__(device, HALF)
+    right = thin_conv.patches
+    monkeypatch.setattr(thin_conv, "patches", lambda *given: right(*given) * 1.1)
+    assert not thin_conv.works.__wrapped__(device, HALF)
+
+    def broken(*_given):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(thin_conv, "patches", broken)
+    assert not thin_conv.works.__wrapped__(device, HALF)
+
+
+def out_of_memory(*_given):
+    raise torch.OutOfMemoryError("on a card")
+
+
+def test_lack_of_memory_is_no_answer(monkeypatch):
+    monkeypatch.setattr(thin_conv, "patches", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        thin_conv.works.__wrapped__(torch.device(DEVICE), HALF)
+
+
+class TestChoice:
+    @pytest.fixture(autouse=True)
+    def in_triton(self):
+        """The choice as it is."""
+
+    def test_a_cpu_goes_the_plain_way(self):
+        assert not thin_conv.is_thin(torch.zeros(1, 16, 8, 8, dtype=torch.bfloat16), 16, 16)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not GPU, reason="no GPU")
+    def test_a_gpu_does_few_channels_in_half_precision(self):
+        x = torch.zeros(1, 16, 8, 8, device="cuda")
+        assert not thin_conv.is_thin(x, 16, 16)
+        assert thin_conv.is_thin(x.bfloat16(), 16, 16)
+        assert not thin_conv.is_thin(x.bfloat16(), 64, 64)
+        with torch.autocast("cuda", torch.float16):
+            assert thin_conv.is_thin(x, 16, 16)
+            assert conv(x, numbers(16, 16, 3, 3)).dtype == torch.float16
+
+    def test_without_triton_all_goes_the_plain_way(self, monkeypatch):
+        monkeypatch.setattr(thin_conv, "triton", None)
+        assert not thin_conv.is_thin(torch.zeros(1, 16, 8, 8, device=DEVICE, dtype=torch.bfloat16), 16, 16)

@@ -24,7 +24,7 @@ except ImportError:  # PyTorch for CPUs comes without it
 
 HALVES = (torch.float16, torch.bfloat16)
 THIN = 512  # the product of channels in and out at most
-PIXELS = 128  # of a row that a program handles at a time
+PIXELS = 128  # of a row that a program handles at a time; half of it where that would take too many registers
 WINDOW = 128  # numbers of a patch that a program takes in at once at most
 PROGRAMS = 528  # that share the pixels of a gradient of weights: four to a multiprocessor of an H100
 
@@ -143,10 +143,13 @@ def patches(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, up: int
     """
     y = _result_of(x, weight, bias, stride, up, pad, relu)
     rows, columns = y.shape[2] // up, y.shape[3] // up
+    constants = _constants(weight.shape, stride, up, pad)
     grid = (x.shape[0] * rows * triton.cdiv(columns, PIXELS) * up * up,)
     with _on(x):
-        _patches[grid](x, weight, weight if bias is None else bias, y, *x.shape[2:], rows, columns,
-                       BIAS=bias is not None, RELU=relu, **_constants(weight.shape, stride, up, pad))  # fmt: skip
+        _patches[grid](
+            x, weight, weight if bias is None else bias, y, *x.shape[2:], rows, columns,
+            PIXELS=PIXELS, BIAS=bias is not None, RELU=relu, **constants,
+        )  # fmt: skip
     return y
 
 
@@ -173,13 +176,14 @@ def patches_weight(x: Tensor, gradient: Tensor, size: int, stride: int, up: int,
     """
     shape = (up, up, size, size, x.shape[1], gradient.shape[1])
     rows, columns = gradient.shape[2] // up, gradient.shape[3] // up
-    tiles = x.shape[0] * rows * triton.cdiv(columns, PIXELS)
     constants = _constants(shape, stride, up, pad)
+    pixels = PIXELS if constants["WIDE"] <= 32 else PIXELS // 2
+    tiles = x.shape[0] * rows * triton.cdiv(columns, pixels)
     programs = min(tiles, PROGRAMS)
     parts = torch.empty((programs, *shape), dtype=torch.float32, device=x.device)
     with _on(x):
         grid = (up * up, triton.cdiv(size, constants["DOWN"]), programs)
-        _patches_weight[grid](x, gradient, parts, *x.shape[2:], rows, columns, tiles, **constants)
+        _patches_weight[grid](x, gradient, parts, *x.shape[2:], rows, columns, tiles, PIXELS=pixels, **constants)
     return parts.sum(dim=0)
 
 
@@ -232,6 +236,7 @@ def _constants(weight: tuple[int, ...], stride: int, up: int, pad: int) -> dict[
     lanes, across, down = (triton.next_power_of_2(number) for number in (channels, size, size))
     if lanes * across * down > WINDOW:
         down = 1  # row of the window by row
+    lanes = max(lanes, 16 // (across * down))
     return {
         "CHANNELS": channels,
         "OUT": out,
@@ -242,8 +247,7 @@ def _constants(weight: tuple[int, ...], stride: int, up: int, pad: int) -> dict[
         "LANES": lanes,
         "ACROSS": across,
         "DOWN": down,
-        "WIDE": max(out, 16) if triton is None else max(triton.next_power_of_2(out), 16),
-        "PIXELS": PIXELS,
+        "WIDE": max(triton.next_power_of_2(out), 16),
     }
 
 

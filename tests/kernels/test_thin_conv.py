@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from pneumo.kernels.thin_conv import conv, doubling_conv, grey_conv
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"  # there Triton interprets the kernels, see conftest.py
 HALF = torch.bfloat16 if GPU else torch.float16  # bf16 is wrong in Triton's interpreter
+NUMBERS = HALF if GPU else torch.float32
 pytestmark = pytest.mark.skipif(thin_conv.triton is None, reason="no Triton")
 
 
@@ -18,32 +21,39 @@ def in_triton(monkeypatch):
     monkeypatch.setattr(thin_conv, "is_thin", lambda *_given: True)
 
 
-def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def numbers(*shape: int, dtype: torch.dtype = NUMBERS) -> Tensor:
     return torch.randn(shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(sum(shape))).to(dtype)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    """Within the rounding of the type that is tested."""
+    found, wanted = found.detach().double(), wanted.detach()
+    scale = float(wanted.abs().max())
+    torch.testing.assert_close(found, wanted, rtol=0, atol=scale * (0.02 if GPU else 2e-5))
 
 
 def check(ours, plain, *given: Tensor) -> None:
     """The same result and gradients."""
     results = []
-    for function in (ours, plain):
-        leaves = [tensor.clone().requires_grad_() for tensor in given]
+    for function, dtype in ((ours, NUMBERS), (plain, torch.float64)):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in given]
         y = function(*leaves)
-        results.append((y.detach(), *torch.autograd.grad(y, leaves, numbers(*y.shape))))
+        results.append((y.detach(), *torch.autograd.grad(y, leaves, numbers(*y.shape).to(dtype))))
     for found, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-4)
+        close(found, wanted)
 
 
 def test_by_hand():
-    weight = torch.zeros(1, 1, 3, 3, device=DEVICE)
+    weight = torch.zeros(1, 1, 3, 3, device=DEVICE, dtype=NUMBERS)
     weight[0, 0, 1, 2] = 2  # twice the right neighbour
-    x = torch.tensor([[[[1.0, 2, 3], [4, 5, 6]]]], device=DEVICE)
+    x = torch.tensor([[[[1.0, 2, 3], [4, 5, 6]]]], device=DEVICE, dtype=NUMBERS)
     assert conv(x, weight).tolist() == [[[[4, 6, 0], [10, 12, 0]]]]
     assert conv(x, weight, torch.tensor([-5.0], device=DEVICE), relu=True).tolist() == [[[[0, 1, 0], [5, 7, 0]]]]
 
 
 def test_doubling_by_hand():
-    weight = torch.arange(16.0, device=DEVICE).view(1, 1, 4, 4)
-    x = torch.zeros(1, 1, 2, 2, device=DEVICE)
+    weight = torch.arange(16.0, device=DEVICE, dtype=NUMBERS).view(1, 1, 4, 4)
+    x = torch.zeros(1, 1, 2, 2, device=DEVICE, dtype=NUMBERS)
     x[0, 0, 0, 1] = 1  # its outputs are rows -1 .. 2, columns 1 .. 4
     assert doubling_conv(x, weight)[0, 0].tolist() == [[0, 4, 5, 6], [0, 8, 9, 10], [0, 12, 13, 14], [0, 0, 0, 0]]
 
@@ -71,16 +81,18 @@ def test_grey_convolution_and_the_gradient_of_its_weights(size, stride, pad, out
     module = nn.Conv2d(3, out, size, stride, pad, bias=bias, device=DEVICE)
     image = torch.rand(2, 1, 18, 22, device=DEVICE)
     mean, std = (torch.tensor(values, device=DEVICE).view(1, 3, 1, 1) for values in ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4]))
-    found, wanted = grey_conv(image, module, mean, std), module((image - mean) / std)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    with torch.autocast(DEVICE, HALF, enabled=GPU):
+        found = grey_conv(image, module, mean, std)
+        with torch.no_grad():
+            clipped = grey_conv(image, module, mean, std, relu=True)
+    exact = copy.deepcopy(module).double()
+    wanted = exact((image.double() - mean) / std)
+    close(found, wanted)
+    close(clipped, wanted.relu())
     towards = numbers(*wanted.shape)
-    for ours, plain in zip(
-        *(torch.autograd.grad(y, module.parameters(), towards) for y in (found, wanted)), strict=True
-    ):
-        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
-    with torch.no_grad():
-        clipped = grey_conv(image, module, mean, std, relu=True)
-    torch.testing.assert_close(clipped, wanted.relu(), rtol=1e-4, atol=1e-4)
+    ours = torch.autograd.grad(found, module.parameters(), towards.to(found.dtype))
+    for gradient, right in zip(ours, torch.autograd.grad(wanted, exact.parameters(), towards.double()), strict=True):
+        close(gradient, right)
 
 
 def test_half_precision_is_rounded_once():
@@ -108,11 +120,23 @@ def test_the_kernels_are_as_a_compiler_is_told():
 def test_compiled_it_is_the_same():
     given = numbers(1, 4, 6, 10), numbers(4, 3, 4, 4), numbers(1, 3, 3, 3)
 
-    def both(x: Tensor, doubling: Tensor, weight: Tensor) -> Tensor:
+    def ours(x: Tensor, doubling: Tensor, weight: Tensor) -> Tensor:
         return conv(doubling_conv(x, doubling).relu(), weight)
 
-    compiled = torch.compile(both, fullgraph=True, dynamic=False, backend="aot_eager")
-    check(compiled, both, *given)
+    def plain(x: Tensor, doubling: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(F.conv_transpose2d(x, doubling, stride=2, padding=1).relu(), weight, padding=1)
+
+    check(torch.compile(ours, fullgraph=True, dynamic=False, backend="aot_eager"), plain, *given)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 16, 32])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("out", [1, 5, 16, 64])
+def test_no_dot_product_is_too_small_for_a_gpu(channels, size, out):
+    """Or too wide; the interpreter takes any."""
+    of = thin_conv._constants((1, 1, size, size, channels, out), 1, 1, 1)
+    assert 16 <= of["LANES"] * of["ACROSS"] * of["DOWN"] <= max(thin_conv.WINDOW, of["LANES"] * of["ACROSS"])
+    assert of["WIDE"] >= max(out, 16) and of["LANES"] >= channels and of["ACROSS"] >= size
 
 
 def test_refusals():

@@ -32,14 +32,14 @@ class LossSettings:
     """Which loss, and its numbers; see `pneumo.model.losses`.
 
     Attributes:
-        compute: `losses.loss`, or that compiled.
+        compute: `losses.loss` compiled; None for it as it stands.
     """
 
     kind: str
     focal_weight: float
     gamma: float
     smooth: float
-    compute: Callable[..., tuple[Tensor, dict[str, Tensor]]] = losses.loss
+    compute: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype:
@@ -230,7 +230,7 @@ def add_gradient(
     running.before_forward()
     with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
         logits = model(image)
-    value, _ = loss.compute(
+    value, _ = (loss.compute or losses.loss)(
         logits, mask, loss.kind, focal_weight=loss.focal_weight, gamma=loss.gamma, smooth=loss.smooth
     )
     scaler.scale(value * weight).backward()

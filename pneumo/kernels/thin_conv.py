@@ -7,7 +7,18 @@ that a row of pixels sees, read through the cache, by the weights. One form serv
     y[u * oy + p, u * ox + q] = bias + sum over i, j of x[s * oy + i - pad + p, s * ox + j - pad + q] @ w[p, q, i, j]
 
 with a stride s or an upsampling u, the other being 1, and p, q of 0 .. u - 1; beyond the rim x is 0. A second kernel
-gives the gradient of w; that of x is the same form again. Imports nothing from pneumo.
+gives the gradient of w; that of x is the same form again.
+
+On an H100, bf16, 4 images of 1024 x 1024 pixels, in ms by cuDNN and here:
+
+    result, gradient of x, of w      cuDNN                 here
+    16 to 16 channels, 3x3           0.44  0.46  0.44      0.24  0.24  0.23
+    16 to 1 channel, 3x3             0.59  1.51  0.89      0.23  0.06  0.09
+    32 to 16, doubling               0.46  0.23  0.51      0.19  0.11  0.19
+    grey to 64, 7x7, stride 2        0.60    -   0.44      0.10    -   0.12
+    32 to 32 at half the pixels      0.11  0.11  0.23      0.14    -   0.20      left to cuDNN
+
+Imports nothing from pneumo.
 """
 
 from functools import cache

@@ -135,7 +135,7 @@ class TrainConfig:
 class PredictConfig:
     """Validation and prediction."""
 
-    batch_size: Annotated[int, Batch]
+    batch_size: Annotated[int, "[0, 65536]"]
     mirror: bool
     weights: Literal["best", "ema", "average"]
 

@@ -25,6 +25,7 @@ from pneumo.decision.rule import Rule, decide, decide_batch, resize_quantise
 from pneumo.model import losses
 
 SHAPES = 64  # that one function may be compiled for
+LARGEST = 16  # images of a forward pass that are enough to keep a GPU busy
 
 
 @dataclass(frozen=True)
@@ -450,6 +451,24 @@ def predict_logits(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Tenso
     """
     with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
         return model(to_input(image)).float()
+
+
+@torch.inference_mode()
+def fitting_batch(model: nn.Module, side: int, dtype: torch.dtype, device: torch.device, memory: int) -> int:
+    """How many images, each with its mirror image, a forward pass on a GPU can take: a power of two up to `LARGEST`.
+
+    Args:
+        model: in evaluation, not compiled.
+        side: of the images, pixels.
+        memory: bytes that the pass may take.
+    """
+    pair = torch.zeros(2, 1, side, side, dtype=torch.uint8, device=device)
+    predict_logits(model, pair, dtype)  # what libraries keep for themselves is there from now on
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    predict_logits(model, pair, dtype)
+    each = torch.cuda.max_memory_allocated(device) - before
+    return 1 << (max(1, min(memory // each, LARGEST)).bit_length() - 1)
 
 
 def to_input(image: Tensor) -> Tensor:

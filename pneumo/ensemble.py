@@ -33,6 +33,7 @@ class Ensemble:
         mirror: average with the mirrored image.
         data: hash of the images and annotations that they were trained on.
         split: hash of the folds.
+        batch_size: images that `predict` is given at a time.
     """
 
     models: tuple[nn.Module, ...]
@@ -42,6 +43,7 @@ class Ensemble:
     mirror: bool
     data: str
     split: str
+    batch_size: int
 
 
 def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble:
@@ -73,8 +75,9 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
             origins.add((state["digest"], state["split"]))
     if len(origins) > 1:
         raise DataError(f"the folds {list(folds)} of {recipe.folder} were not trained on one split of one data set")
-    data, split = origins.pop()
-    return Ensemble(tuple(models), recipe.stage[stage].image_size, sources, dtype, recipe.predict.mirror, data, split)
+    side = recipe.stage[stage].image_size
+    batch_size = training.evaluation_batch(recipe, models[0], side, dtype, device)
+    return Ensemble(tuple(models), side, sources, dtype, recipe.predict.mirror, *origins.pop(), batch_size)
 
 
 def build(state: dict[str, Any], path: Path) -> UNet:

@@ -118,7 +118,7 @@ def predict(
         NotFiniteError: a network's probability is not a number.
         UsageError: another prediction into this folder is running.
     """
-    count = recipe.predict.batch_size
+    count = models.batch_size
     batches = [given[start : start + count] for start in range(0, len(given), count)]
     with (
         open_journal(

@@ -45,7 +45,7 @@ def predict_test(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch
     found, sample_ids = dataset.load_test_cases(recipe)
     size = recipe.data.annotation_size
     pack = dataset.open_pack(recipe, "test", found, models.image_size)
-    batches = cut(np.arange(len(found)), recipe.predict.batch_size)
+    batches = cut(np.arange(len(found)), models.batch_size)
     depends_on = {**basis(recipe, models, ruling, device), "data": pack.digest}
 
     def code(row: int, q: np.ndarray, agreement: np.ndarray) -> tuple[dict[str, Any], str]:
@@ -128,7 +128,7 @@ def basis(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch.device
         "annotation_size": recipe.data.annotation_size,
         "mirror": models.mirror,
         "autocast": str(models.dtype),
-        "batch_size": recipe.predict.batch_size,
+        "batch_size": models.batch_size,
         "rule": asdict(ruling.rule),
         "rule_source": ruling.source,
         "trust": None if ruling.trust is None else asdict(ruling.trust),

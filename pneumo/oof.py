@@ -123,7 +123,7 @@ def write(
             "image_size": models.image_size,
             "annotation_size": recipe.data.annotation_size,
             "autocast": str(models.dtype),
-            "batch_size": recipe.predict.batch_size,
+            "batch_size": models.batch_size,
             "data": models.data,
             "split": models.split,
             "levels": [level(threshold) for threshold in grid(recipe).thresholds],
@@ -161,7 +161,7 @@ def _write_fold(
         )
     rows = np.flatnonzero(data.folds == fold)
     pack = dataset.open_pack(recipe, "train", data.cases, models.image_size)
-    batches = cut(rows, recipe.predict.batch_size)
+    batches = cut(rows, models.batch_size)
     mine = batches[dist.rank() :: dist.world()]
     reserve = int(recipe.train.gpu_reserve_gb * 2**30)
     feed = Feed(pack, device, np.concatenate([rows[:0], *mine]), reserve=reserve)

@@ -1,9 +1,8 @@
 """One stage of one fold: chained to the stage before it, resumable at any step, stopped cleanly by a signal.
 
-Imports config, dataset, engine, checkpoint, log, dist, model, data, decision, kernels.
+Imports config, dataset, engine, measured, checkpoint, log, dist, model, data, decision, kernels.
 """
 
-import json
 import math
 import os
 import signal
@@ -11,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from pneumo import checkpoint, config, dataset, dist, engine, log
+from pneumo import checkpoint, config, dataset, dist, engine, log, measured
 from pneumo.config import AugmentConfig, Recipe, StageConfig
 from pneumo.data import feed as feeds
 from pneumo.data.feed import Feed
@@ -191,6 +191,32 @@ def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int
     return state
 
 
+def evaluation_batch(recipe: Recipe, model: FoldedUNet, side: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Images of a forward pass in validation and prediction; all processes of a launch call this together.
+
+    That is predict.batch_size, or where it is 0, 8 on a CPU, and on a GPU as many as half of the memory holds that was
+    free when this was first asked for such networks.
+
+    Args:
+        model: not compiled.
+        side: of the images, pixels.
+    """
+    if recipe.predict.batch_size or device.type == "cpu":
+        return recipe.predict.batch_size or 8
+
+    def measure() -> int:
+        free = min(torch.cuda.mem_get_info(device)[0], int(recipe.train.gpu_reserve_gb * 2**30))
+        return engine.fitting_batch(model, side, dtype, device, free // 2)
+
+    channels = list(recipe.model.decoder_channels)
+    key = f"{_name(device, dtype)}, batch of {recipe.model.encoder} {channels} at {side} px"
+    return measured.once(Path(recipe.runs), key, measure)
+
+
+def _name(device: torch.device, dtype: torch.dtype) -> str:
+    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {dtype}"
+
+
 @contextmanager
 def _of_this_run(folder: Path) -> Iterator[None]:
     """Name the checkpoint whose file is whole, but whose content is not what this program saves."""
@@ -295,6 +321,9 @@ class _Run:
             for block, merged in zip(self.model.blocks, self.merged, strict=True):
                 block.merged = merged
         self.folded = FoldedUNet(self.model, self.dtype)
+        self.evaluation_batch = evaluation_batch(
+            self.recipe, self.folded, self.settings.image_size, self.dtype, self.device
+        )
         self.running = RunningStatistics(self.model)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=True
@@ -339,10 +368,7 @@ class _Run:
         self.wrapped: nn.Module = dist.wrap(self.model)
 
     def _merged_blocks(self) -> list[bool]:
-        """Which blocks of the decoder train in their merged form; the same on every process.
-
-        What was timed on a GPU is kept beside the packed images, so that a second run there computes the same.
-        """
+        """Which blocks of the decoder train in their merged form; the same on every process."""
         how, blocks = (
             self.recipe.model.upsample,
             self.model.block_shapes(self.settings.batch_size, self.settings.image_size),
@@ -351,18 +377,11 @@ class _Run:
             return [how == "merged"] * len(blocks)
         if self.device.type == "cpu":
             return [is_faster(*block, self.device, self.dtype) for block in blocks]
-        path = Path(self.recipe.runs) / "upsample.json"
-        device = f"{torch.cuda.get_device_name(self.device)}, torch {torch.__version__}, {self.dtype}"
-        if dist.is_main():
-            with checkpoint.wait_lock(path.with_suffix(".lock")):
-                known = {}
-                with suppress(FileNotFoundError, DataError):  # damaged: timed anew
-                    known = log.read_json(path)
-                for block in blocks:
-                    if f"{device}, {block}" not in known:
-                        known[f"{device}, {block}"] = is_faster(*block, self.device, self.dtype)
-                checkpoint.write_atomic(path, json.dumps(known, indent=1).encode())
-        return dist.broadcast([known[f"{device}, {block}"] for block in blocks] if dist.is_main() else None)
+        runs, where = Path(self.recipe.runs), _name(self.device, self.dtype)
+        return [
+            measured.once(runs, f"{where}, {block}", partial(is_faster, *block, self.device, self.dtype))
+            for block in blocks
+        ]
 
     def _start_weights(self) -> dict[str, Any] | None:
         """The best checkpoint of the stage before; None if this stage starts from the encoder."""
@@ -534,7 +553,7 @@ class _Run:
             "images_per_second": position.images / position.seconds,
         }
         if self.device.type == "cuda":
-            record["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30  # of this process so far
+            record["peak_gb"] = torch.cuda.max_memory_reserved(self.device) / 2**30  # taken from the GPU so far
         if self.settings.schedule == "plateau":
             self.plateau.step(result.loss)
         new = Position(
@@ -588,7 +607,7 @@ class _Run:
             self.loss,
             self.dtype,
             annotation_size=self.recipe.data.annotation_size,
-            batch_size=self.recipe.predict.batch_size,
+            batch_size=self.evaluation_batch,
             progress=lambda items: log.bar(items, total=len(items), title="validate"),
             stopped=lambda: _signals.number > 0,
         )

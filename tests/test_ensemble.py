@@ -22,7 +22,7 @@ class LeftRight(nn.Module):
 
 
 def made(*models: nn.Module, mirror: bool) -> Ensemble:
-    return Ensemble(models, 8, {}, torch.float32, mirror, "data", "split")
+    return Ensemble(models, 8, {}, torch.float32, mirror, "data", "split", 8)
 
 
 def image() -> torch.Tensor:

@@ -415,7 +415,7 @@ def copies(model: nn.Module) -> list[nn.Module]:
 def five_folds(setup: Setup, dtype: torch.dtype, side: int) -> Ensemble:
     """Our networks as a prediction has them."""
     models = copies(FoldedUNet(UNet().to(setup.device).eval(), dtype))
-    return Ensemble(tuple(models), side, {}, dtype, True, "", "")
+    return Ensemble(tuple(models), side, {}, dtype, True, "", "", 16)
 
 
 def prediction(setup: Setup, side: int, batch: int, dtype: torch.dtype, target: str) -> Row:
@@ -449,7 +449,7 @@ def prediction_gpu(setup: Setup) -> Iterator[Row]:
 
 
 def memory_gpu(setup: Setup) -> Iterator[Row]:
-    """The most memory a step of stage 2 takes, model and optimizer included."""
+    """The most memory that a step of stage 2 takes from a GPU, model and optimizer included."""
     side, batch = setup.pick((1024, 4), (1024, 4), (64, 2))
     image, mask = batch_of(setup, batch, side)
 
@@ -459,11 +459,11 @@ def memory_gpu(setup: Setup) -> Iterator[Row]:
             return 1.0  # nothing counts there
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(setup.device)
-        before = torch.cuda.memory_allocated(setup.device)  # of other rows
+        before = torch.cuda.memory_reserved(setup.device)  # by other rows
         step = make()
         for _ in range(3):
             step()
-        return (torch.cuda.max_memory_allocated(setup.device) - before) / 2**30
+        return (torch.cuda.max_memory_reserved(setup.device) - before) / 2**30
 
     def ours() -> Callable[[], Any]:
         step, pair = our_step(setup, HALF, batch, side), (engine.to_input(image), mask.float())

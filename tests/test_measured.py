@@ -1,0 +1,84 @@
+import json
+
+import pytest
+import small_run
+import torch
+
+from pneumo import engine, measured, training
+from pneumo.errors import WriteError
+from pneumo.model.folded import FoldedUNet
+from pneumo.model.unet import UNet
+
+
+def refuse():
+    raise AssertionError("measured twice")
+
+
+def test_the_first_answer_stays(tmp_path):
+    assert measured.once(tmp_path, "a card, a shape", lambda: True) is True
+    assert measured.once(tmp_path, "another card", lambda: [1, 2]) == [1, 2]
+    assert measured.once(tmp_path, "a card, a shape", refuse) is True
+    assert json.loads((tmp_path / measured.FILE).read_text()) == {"a card, a shape": True, "another card": [1, 2]}
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b"[]"])
+def test_a_damaged_file_is_measured_anew(tmp_path, damage):
+    (tmp_path / measured.FILE).write_bytes(damage)
+    assert measured.once(tmp_path, "a card", lambda: 3) == 3
+    assert measured.once(tmp_path, "a card", refuse) == 3
+
+
+def test_what_fails_is_not_kept(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError):
+        measured.once(tmp_path, "a card", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    assert measured.once(tmp_path, "a card", lambda: 4) == 4
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="file"):
+        measured.once(tmp_path / "file" / "runs", "a card", lambda: 1)
+
+
+@pytest.fixture
+def network() -> FoldedUNet:
+    return FoldedUNet(UNet("test_resnet", decoder_channels=(8, 8, 8, 4, 4)), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("memory", "batch"), [(0, 1), (999, 1), (1000, 1), (2500, 2), (4000, 4), (15_999, 8), (16_000, 16), (10**9, 16)]
+)
+def test_a_batch_fits_into_memory(monkeypatch, network, memory, batch):
+    """With a card of which a pass takes 1,000 bytes an image, above what was there before."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: 700)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _device: 1700)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _device: None)
+    assert engine.fitting_batch(network, 64, torch.float32, torch.device("cpu"), memory) == batch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_less_memory_takes_fewer_images(network):
+    device = torch.device("cuda")
+    many, few = (engine.fitting_batch(network.to(device), 256, torch.float32, device, room) for room in (1 << 32, 1))
+    assert (many, few) == (engine.LARGEST, 1)
+
+
+def test_a_cpu_takes_eight_images_unless_told_otherwise(repo, data, tmp_path):
+    cpu = torch.device("cpu")
+    for settings, batch in (((), 8), (("predict.batch_size=3",), 3)):
+        recipe = small_run.recipe(repo, data, tmp_path, *settings)
+        assert training.evaluation_batch(recipe, None, 64, torch.float32, cpu) == batch
+    assert not (tmp_path / measured.FILE).exists()
+
+
+def test_a_gpu_is_asked_once(repo, data, tmp_path, monkeypatch):
+    gpu, asked = torch.device("cuda"), []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a card")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10 << 30, 11 << 30))
+    monkeypatch.setattr(engine, "fitting_batch", lambda *given: asked.append(given[-1]) or 4)
+    for reserve in (24, 24, 2):
+        recipe = small_run.recipe(repo, data, tmp_path, f"train.gpu_reserve_gb={reserve}")
+        assert training.evaluation_batch(recipe, None, 64, torch.float32, gpu) == 4
+    assert training.evaluation_batch(recipe, None, 128, torch.float32, gpu) == 4
+    assert asked == [5 << 30, 1 << 30]  # half of what is free, and half of what images leave free

@@ -235,7 +235,7 @@ def test_another_kind_of_prediction_starts_anew_and_says_so(trained, predict, sc
     assert results[0] == results[1]
     before = inference.basis(recipe, models, ruling, CPU)
     others = [
-        inference.basis(replace(recipe, predict=replace(recipe.predict, batch_size=3)), models, ruling, CPU),
+        inference.basis(recipe, replace(models, batch_size=3), ruling, CPU),
         inference.basis(recipe, replace(models, mirror=True), ruling, CPU),
         inference.basis(recipe, replace(models, sources=dict(list(models.sources.items())[::-1])), ruling, CPU),
         inference.basis(recipe, replace(models, dtype=torch.float16), ruling, CPU),

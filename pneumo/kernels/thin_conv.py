@@ -21,16 +21,18 @@ On an H100, bf16, 4 images of 1024 x 1024 pixels, in ms by cuDNN and here:
 Imports nothing from pneumo.
 """
 
+import importlib.util
+import warnings
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:
+if importlib.util.find_spec("triton"):
     import triton
     import triton.language as tl
-except ImportError:  # PyTorch for CPUs comes without it
+else:  # as with PyTorch for CPUs
     triton = None
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -124,18 +126,29 @@ def _thin(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, up: int, 
 
 @cache
 def works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton can build the kernels for this device and they give the plain result; tried once."""
+    """Whether Triton can build the kernels for this device and they give the plain result; tried once.
+
+    Warns:
+        RuntimeWarning: they cannot be used, and why; all else goes on, slower.
+    """
     x = torch.randn(2, 16, 32, 32, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(16, 16, 3, 3, device=device).to(dtype)
     try:
         found = patches(x, weight.permute(2, 3, 1, 0)[None, None].contiguous(), None, 1, 1, 1, False)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # no compiler on the machine, a card too old: Triton raises many types
-        return False
-    with torch.autocast(device.type, enabled=False):
-        wanted = F.conv2d(x.float(), weight.float(), padding=1)
-    return torch.allclose(found.float(), wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
+    except Exception as error:  # no compiler on the machine, a card too old: Triton raises many types
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    else:
+        with torch.autocast(device.type, enabled=False):
+            wanted = F.conv2d(x.float(), weight.float(), padding=1)
+        if torch.allclose(found.float(), wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max())):
+            return True
+        reason = "their results are wrong here"
+    warnings.warn(
+        f"Triton's kernels are not used, cuDNN's are, which take longer: {reason}", RuntimeWarning, stacklevel=2
+    )
+    return False
 
 
 @torch.library.custom_op("pneumo::patches", mutates_args=())

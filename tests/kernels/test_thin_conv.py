@@ -95,6 +95,36 @@ def test_grey_convolution_and_the_gradient_of_its_weights(size, stride, pad, out
         close(gradient, right)
 
 
+def plain_doubling(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv_transpose2d(x, weight, stride=2, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "shape"),
+    [
+        (conv, lambda x, weight: F.conv2d(x, weight, padding=1), (16, 16, 3, 3)),
+        (conv, lambda x, weight: F.conv2d(x, weight, padding=1), (1, 16, 3, 3)),
+        (doubling_conv, plain_doubling, (16, 8, 4, 4)),
+    ],
+)
+def test_it_errs_no_more_than_twice_the_plain_form(ours, plain, shape):
+    """Against float64, results and both gradients, in the mean over all numbers."""
+    given, towards = (numbers(2, 16, 24, 40), numbers(*shape)), None
+    found = {}
+    for name, function, dtype in (
+        ("exact", plain, torch.float64),
+        ("plain", plain, NUMBERS),
+        ("ours", ours, NUMBERS),
+    ):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in given]
+        y = function(*leaves)
+        towards = numbers(*y.shape) if towards is None else towards
+        results = (y.detach(), *torch.autograd.grad(y, leaves, towards.to(dtype)))
+        found[name] = [result.double() for result in results]
+    for mine, reference, exact in zip(found["ours"], found["plain"], found["exact"], strict=True):
+        assert float((mine - exact).square().mean()) <= 4 * float((reference - exact).square().mean())
+
+
 def test_half_precision_is_rounded_once():
     x, weight = numbers(2, 16, 9, 40, dtype=HALF), numbers(16, 16, 3, 3, dtype=HALF)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
@@ -155,13 +185,15 @@ def test_works_says_whether_results_are_right(monkeypatch):
         assert thin_conv.works.__wrapped__(device, HALF)
     right = thin_conv.patches
     monkeypatch.setattr(thin_conv, "patches", lambda *given: right(*given) * 1.1)
-    assert not thin_conv.works.__wrapped__(device, HALF)
+    with pytest.warns(RuntimeWarning, match=r"^Triton's kernels are not used.*: their results are wrong here$"):
+        assert not thin_conv.works.__wrapped__(device, HALF)
 
     def broken(*_given):
-        raise RuntimeError("no compiler")
+        raise RuntimeError("no\ncompiler")
 
     monkeypatch.setattr(thin_conv, "patches", broken)
-    assert not thin_conv.works.__wrapped__(device, HALF)
+    with pytest.warns(RuntimeWarning, match=r"take longer: RuntimeError: no compiler$"):
+        assert not thin_conv.works.__wrapped__(device, HALF)
 
 
 def out_of_memory(*_given):

@@ -156,26 +156,29 @@ def features(net: nn.Module, image: Tensor, *, relu: bool = False) -> list[Tenso
 def _take_stem(encoder: nn.Module) -> str | None:
     """Put a `Stem` in the place of the encoder's first convolution; return its name.
 
-    None, and the encoder as it was, unless that is a plain one of three channels and the first that an image meets.
+    None, and the encoder as it was, unless that is a plain one of three channels, and what it makes of an image is all
+    that the rest of the encoder needs.
     """
     name, conv = next((name, module) for name, module in encoder.named_modules() if isinstance(module, nn.Conv2d))
     if type(conv) is not nn.Conv2d or conv.in_channels != 3 or conv.padding_mode != "zeros":
         return None
-    given: list[Tensor] = []
-    hook = conv.register_forward_pre_hook(lambda _module, inputs: given.append(inputs[0]))
-    image = torch.zeros(1, 3, 64, 64)
-    training = encoder.training
-    with torch.no_grad():
-        encoder.eval()(image)
-    hook.remove()
-    encoder.train(training)
-    if len(given) != 1 or given[0] is not image:
-        return None
     with torch.device("meta"):  # draws no random weights
         stem = Stem(3, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None)
     stem.dilation, stem.groups, stem.weight, stem.bias = conv.dilation, conv.groups, conv.weight, conv.bias
-    encoder.set_submodule(name, stem)
-    return name
+    image = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+    training = encoder.training
+    with torch.no_grad():
+        wanted = encoder.eval()(image)
+        encoder.set_submodule(name, stem)
+        try:
+            found = encoder(conv(image))
+        except RuntimeError:  # another part is given the image as well
+            found = []
+    encoder.train(training)
+    if len(found) == len(wanted) and all(map(torch.equal, found, wanted)):
+        return name
+    encoder.set_submodule(name, conv)
+    return None
 
 
 def load_smp(model: UNet, state: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ from timm.models.resnet import BasicBlock
 from torch import nn
 
 from pneumo.model.folded import FoldedUNet, _FoldedBasicBlock
-from pneumo.model.unet import UNet
+from pneumo.model.unet import UNet, features
 
 NARROW = (16, 8, 8, 8, 4)
 
@@ -72,6 +72,14 @@ def test_residual_blocks_are_replaced_where_they_are_plain():
 
     assert count("resnet18") == (8, 0)
     assert count("resnetblur18") == (5, 3)  # three blur between their convolutions
+
+
+def test_a_first_relu_that_is_done_with_the_convolution_is_not_done_again():
+    folded = FoldedUNet(trained("resnet18"), torch.float32)
+    assert folded.clipped and type(folded.encoder.act1) is nn.Identity
+    image = torch.rand(1, 1, 64, 64)
+    assert float(features(folded, image, relu=True)[0].min()) == 0
+    assert not FoldedUNet(trained("resnet26d"), torch.float32).clipped  # three convolutions and ReLUs at first
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from torch import nn
 
 from pneumo.engine import RunningStatistics
 from pneumo.errors import DataError, UsageError
@@ -15,6 +16,45 @@ NARROW = (16, 8, 8, 8, 4)
 def resnet() -> UNet:
     torch.manual_seed(0)
     return UNet("resnet34").eval()
+
+
+class Encoder(nn.Module):
+    """The first convolution of an encoder, used as `way` says."""
+
+    def __init__(self, way) -> None:
+        super().__init__()
+        self.conv, self.way = nn.Conv2d(3, 3, 3, padding=1), way
+
+    def forward(self, image):
+        return [self.way(self.conv, image)]
+
+
+@pytest.mark.parametrize(
+    ("way", "taken"),
+    [
+        (lambda conv, image: conv(image).relu(), True),
+        (lambda conv, image: conv(image + 1), False),
+        (lambda conv, image: conv(conv(image)), False),
+        (lambda conv, image: conv(image) + image, False),
+        (lambda conv, image: torch.cat([conv(image), image[:, :2]], dim=1).view(1, 5, 64, 64), False),
+        (lambda conv, image: conv(image) @ image.view(3, 64, 64)[0], False),
+    ],
+)
+def test_a_first_convolution_is_taken_out_only_where_nothing_else_needs_the_image(way, taken):
+    encoder = Encoder(way).train()
+    conv, image = encoder.conv, torch.rand(1, 3, 64, 64)
+    wanted = encoder(image)[0]
+    assert unet._take_stem(encoder) == ("conv" if taken else None)
+    assert encoder.training and encoder.conv.weight is conv.weight
+    assert type(encoder.conv) is (unet.Stem if taken else nn.Conv2d)
+    assert torch.equal(encoder(conv(image) if taken else image)[0], wanted)
+
+
+def test_first_convolutions_of_encoders():
+    found = {
+        name: UNet(name, decoder_channels=NARROW).stem for name in ("resnet18", "tf_efficientnet_lite0", "resnet26d")
+    }
+    assert found == {"resnet18": "conv1", "tf_efficientnet_lite0": None, "resnet26d": "conv1.0"}
 
 
 def test_size_and_shape(resnet):

@@ -108,14 +108,14 @@ def _known(error: Exception) -> PneumoError | None:
     if isinstance(error, torch.OutOfMemoryError):
         return OutOfMemory(
             f"the GPU is out of memory ({text[:120]}). Lower stage.N.batch_size and raise stage.N.accumulation by the "
-            f"same factor (predict.batch_size, if it happened in validation or prediction), lower stage.N.image_size, "
-            f"or use --set train.amp=bf16"
+            f"same factor (set predict.batch_size, as to 1, if it happened in validation or prediction), lower "
+            f"stage.N.image_size, or use --set train.amp=bf16"
         )
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text):
         return OutOfMemory(
             f"the host is out of memory ({text[:160] or 'MemoryError'}). Lower stage.N.batch_size and raise "
-            f"stage.N.accumulation by the same factor (predict.batch_size, if it happened in validation or "
-            f"prediction), lower stage.N.image_size, or start fewer processes (GPUS=)"
+            f"stage.N.accumulation by the same factor (set predict.batch_size, as to 1, if it happened in validation "
+            f"or prediction), lower stage.N.image_size, or start fewer processes (GPUS=)"
         )
     if isinstance(error, OSError):
         if _came_of_writing(error):

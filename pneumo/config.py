@@ -118,7 +118,7 @@ class StageConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How a run is run; nothing here but `amp` and `compile` changes the weights of best.pt."""
+    """How a run is run; beyond last digits nothing here but `amp`, `ema` and `keep_best` changes what it gives."""
 
     amp: Literal["auto", "bf16", "fp16", "off"]
     compile: Literal["auto", "on", "off", "graph"]

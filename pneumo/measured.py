@@ -5,12 +5,11 @@ Imports checkpoint, dist, log, errors.
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pneumo import checkpoint, dist, log
-from pneumo.errors import DataError
+from pneumo.errors import DataError, WriteError
 
 FILE = "measured.json"
 
@@ -24,20 +23,29 @@ def once(runs: Path, key: str, measure: Callable[[], Any]) -> Any:
         measure: gives JSON; is called by one process.
 
     Returns:
-        The same on every process.
-
-    Raises:
-        WriteError: no space or no permission.
+        The same on every process. Where nothing can be written it is measured each time.
     """
-    answer = None
-    if dist.is_main():
-        path = runs / FILE
-        with checkpoint.wait_lock(path.with_suffix(".lock")):
-            known = {}
-            with suppress(FileNotFoundError, DataError):  # damaged: measured anew
-                known = log.read_json(path)
+    return dist.broadcast(_once(runs / FILE, key, measure) if dist.is_main() else None)
+
+
+def _once(path: Path, key: str, measure: Callable[[], Any]) -> Any:
+    known = _read(path)
+    if key in known:
+        return known[key]
+    answer: Any = None
+    try:
+        with checkpoint.wait_lock(path.with_suffix(".lock")):  # another run may be measuring the same
+            known = _read(path)
             if key not in known:
-                known[key] = measure()
+                answer = known[key] = measure()
                 checkpoint.write_atomic(path, json.dumps(known, indent=1).encode())
-            answer = known[key]
-    return dist.broadcast(answer)
+            return known[key]
+    except WriteError:
+        return measure() if answer is None else answer
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return log.read_json(path)
+    except (OSError, DataError):  # not there, or damaged: measured anew
+        return {}

@@ -36,6 +36,7 @@ from pneumo.errors import (
     WriteError,
     one_line,
 )
+from pneumo.kernels import thin_conv
 from pneumo.kernels.upconv import is_faster
 from pneumo.model import augment, losses
 from pneumo.model.folded import FoldedUNet
@@ -208,13 +209,16 @@ def evaluation_batch(recipe: Recipe, model: FoldedUNet, side: int, dtype: torch.
         free = min(torch.cuda.mem_get_info(device)[0], int(recipe.train.gpu_reserve_gb * 2**30))
         return engine.fitting_batch(model, side, dtype, device, free // 2)
 
-    channels = list(recipe.model.decoder_channels)
-    key = f"{_name(device, dtype)}, batch of {recipe.model.encoder} {channels} at {side} px"
+    network = f"{recipe.model.encoder} {list(recipe.model.decoder_channels)} at {side} px"
+    key = f"{_name(device, dtype)}, batch of {network} in {recipe.train.gpu_reserve_gb} GB"
     return measured.once(Path(recipe.runs), key, measure)
 
 
 def _name(device: torch.device, dtype: torch.dtype) -> str:
-    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {dtype}"
+    """All that a time measured on a GPU depends on, besides shapes."""
+    kernels = dtype in thin_conv.HALVES and thin_conv.works(device, dtype)
+    card = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {dtype}"
+    return f"{card}, thin_conv {thin_conv.VERSION if kernels else 'not used'}"
 
 
 @contextmanager
@@ -280,7 +284,7 @@ class _Run:
             f"fold {self.fold} stage {self.stage}: {len(self.training)} images to train on, {len(self.validation)} to "
             f"validate, {self.settings.image_size} px {feed}; {dist.world()} x {self.device.type}, "
             f"{str(self.dtype).removeprefix('torch.')}, "
-            f"{sum(self.merged)} of {len(self.merged)} blocks merged"
+            f"{sum(self.merged)} of {len(self.merged)} blocks merged, validation by {self.evaluation_batch}"
             + (f"; goes on at epoch {self.position.epoch}, step {self.position.step}" if saved else "")
         )
         positive = self.data.positive
@@ -321,7 +325,9 @@ class _Run:
             for block, merged in zip(self.model.blocks, self.merged, strict=True):
                 block.merged = merged
         self.folded = FoldedUNet(self.model, self.dtype)
-        self.evaluation_batch = evaluation_batch(
+        with _of_this_run(self.folder):
+            known = int((saved or {}).get("evaluation_batch", 0))  # there was a time without
+        self.evaluation_batch = known or evaluation_batch(
             self.recipe, self.folded, self.settings.image_size, self.dtype, self.device
         )
         self.running = RunningStatistics(self.model)
@@ -429,6 +435,8 @@ class _Run:
         """Refuse to go on with a run under other settings, other data or another number of processes."""
         mine = {**self.identity["settings"], "processes": dist.world(), "autocast": str(self.dtype)}
         theirs = {**saved["settings"], "processes": saved["processes"], "autocast": saved["autocast"]}
+        if not self.recipe.predict.batch_size:  # as many images as before
+            mine["predict.batch_size"] = theirs.get("predict.batch_size")
         changed = [
             f"{key}: {theirs.get(key)} -> {mine.get(key)}"
             for key in sorted(mine.keys() | theirs.keys())
@@ -644,6 +652,7 @@ class _Run:
             "average": None if self.average is None else self.average.state_dict(),
             "position": asdict(self.position),
             "merged": self.merged,
+            "evaluation_batch": self.evaluation_batch,
             "processes": dist.world(),
             "autocast": str(self.dtype),
             "versions": _versions(),

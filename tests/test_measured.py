@@ -4,7 +4,7 @@ import pytest
 import small_run
 import torch
 
-from pneumo import engine, measured, training
+from pneumo import checkpoint, engine, measured, training
 from pneumo.errors import WriteError
 from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
@@ -34,10 +34,20 @@ def test_what_fails_is_not_kept(tmp_path):
     assert measured.once(tmp_path, "a card", lambda: 4) == 4
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_where_nothing_can_be_written_it_is_measured_each_time(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(WriteError, match="file"):
-        measured.once(tmp_path / "file" / "runs", "a card", lambda: 1)
+    for answer in (1, False):
+        assert measured.once(tmp_path / "file" / "runs", "a card", lambda answer=answer: answer) is answer
+
+    def full(*_given):
+        raise WriteError("no space")
+
+    measured.once(tmp_path, "a card", lambda: 2)
+    monkeypatch.setattr(checkpoint, "write_atomic", full)
+    calls = iter([False])  # measured once, though it cannot be kept
+    assert measured.once(tmp_path, "another card", lambda: next(calls)) is False
+    monkeypatch.setattr(checkpoint, "wait_lock", full)
+    assert measured.once(tmp_path, "a card", refuse) == 2  # what is known is only read
 
 
 @pytest.fixture
@@ -77,8 +87,7 @@ def test_a_gpu_is_asked_once(repo, data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a card")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10 << 30, 11 << 30))
     monkeypatch.setattr(engine, "fitting_batch", lambda *given: asked.append(given[-1]) or 4)
-    for reserve in (24, 24, 2):
+    for reserve, side in ((24, 64), (24, 64), (2, 64), (2, 128), (2, 128)):
         recipe = small_run.recipe(repo, data, tmp_path, f"train.gpu_reserve_gb={reserve}")
-        assert training.evaluation_batch(recipe, None, 64, torch.float32, gpu) == 4
-    assert training.evaluation_batch(recipe, None, 128, torch.float32, gpu) == 4
-    assert asked == [5 << 30, 1 << 30]  # half of what is free, and half of what images leave free
+        assert training.evaluation_batch(recipe, None, side, torch.float32, gpu) == 4
+    assert asked == [5 << 30, 1 << 30, 1 << 30]  # half of what is free, or half of what images leave free

@@ -70,18 +70,49 @@ def test_a_checkpoint_that_is_no_state_of_a_run_is_named(repo, root, straight, t
     shutil.copy(straight.folder / "folds.csv", recipe.folder)
     good = checkpoint.load(folder / "last.pt")
     good["position"]["epoch"] = 2  # one more to train
-    parts = good.keys() - {"format", "fold", "stage", "average"}  # of use to others than a resumed run, or not used
+    # of use to others than a resumed run, or not used, or to be had without
+    parts = good.keys() - {"format", "fold", "stage", "average", "evaluation_batch"}
     spoiled = [{key: value for key, value in good.items() if key != part} for part in sorted(parts)]
     spoiled.append({**good, "position": {**good["position"], "spoons": 3}})
     spoiled.append({**good, "model": {**good["model"], "head.bias": torch.zeros(2)}})
     spoiled.append({**good, "optimizer": {"state": {}, "param_groups": []}})
     spoiled.append({**good, "settings": None})
+    spoiled.append({**good, "evaluation_batch": "many"})
     for state in spoiled:
         checkpoint.save(state, folder / "last.pt")
         with pytest.raises(DataError) as caught:
             train(recipe)
         assert str(caught.value).startswith(str(folder / "last.pt")) and "\n" not in str(caught.value)
     figure(f"{len(spoiled)} of {len(spoiled)} named")
+
+
+def test_a_run_goes_on_with_the_images_a_pass_that_it_had(repo, root, straight, tmp_path, monkeypatch):
+    """Whatever would be chosen now; also one that was told a number before the recipe left the choice open."""
+    recipe = small_run.recipe(repo, root, tmp_path)
+    folder = recipe.stage_folder(0, 1)
+    shutil.copytree(straight.folder / "fold0" / "stage1", folder)
+    shutil.copy(straight.folder / "folds.csv", recipe.folder)
+    good = checkpoint.load(folder / "last.pt")
+    assert good["evaluation_batch"] == 8
+    good["position"]["epoch"] = 2
+    used = []
+
+    def evaluate(*_given, batch_size, **_more):
+        used.append(batch_size)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(training.engine, "evaluate", evaluate)
+    for state in (
+        {**good, "evaluation_batch": 5},
+        {**good, "evaluation_batch": 5, "settings": {**good["settings"], "predict.batch_size": 5}},
+        {key: value for key, value in good.items() if key != "evaluation_batch"},
+    ):
+        checkpoint.save(state, folder / "last.pt")
+        with pytest.raises(ZeroDivisionError):
+            train(recipe)
+    assert used == [5, 5, 8]
+    with pytest.raises(UsageError, match=r"predict\.batch_size: 0 -> 4"):
+        train(small_run.recipe(repo, root, tmp_path, "predict.batch_size=4"))
 
 
 def test_a_stage_starts_from_the_best_of_the_one_before(straight, monkeypatch):

@@ -35,10 +35,12 @@ if importlib.util.find_spec("triton"):
 else:  # as with PyTorch for CPUs
     triton = None
 
+VERSION = 1  # of the kernels: a new one makes what was timed with the old obsolete
 HALVES = (torch.float16, torch.bfloat16)
-THIN = 512  # the product of channels in and out at most
-PIXELS = 128  # of a row that a program handles at a time; half of it where that would take too many registers
-WINDOW = 128  # numbers of a patch that a program takes in at once at most
+THIN = 32  # channels in and out at most, and their product
+PRODUCT = 512
+PIXELS = 128  # of a row that a program handles at a time; in a gradient of many weights half of it
+WINDOW = 128  # numbers of a patch that a program takes in at once; with more, it does so row by row of the window
 PROGRAMS = 528  # that share the pixels of a gradient of weights: four to a multiprocessor of an H100
 
 
@@ -97,7 +99,8 @@ def grey_conv(image: Tensor, conv: nn.Conv2d, mean: Tensor, std: Tensor, *, relu
     """
     size, stride, pad = conv.kernel_size[0], conv.stride[0], conv.padding[0]
     square = conv.kernel_size == (size, size) and conv.stride == (stride, stride) and conv.padding == (pad, pad)
-    if square and conv.dilation == (1, 1) and conv.groups == 1 and size <= 8 and is_thin(image, 2, conv.out_channels):
+    plain = square and conv.dilation == (1, 1) and conv.groups == 1
+    if plain and size <= 8 and is_thin(image, 2, conv.out_channels, most=2 * THIN):
         grey = torch.cat([image - 0.5, torch.ones_like(image)], dim=1)  # about 0, where half precision is finest
         scaled = conv.weight / std
         weight = torch.stack([scaled.sum(dim=1), (scaled * (0.5 - mean)).sum(dim=1)], dim=1)
@@ -106,9 +109,15 @@ def grey_conv(image: Tensor, conv: nn.Conv2d, mean: Tensor, std: Tensor, *, relu
     return y.relu_() if relu else y
 
 
-def is_thin(x: Tensor, inside: int, out: int) -> bool:
-    """Whether a convolution of so many channels of `x` is done here: on a GPU, in half precision."""
-    if triton is None or not x.is_cuda or inside * out > THIN or _compute_dtype(x) not in HALVES:
+def is_thin(x: Tensor, inside: int, out: int, most: int = THIN) -> bool:
+    """Whether a convolution of so many channels of `x` is done here: on a GPU, in half precision.
+
+    Args:
+        most: channels on either side.
+    """
+    if triton is None or not x.is_cuda or _compute_dtype(x) not in HALVES:
+        return False
+    if max(inside, out) > most or inside * out > PRODUCT:
         return False
     return torch.compiler.is_compiling() or works(x.device, _compute_dtype(x))  # a compiler for GPUs needs Triton, too
 

@@ -1,6 +1,7 @@
 """A UNet for evaluation and prediction: batch norm folded into the convolutions, decoder weights summed up once.
 
-Convolution, sum and ReLU are one where the device has that. Imports unet, kernels.
+Convolution, sum and ReLU are one where the device has that. Imports unet, kernels,
+errors.
 """
 
 import copy
@@ -11,6 +12,7 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pneumo.errors import UsageError, one_line
 from pneumo.kernels import thin_conv
 from pneumo.kernels.conv_relu import conv_relu
 from pneumo.kernels.upconv import stride_2_weight
@@ -153,7 +155,11 @@ def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def _conv_norm_pairs(encoder: nn.Module, image: Tensor) -> list[tuple[str, str]]:
-    """Names of the convolutions whose result is what a batch norm is given, and of those batch norms."""
+    """Names of the convolutions whose result goes to a batch norm alone, and of those batch norms.
+
+    Raises:
+        UsageError: the encoder refuses the image.
+    """
     made: dict[int, tuple[str, Tensor]] = {}  # holds the results, so that no two have one id
     pairs: list[tuple[str, str]] = []
 
@@ -169,10 +175,21 @@ def _conv_norm_pairs(encoder: nn.Module, image: Tensor) -> list[tuple[str, str]]
             hooks.append(module.register_forward_hook(note_result(name)))
         elif isinstance(module, _BatchNorm) and module.affine and module.track_running_stats:
             hooks.append(module.register_forward_pre_hook(note_given(name)))
-    with torch.no_grad():
-        encoder(image)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            features = encoder(image)
+    except Exception as error:  # encoders have many ways to insist on a size
+        raise UsageError(
+            f"model.encoder: it takes no images of {image.shape[-1]} px ({type(error).__name__}: "
+            f"{one_line(error)[:150]}); choose one for images of any size, as resnet34"
+        ) from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    given_out = {id(feature) for feature in features}
+    pairs = [
+        pair for pair in pairs if not any(id(result) in given_out for name, result in made.values() if name == pair[0])
+    ]
     return pairs
 
 

@@ -8,6 +8,7 @@ import logging
 import socket
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -167,15 +168,14 @@ def _take_stem(encoder: nn.Module) -> str | None:
     stem.dilation, stem.groups, stem.weight, stem.bias = conv.dilation, conv.groups, conv.weight, conv.bias
     image = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
     training = encoder.training
-    with torch.no_grad():
+    same = False
+    with torch.no_grad(), suppress(Exception):  # it takes no such image, or another part is given the image as well
         wanted = encoder.eval()(image)
         encoder.set_submodule(name, stem)
-        try:
-            found = encoder(conv(image))
-        except RuntimeError:  # another part is given the image as well
-            found = []
+        found = encoder(conv(image))
+        same = len(found) == len(wanted) and all(map(torch.equal, found, wanted))
     encoder.train(training)
-    if len(found) == len(wanted) and all(map(torch.equal, found, wanted)):
+    if same:
         return name
     encoder.set_submodule(name, conv)
     return None

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(thin_conv.triton is None, reason="no Triton")
 @pytest.fixture(autouse=True)
 def in_triton(monkeypatch):
     """On a CPU, too, nothing goes the plain way."""
-    monkeypatch.setattr(thin_conv, "is_thin", lambda *_given: True)
+    monkeypatch.setattr(thin_conv, "is_thin", lambda *_given, **_more: True)
 
 
 def numbers(*shape: int, dtype: torch.dtype = NUMBERS) -> Tensor:
@@ -220,10 +220,23 @@ class TestChoice:
         x = torch.zeros(1, 16, 8, 8, device="cuda")
         assert not thin_conv.is_thin(x, 16, 16)
         assert thin_conv.is_thin(x.bfloat16(), 16, 16)
-        assert not thin_conv.is_thin(x.bfloat16(), 64, 64)
+        for many in ((64, 64), (64, 1), (1, 64), (32, 32)):
+            assert not thin_conv.is_thin(x.bfloat16(), *many)
         with torch.autocast("cuda", torch.float16):
             assert thin_conv.is_thin(x, 16, 16)
             assert conv(x, numbers(16, 16, 3, 3)).dtype == torch.float16
+
+    @pytest.mark.parametrize(
+        ("inside", "out", "most", "thin"),
+        [(16, 16, 32, True), (32, 16, 32, True), (32, 32, 32, False), (256, 1, 32, False), (2, 64, 64, True)],
+    )
+    def test_more_channels_would_need_more_memory_than_a_multiprocessor_has(self, monkeypatch, inside, out, most, thin):
+        class Card:
+            is_cuda, device, dtype = True, torch.device("cuda"), torch.bfloat16
+
+        monkeypatch.setattr(thin_conv, "_compute_dtype", lambda x: x.dtype)
+        monkeypatch.setattr(thin_conv, "works", lambda *_given, **_more: True)
+        assert thin_conv.is_thin(Card, inside, out, most) is thin
 
     def test_without_triton_all_goes_the_plain_way(self, monkeypatch):
         monkeypatch.setattr(thin_conv, "triton", None)

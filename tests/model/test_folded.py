@@ -3,6 +3,7 @@ import torch
 from timm.models.resnet import BasicBlock
 from torch import nn
 
+from pneumo.errors import UsageError
 from pneumo.model.folded import FoldedUNet, _FoldedBasicBlock
 from pneumo.model.unet import UNet, features
 
@@ -72,6 +73,22 @@ def test_residual_blocks_are_replaced_where_they_are_plain():
 
     assert count("resnet18") == (8, 0)
     assert count("resnetblur18") == (5, 3)  # three blur between their convolutions
+
+
+@pytest.mark.parametrize("encoder", ["regnetv_040", "ghostnet_050"])
+def test_a_convolution_whose_own_result_is_a_feature_keeps_its_batch_norm(encoder):
+    model = trained(encoder)
+    image = torch.rand(1, 1, 64, 64)
+    with torch.inference_mode():
+        wanted, found = model.double()(image.double()), FoldedUNet(model.float(), torch.float32)(image)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_an_encoder_that_insists_on_a_size_is_refused():
+    with pytest.raises(
+        UsageError, match=r"model\.encoder: it takes no images of 64 px .*choose one for images of any size"
+    ):
+        FoldedUNet(UNet("botnet26t_256", decoder_channels=NARROW), torch.float32)
 
 
 def test_a_first_relu_that_is_done_with_the_convolution_is_not_done_again():

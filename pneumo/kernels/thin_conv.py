@@ -28,6 +28,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.library import custom_op
 
 if importlib.util.find_spec("triton"):
     import triton
@@ -160,7 +161,7 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
     return False
 
 
-@torch.library.custom_op("pneumo::patches", mutates_args=())
+@custom_op("pneumo::patches", mutates_args=())
 def patches(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, up: int, pad: int, relu: bool) -> Tensor:
     """The form above: patches of `x` times weights.
 
@@ -194,7 +195,7 @@ def _result_of(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, up: 
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("pneumo::patches_weight", mutates_args=())
+@custom_op("pneumo::patches_weight", mutates_args=())
 def patches_weight(x: Tensor, gradient: Tensor, size: int, stride: int, up: int, pad: int) -> Tensor:
     """The gradient of the weight of `patches`.
 

@@ -352,7 +352,6 @@ def stage_settings(recipe: Recipe, stage: int) -> dict[str, Any]:
     del parts["model"]["checkpointing"]  # changes memory and time alone
     parts["data"] = {"annotation_size": recipe.data.annotation_size}
     parts["train"] = {key: table["train"][key] for key in ("amp", "compile", "ema", "keep_best")}
-    parts["predict"] = {"batch_size": recipe.predict.batch_size}
     parts["stage"] = {str(stage): table["stage"][stage]}
     return dict(_flatten(parts, ""))
 

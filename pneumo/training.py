@@ -326,9 +326,11 @@ class _Run:
                 block.merged = merged
         self.folded = FoldedUNet(self.model, self.dtype)
         with _of_this_run(self.folder):
-            known = int((saved or {}).get("evaluation_batch", 0))  # there was a time without
-        self.evaluation_batch = known or evaluation_batch(
-            self.recipe, self.folded, self.settings.image_size, self.dtype, self.device
+            before = int((saved or {}).get("evaluation_batch", 0))  # there was a time without
+        self.evaluation_batch = (
+            self.recipe.predict.batch_size
+            or before
+            or evaluation_batch(self.recipe, self.folded, self.settings.image_size, self.dtype, self.device)
         )
         self.running = RunningStatistics(self.model)
         self.optimizer = torch.optim.Adam(
@@ -435,8 +437,7 @@ class _Run:
         """Refuse to go on with a run under other settings, other data or another number of processes."""
         mine = {**self.identity["settings"], "processes": dist.world(), "autocast": str(self.dtype)}
         theirs = {**saved["settings"], "processes": saved["processes"], "autocast": saved["autocast"]}
-        if not self.recipe.predict.batch_size:  # as many images as before
-            mine["predict.batch_size"] = theirs.get("predict.batch_size")
+        theirs.pop("predict.batch_size", None)  # compared once; it is free, so that a run can go on with less memory
         changed = [
             f"{key}: {theirs.get(key)} -> {mine.get(key)}"
             for key in sorted(mine.keys() | theirs.keys())

@@ -27,8 +27,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.library import custom_op
+from torch import Tensor, library, nn
 
 if importlib.util.find_spec("triton"):
     import triton
@@ -114,7 +113,7 @@ def is_thin(x: Tensor, inside: int, out: int, most: int = THIN) -> bool:
     """Whether a convolution of so many channels of `x` is done here: on a GPU, in half precision.
 
     Args:
-        most: channels on either side.
+        most: channels on either side at most; more would need more memory than a multiprocessor has.
     """
     if triton is None or not x.is_cuda or _compute_dtype(x) not in HALVES:
         return False
@@ -161,7 +160,7 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
     return False
 
 
-@custom_op("pneumo::patches", mutates_args=())
+@library.custom_op("pneumo::patches", mutates_args=())
 def patches(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, up: int, pad: int, relu: bool) -> Tensor:
     """The form above: patches of `x` times weights.
 
@@ -195,7 +194,7 @@ def _result_of(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, up: 
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@custom_op("pneumo::patches_weight", mutates_args=())
+@library.custom_op("pneumo::patches_weight", mutates_args=())
 def patches_weight(x: Tensor, gradient: Tensor, size: int, stride: int, up: int, pad: int) -> Tensor:
     """The gradient of the weight of `patches`.
 

@@ -1,7 +1,6 @@
 """A UNet for evaluation and prediction: batch norm folded into the convolutions, decoder weights summed up once.
 
-Convolution, sum and ReLU are one where the device has that. Imports unet, kernels,
-errors.
+Convolution, sum and ReLU are one where the device has that. Imports unet, kernels, errors.
 """
 
 import copy
@@ -186,11 +185,8 @@ def _conv_norm_pairs(encoder: nn.Module, image: Tensor) -> list[tuple[str, str]]
     finally:
         for hook in hooks:
             hook.remove()
-    given_out = {id(feature) for feature in features}
-    pairs = [
-        pair for pair in pairs if not any(id(result) in given_out for name, result in made.values() if name == pair[0])
-    ]
-    return pairs
+    raw = {made[id(feature)][0] for feature in features if id(feature) in made}  # others need it as it is
+    return [(conv, norm) for conv, norm in pairs if conv not in raw]
 
 
 def _after(norm: _BatchNorm) -> nn.Module:

@@ -3,8 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.library import opcheck
+from torch import Tensor, library, nn
 
 from pneumo.kernels import thin_conv
 from pneumo.kernels.thin_conv import conv, doubling_conv, grey_conv
@@ -144,8 +143,8 @@ def test_the_kernels_are_as_a_compiler_is_told():
     kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
     weight, bias = numbers(1, 1, 3, 3, 4, 8).requires_grad_(), numbers(8).requires_grad_()
     x, gradient = (numbers(2, channels, 6, 10).contiguous(memory_format=torch.channels_last) for channels in (4, 8))
-    opcheck(thin_conv.patches, (x.requires_grad_(), weight, bias, 1, 1, 1, False), test_utils=kinds)
-    opcheck(thin_conv.patches_weight, (x.detach(), gradient, 3, 1, 1, 1), test_utils=kinds)
+    library.opcheck(thin_conv.patches, (x.requires_grad_(), weight, bias, 1, 1, 1, False), test_utils=kinds)
+    library.opcheck(thin_conv.patches_weight, (x.detach(), gradient, 3, 1, 1, 1), test_utils=kinds)
 
 
 def test_compiled_it_is_the_same():

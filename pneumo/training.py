@@ -333,9 +333,7 @@ class _Run:
             or evaluation_batch(self.recipe, self.folded, self.settings.image_size, self.dtype, self.device)
         )
         self.running = RunningStatistics(self.model)
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=True
-        )
+        self.optimizer = engine.Adam(self.model.parameters(), self.settings.lr, self.settings.weight_decay)
         self.average = engine.WeightAverage(self.model, self.recipe.train.ema) if self.recipe.train.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(

@@ -34,7 +34,7 @@ def test_each_shape_is_compiled_once_over_epochs_and_stages(compiled):
         torch.manual_seed(fold)
         model = UNet("resnet18", decoder_channels=(8, 8, 8, 4, 4))
         running, folded = RunningStatistics(model), FoldedUNet(model, torch.float32)
-        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        optimizer = engine.Adam(model.parameters(), lr=1e-3)
         engine.compiled(model, backend)
         engine.compiled(folded, backend)
         for _epoch in range(2):

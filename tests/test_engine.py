@@ -134,7 +134,49 @@ def small_step(image: torch.Tensor, model: nn.Module, optimizer, running: Runnin
 def small_model() -> tuple[nn.Module, torch.optim.Optimizer, RunningStatistics]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 1))
-    return model, torch.optim.Adam(model.parameters(), lr=1e-2, fused=True), RunningStatistics(model)
+    return model, engine.Adam(model.parameters(), lr=1e-2), RunningStatistics(model)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_adam_is_pytorchs_and_copies_nothing(layout):
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Conv2d(5, 7, 3), nn.BatchNorm2d(7), nn.Conv2d(7, 3, 1)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    mine, plain = (model.to(torch.float64, memory_format=layout) for model in models)
+    ours = engine.Adam(mine.parameters(), lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.Adam(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        for one, other in zip(mine.parameters(), plain.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        with torch.profiler.profile(record_shapes=True) as profile:
+            ours.step()
+        theirs.step()
+        events = profile.key_averages(group_by_input_shape=True)
+        assert not [event for event in events if event.key == "aten::copy_" and event.input_shapes[0]]
+    for one, other in zip(mine.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+        assert one.stride() == ours.state[one]["exp_avg"].stride() == ours.state[one]["exp_avg_sq"].stride()
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("elsewhere", [torch.contiguous_format, torch.channels_last])
+def test_adam_takes_gradients_and_moments_that_lie_otherwise(memory, elsewhere):
+    torch.manual_seed(0)
+    weight = torch.randn(7, 5, 3, 3, dtype=torch.float64)
+    mine, plain = nn.Parameter(weight.clone(memory_format=memory)), nn.Parameter(weight.clone())
+    ours, theirs = engine.Adam([mine], lr=1e-2), torch.optim.Adam([plain], lr=1e-2)
+    for _ in range(3):
+        plain.grad = torch.randn_like(weight)
+        mine.grad = plain.grad.clone(memory_format=elsewhere)
+        ours.step()
+        theirs.step()
+        saved = ours.state_dict()
+        moments = {
+            name: tensor.clone(memory_format=elsewhere) for name, tensor in saved["state"][0].items() if tensor.dim()
+        }
+        ours.load_state_dict({**saved, "state": {0: saved["state"][0] | moments}})
+    torch.testing.assert_close(mine, plain, rtol=1e-12, atol=0)
 
 
 def test_running_statistics_are_what_batch_norm_keeps():
@@ -215,7 +257,7 @@ def steps_of(
     """A model after three epochs of 10 images in micro-batches of 4, two a step, and what the steps returned."""
     torch.manual_seed(0)
     model = two_processes.UNet(two_processes.SMALL, decoder_channels=(8, 8, 8, 4, 4)).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    optimizer = engine.Adam(model.parameters(), lr=1e-3)
     running = RunningStatistics(model)
     scaler = torch.amp.GradScaler(device.type, init_scale=256.0, enabled=dtype == torch.float16)
     loss = two_processes.LOSS
@@ -265,7 +307,7 @@ def test_a_step_does_not_wait_for_the_gpu(waiting_refused):
     device = torch.device("cuda")
     torch.manual_seed(0)
     model = two_processes.UNet("resnet18").to(device)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    optimizer = engine.Adam(model.parameters(), lr=1e-3)
     running, scaler = RunningStatistics(model), torch.amp.GradScaler("cuda", enabled=False)
     batch = (torch.rand(2, 1, 64, 64, device=device), torch.ones(2, 1, 64, 64, device=device))
     for refused in (nullcontext, waiting_refused):  # the first step sets the optimizer's state up

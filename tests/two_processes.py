@@ -52,7 +52,7 @@ def train(encoder: str, dtype: torch.dtype, step_count: int) -> dict[str, torch.
     torch.manual_seed(0)
     model = UNet(encoder, decoder_channels=(8, 8, 8, 4, 4)).to(dtype)
     running = RunningStatistics(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    optimizer = engine.Adam(model.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     wrapped = dist.wrap(model)
     reductions = []

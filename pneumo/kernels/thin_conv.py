@@ -100,11 +100,17 @@ def grey_conv(image: Tensor, conv: nn.Conv2d, mean: Tensor, std: Tensor, *, relu
     size, stride, pad = conv.kernel_size[0], conv.stride[0], conv.padding[0]
     square = conv.kernel_size == (size, size) and conv.stride == (stride, stride) and conv.padding == (pad, pad)
     plain = square and conv.dilation == (1, 1) and conv.groups == 1
-    if plain and size <= 8 and is_thin(image, 2, conv.out_channels, most=2 * THIN):
+    thin = size <= 8 and is_thin(image, 2, conv.out_channels, most=2 * THIN)
+    if plain and (thin or not image.is_cuda):
         grey = torch.cat([image - 0.5, torch.ones_like(image)], dim=1)  # about 0, where half precision is finest
         scaled = conv.weight / std
         weight = torch.stack([scaled.sum(dim=1), (scaled * (0.5 - mean)).sum(dim=1)], dim=1)
-        return _thin(grey, weight.permute(2, 3, 1, 0)[None, None], conv.bias, stride, 1, pad, relu)
+        if thin:
+            return _thin(grey, weight.permute(2, 3, 1, 0)[None, None], conv.bias, stride, 1, pad, relu)
+        if conv.weight.is_contiguous(memory_format=torch.channels_last):  # what follows keeps to this order
+            grey, weight = (part.contiguous(memory_format=torch.channels_last) for part in (grey, weight))
+        y = F.conv2d(grey, weight, conv.bias, stride, pad)
+        return y.relu_() if relu else y
     y = F.conv2d((image - mean) / std, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     return y.relu_() if relu else y
 

@@ -104,7 +104,7 @@ def our_step(setup: Setup, dtype: torch.dtype, batch: int, side: int) -> Callabl
     for block, shape in zip(model.blocks, model.block_shapes(batch, side), strict=True):
         block.merged = is_faster(*shape, setup.device, dtype)
     running = RunningStatistics(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4, fused=True)
+    optimizer = engine.Adam(model.parameters(), lr=5e-4)
     scaler = torch.amp.GradScaler(setup.device.type, enabled=False)
     loss, recorded = LOSS, None
     if setup.device.type == "cuda":

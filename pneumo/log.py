@@ -64,15 +64,24 @@ def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
     checkpoint.write_atomic(path, text.encode())
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, numbers: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Read what `write_jsonl` wrote.
+
+    Args:
+        numbers: keys that each line must have, with a number or null.
 
     Raises:
         DataError: a line is damaged; names it.
     """
     try:
-        lines = enumerate(path.read_bytes().splitlines(), 1)
-        return [_object(line, f"{path} line {number}") for number, line in lines]
+        found = []
+        for count, line in enumerate(path.read_bytes().splitlines(), 1):
+            where = f"{path} line {count}"
+            found.append(_object(line, where))
+            for key in numbers:
+                if key not in found[-1] or type(found[-1][key]) not in (int, float, type(None)):
+                    raise DataError(f"{where} is damaged: it holds no number {key!r}")
+        return found
     except DataError as error:
         raise DataError(
             f"{error}. Start the stage's training again: where it is done, that only writes this file."

@@ -134,7 +134,7 @@ def _logs(recipe: Recipe) -> pd.DataFrame:
         for stage in range(1, recipe.stages + 1):
             path = recipe.stage_folder(fold, stage) / "log.jsonl"
             if path.exists():
-                tables_.append(figures.frame(log.read_jsonl(path), fold=fold, stage=stage))
+                tables_.append(figures.frame(log.read_jsonl(path, figures.DRAWN), fold=fold, stage=stage))
     return pd.concat(tables_, ignore_index=True) if tables_ else pd.DataFrame()
 
 
@@ -167,7 +167,7 @@ def _compare_losses(recipe: Recipe, logs: pd.DataFrame, note: str, path: Path) -
     for fold in range(recipe.folds.count):
         place = Path(recipe.runs) / other / f"fold{fold}" / f"stage{stage}"
         if (place / "best.pt").exists():
-            lines.append(figures.frame(log.read_jsonl(place / "log.jsonl"), fold=fold, stage=stage))
+            lines.append(figures.frame(log.read_jsonl(place / "log.jsonl", figures.DRAWN), fold=fold, stage=stage))
             losses[other] = checkpoint.load(place / "best.pt")["settings"][f"stage.{stage}.loss"]
     if not lines or own[recipe.name].empty:
         return False

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from skimage.measure import find_contours
 
+DRAWN = ("epoch", "loss", "val_loss", "dice", "dice_positive", "all_empty")  # numbers of a log line
 STAGE_COLOURS = ("#e8eef7", "#f7efe3", "#e9f4ea")
 PLAIN = {
     "font.size": 9,

@@ -136,6 +136,17 @@ def test_a_damaged_log_is_named_by_line(tmp_path):
             log.read_jsonl(path)
 
 
+@pytest.mark.parametrize("line", [b'{"loss": 1}', b'{"epoch": "1", "loss": 1}', b'{"epoch": true, "loss": 1}'])
+def test_a_log_line_without_a_number_that_is_drawn_is_named(tmp_path, line):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"epoch": 1, "loss": null}\n' + line + b"\n")
+    assert len(log.read_jsonl(path)) == 2
+    with pytest.raises(
+        DataError, match=r"log\.jsonl line 2 is damaged: it holds no number 'epoch'\. Start the stage's"
+    ):
+        log.read_jsonl(path, ("epoch", "loss"))
+
+
 @pytest.mark.fault("R6", "200 random bits of a training checkpoint flipped, one at a time")
 def test_every_flipped_bit_is_found(half, figure):
     path = half / STAGE / "best.pt"

@@ -149,7 +149,7 @@ def test_adam_is_pytorchs_and_copies_nothing(layout):
         for one, other in zip(mine.parameters(), plain.parameters(), strict=True):
             one.grad = torch.randn_like(one)
             other.grad = one.grad.clone()
-        with torch.profiler.profile(record_shapes=True) as profile:
+        with torch.profiler.profile(record_shapes=True, acc_events=True) as profile:
             ours.step()
         theirs.step()
         events = profile.key_averages(group_by_input_shape=True)

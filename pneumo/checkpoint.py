@@ -53,10 +53,10 @@ def save(state: dict[str, Any], path: Path, *, keep: Path | None = None) -> None
             raise NotFiniteError(f"{path} was not written: {name} is not finite. The previous one is intact.")
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write_atomic(path, buffer.getbuffer(), keep=keep)
+    write_atomic(path, buffer.getvalue(), keep=keep)
 
 
-def write_atomic(path: Path, content: bytes | memoryview, *, keep: Path | None = None) -> None:
+def write_atomic(path: Path, content: bytes, *, keep: Path | None = None) -> None:
     """Replace a file's content, all or nothing, and durably.
 
     Raises:

@@ -197,10 +197,10 @@ def _write_fold(
     arrays = {name: getattr(whole, name) for name in ARRAYS}
     np.savez_compressed(content, image_ids=ids, origin=np.array(json.dumps(origin)), **arrays)
     path = path_of(recipe, fold)
-    checkpoint.write_atomic(path, content.getbuffer())
+    checkpoint.write_atomic(path, content.getvalue())
     score = tables.dice(whole, Rule(**asdict(recipe.rule))).mean()
     log.say(
-        f"{path}: {len(whole)} images, {len(content.getbuffer()) / 1e6:.1f} MB; Dice {score:.4f} "
+        f"{path}: {len(whole)} images, {len(content.getvalue()) / 1e6:.1f} MB; Dice {score:.4f} "
         f"(all empty {(~whole.positive).mean():.4f})"
     )
 

@@ -22,7 +22,7 @@ OPTIONS = --recipe $(RECIPE) $(if $(SET),--set $(SET))
 LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow faults soak bench lint format recipe verify pack folds phantom train cv oof tune submit score check-submission report clean
+.PHONY: help setup demo test test-oldest test-slow faults soak bench lint format recipe verify pack folds phantom train cv oof tune submit score check-submission report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -51,6 +51,15 @@ demo: $(READY)  ## the whole recipe on synthetic X-rays, minutes on a CPU
 
 test: $(READY)  ## the tests, but for the slow ones
 	$(PYTHON) -m pytest
+
+.oldest/installed: pyproject.toml
+	python3 -m venv .oldest
+	.oldest/bin/python -m pip install --quiet --editable '.[dicom,test]' \
+	  $$(sed -nE '/^dependencies/,/^]/s/^ *"(.*)>=([0-9.]+)".*/\1==\2/p' pyproject.toml)
+	touch $@
+
+test-oldest: .oldest/installed  ## the tests with the oldest packages that pyproject.toml allows, in a folder of their own
+	.oldest/bin/python -m pytest
 
 test-slow: $(READY)  ## the slow tests
 	$(PYTHON) -m pytest -m slow

@@ -162,7 +162,8 @@ def _judge(recipe: Recipe, problems: list[Problem]) -> None:
     report = recipe.folder / "data_report.csv"
     for problem in problems:
         if not problem.fatal:
-            log.warn(problem.message + (f" All are listed in {report}." if len(problem.each) > cases.SHOWN else ""))
+            more = len(problem.each) > cases.SHOWN
+            log.warn(f"{problem.message.rstrip('.')}. All are listed in {report}." if more else problem.message)
     if problems:
         cases.raise_fatal(problems, report if dist.is_main() else None)  # one process writes it; all stop
 

@@ -14,7 +14,7 @@ import pytest
 import small_run
 from PIL import Image
 
-from pneumo import config
+from pneumo import config, dataset
 from pneumo.__main__ import recipe as print_recipe
 from pneumo.data import rle
 
@@ -222,3 +222,19 @@ def test_two_processes_predict_as_one(repo, place, options, trained):
         with np.load(folder / f"fold{fold}" / "stage3" / "oof-best.npz") as again:
             for name, array in arrays.items():
                 np.testing.assert_array_equal(again[name], array)
+
+
+def test_where_many_images_have_one_fault_the_file_with_all_is_named(repo, tmp_path, capsys):
+    """Whether or not the message ends with a full stop."""
+    small_run.write_data(tmp_path / "data")
+    table = tmp_path / "data" / "train-rle.csv"
+    header, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([header, *rows, *rows]) + "\n")  # each twice
+    for number in range(6):
+        (tmp_path / "data" / "train" / f"note {number}.txt").touch()
+    recipe = small_run.recipe(repo, tmp_path / "data", tmp_path / "runs")
+    dataset.load_cases(recipe)
+    report = recipe.folder / "data_report.csv"
+    said = capsys.readouterr().err
+    assert f"rows); they were united. All are listed in {report}.\n" in said
+    assert f"note 3.txt, note 4.txt and 1 more. All are listed in {report}.\n" in said

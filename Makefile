@@ -120,6 +120,6 @@ check-submission: $(READY)  ## rows, ids and codes of a submission [SUBMISSION=a
 report: $(READY)  ## report.html and its figures [BESIDE=seed-image]
 	$(PYTHON) -m pneumo report $(OPTIONS) $(if $(BESIDE),--beside $(BESIDE))
 
-clean:  ## remove the environment and caches; runs/ and data/ stay
-	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
+clean:  ## remove the environments and caches; runs/ and data/ stay
+	rm -rf .venv .oldest .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -121,11 +121,26 @@ def is_thin(x: Tensor, inside: int, out: int, most: int = THIN) -> bool:
     Args:
         most: channels on either side at most; more would need more memory than a multiprocessor has.
     """
-    if triton is None or not x.is_cuda or _compute_dtype(x) not in HALVES:
+    if triton is None or not x.is_cuda or _compute_dtype(x) not in HALVES or not few(inside, out, most):
         return False
-    if max(inside, out) > most or inside * out > PRODUCT:
-        return False
-    return torch.compiler.is_compiling() or works(x.device, _compute_dtype(x))  # a compiler for GPUs needs Triton, too
+    if torch.compiler.is_compiling():  # a compiler for GPUs needs Triton, too, so it is there
+        return has_products(x.device)
+    return works(x.device, _compute_dtype(x))
+
+
+def few(inside: int, out: int, most: int = THIN) -> bool:
+    """Whether a convolution of so many channels is one for the kernels here."""
+    return max(inside, out) <= most and inside * out <= PRODUCT
+
+
+@torch.compiler.assume_constant_result
+def has_products(device: torch.device) -> bool:
+    """Whether Triton multiplies on the device's tensor cores, as it does from compute capability 8.0 on.
+
+    Before, as on a T4 or an RTX 2080 Ti, it multiplies number by number and has too few registers: built for 7.5, up to
+    24 kB of a thread's numbers are written to memory and read back, so cuDNN is left to do it. Not tried on such a card.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -141,11 +156,13 @@ def _thin(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, up: int, 
 
 @cache
 def works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton can build the kernels for this device and they give the plain result; tried once.
+    """Whether the device has what the kernels need, Triton can build them and they give the plain result; tried once.
 
     Warns:
-        RuntimeWarning: they cannot be used, and why; all else goes on, slower.
+        RuntimeWarning: they could be used, but cannot, and why; all else goes on, slower.
     """
+    if not has_products(device):
+        return False
     x = torch.randn(2, 16, 32, 32, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(16, 16, 3, 3, device=device).to(dtype)
     try:

@@ -1,0 +1,73 @@
+"""The Triton kernels for GPUs that are not there: built, never run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pneumo.kernels import thin_conv
+
+# kB of shared memory that a program can have, by compute capability: CUDA C++ Programming Guide, technical
+# specifications; A100, RTX 3090, RTX 4090, H100, B200, RTX 5090
+SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+TURING = (7, 5)  # T4, RTX 2080 Ti
+
+
+def built(capability: tuple[int, int], repo: Path, cache: Path) -> list[dict[str, Any]]:
+    """What is known of each of the network's kernels, built for a card."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(repo)}
+    command = [sys.executable, repo / "tests" / "built_kernels.py", "{}{}".format(*capability)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    kernels = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in kernels} == {"_patches", "_patches_weight"}
+    return kernels
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(thin_conv.triton is None, reason="no Triton")
+@pytest.mark.parametrize("capability", SHARED)
+def test_a_card_can_take_the_kernels(capability, repo, tmp_path):
+    for kernel in built(capability, repo, tmp_path):
+        assert kernel["shared"] <= SHARED[capability] * 1024, kernel
+        assert kernel["products"], kernel
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(thin_conv.triton is None, reason="no Triton")
+def test_on_an_older_card_nothing_would_multiply_on_tensor_cores(repo, tmp_path):
+    assert not any(kernel["products"] for kernel in built(TURING, repo, tmp_path))
+
+
+class Half:
+    is_cuda, device, dtype = True, torch.device("cuda"), torch.float16
+
+
+@pytest.mark.parametrize(("capability", "taken"), [((7, 0), False), (TURING, False), ((8, 0), True), ((12, 0), True)])
+def test_an_older_card_is_left_to_cudnn(monkeypatch, capability, taken):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    assert thin_conv.has_products(Half.device) is taken
+    if not taken:
+        assert not thin_conv.works.__wrapped__(Half.device, Half.dtype)  # and without a warning
+    monkeypatch.setattr(thin_conv, "triton", object())
+    monkeypatch.setattr(thin_conv, "_compute_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert thin_conv.is_thin(Half, 16, 16) is taken
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((8, 0), 1), (TURING, 0)])
+def test_a_compiler_asks_and_takes_the_answer_for_good(monkeypatch, capability, wanted):
+    not_to_be_traced = torch.compiler.disable(lambda _device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", not_to_be_traced)
+
+    def asked(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if thin_conv.has_products(Half.device) else x * 1
+
+    torch._dynamo.reset()
+    found = torch.compile(asked, fullgraph=True, dynamic=False, backend="eager")(torch.zeros(2))
+    assert found.tolist() == [wanted] * 2

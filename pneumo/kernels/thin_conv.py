@@ -138,7 +138,7 @@ def has_products(device: torch.device) -> bool:
     """Whether Triton multiplies on the device's tensor cores, as it does from compute capability 8.0 on.
 
     Before, as on a T4 or an RTX 2080 Ti, it multiplies number by number and has too few registers: built for 7.5, up to
-    24 kB of a thread's numbers are written to memory and read back, so cuDNN is left to do it. Not tried on such a card.
+    24 kB of a thread's numbers are written to memory and read back. So cuDNN does it there; none was tried.
     """
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 

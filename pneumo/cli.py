@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import sys
 import time
 import traceback
@@ -21,6 +22,8 @@ from pneumo.config import Recipe
 from pneumo.errors import OutOfMemory, PneumoError, Stopped, UsageError, printable
 
 BUG = 1
+# as a full GPU reads where it is not PyTorch's allocator that asks: in the driver, cuDNN and cuBLAS, and Triton
+_GPU_FULL = re.compile(r"CUDA error: out of memory|CU(DNN|BLAS)_STATUS_ALLOC_FAILED|\[CUDA\]: out of memory")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs.toml"
 
 
@@ -105,7 +108,7 @@ def _known(error: Exception) -> PneumoError | None:
     text = " ".join(str(error).split())
     if isinstance(error, PneumoError):
         return error
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and _GPU_FULL.search(text)):
         return OutOfMemory(
             f"the GPU is out of memory ({text[:120]}). Lower stage.N.batch_size and raise stage.N.accumulation by the "
             f"same factor (set predict.batch_size, as to 1, if it happened in validation or prediction), lower "

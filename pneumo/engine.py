@@ -4,12 +4,14 @@ Nothing here waits for the device in a training step: what the host must know it
 model, decision, dist.
 """
 
+import gc
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import repeat
 from typing import Any
 
@@ -22,10 +24,12 @@ from pneumo import dist
 from pneumo.data.feed import Feed, cut
 from pneumo.decision import metrics
 from pneumo.decision.rule import Rule, decide, decide_batch, resize_quantise
+from pneumo.errors import one_line
 from pneumo.model import losses
 
 SHAPES = 64  # that one function may be compiled for
 LARGEST = 16  # images of a forward pass that are enough to keep a GPU busy
+GRID_BYTES = 24  # that a pixel of the annotation grid takes while an image's probabilities become tables; counted: 21
 
 
 @dataclass(frozen=True)
@@ -234,6 +238,28 @@ def compiled(function: Callable[..., Any], backend: str | Callable[..., Any] = "
         function.compile(dynamic=False, backend=backend)
         return function
     return torch.compile(function, dynamic=False, backend=backend)
+
+
+@cache
+def compiler_trouble(device: torch.device) -> str:
+    """Why nothing can be compiled for this device; "" if it can be. Tried once, on a few numbers.
+
+    A compiler for GPUs needs one for C as well, and Python's headers.
+    """
+    try:
+        torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # many types, of the compiler, Triton and the system
+        return f"{type(error).__name__}: {one_line(error)[:200]}"
+    return ""
+
+
+def make_room(device: torch.device) -> None:
+    """Give back what earlier work of this process still holds of a GPU's memory: compiled networks are in cycles."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def share(micro_batches: Sequence[np.ndarray]) -> list[int]:
@@ -485,20 +511,21 @@ def predict_logits(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Tenso
 
 
 @torch.inference_mode()
-def fitting_batch(model: nn.Module, side: int, dtype: torch.dtype, device: torch.device, memory: int) -> int:
+def fitting_batch(model: nn.Module, side: int, grid: int, dtype: torch.dtype, device: torch.device, memory: int) -> int:
     """How many images, each with its mirror image, a forward pass on a GPU can take: a power of two up to `LARGEST`.
 
     Args:
         model: in evaluation, not compiled.
         side: of the images, pixels.
-        memory: bytes that the pass may take.
+        grid: side of the annotation grid that the probabilities go to.
+        memory: bytes that both may take.
     """
     pair = torch.zeros(2, 1, side, side, dtype=torch.uint8, device=device)
     predict_logits(model, pair, dtype)  # what libraries keep for themselves is there from now on
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     predict_logits(model, pair, dtype)
-    each = torch.cuda.max_memory_allocated(device) - before
+    each = torch.cuda.max_memory_allocated(device) - before + GRID_BYTES * grid**2
     return 1 << (max(1, min(memory // each, LARGEST)).bit_length() - 1)
 
 

@@ -54,6 +54,7 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
         DataError: a checkpoint is damaged, or the folds were trained on different data or splits.
     """
     stage = recipe.stages
+    engine.make_room(device)
     models, sources, origins = [], {}, set()
     dtype = engine.autocast_dtype(recipe.train.amp, device)
     for fold in folds:

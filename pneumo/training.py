@@ -43,6 +43,7 @@ from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
 
 WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # types in a checkpoint's model
+COMPILER = "It takes gcc and g++, Python's headers (python3-dev) and, on a GPU, one that Triton knows"
 KEPT = "epoch{}.pt"  # one of the `train.keep_best` epochs that an ensemble may average
 
 
@@ -119,6 +120,7 @@ def train_stage(recipe: Recipe, data: Dataset, fold: int, stage: int, device: to
     """
     folder = recipe.stage_folder(fold, stage)
     dataset.check_fold(recipe, data, fold)
+    engine.make_room(device)
     if dist.is_main():
         with checkpoint.lock(folder), _signals.caught(), _true_status(folder):
             _Run(recipe, data, fold, stage, device).train()
@@ -205,12 +207,13 @@ def evaluation_batch(recipe: Recipe, model: FoldedUNet, side: int, dtype: torch.
     if recipe.predict.batch_size or device.type == "cpu":
         return recipe.predict.batch_size or 8
 
-    def measure() -> int:
-        free = min(torch.cuda.mem_get_info(device)[0], int(recipe.train.gpu_reserve_gb * 2**30))
-        return engine.fitting_batch(model, side, dtype, device, free // 2)
-
-    network = f"{recipe.model.encoder} {list(recipe.model.decoder_channels)} at {side} px"
-    key = f"{_name(device, dtype)}, batch of {network} in {recipe.train.gpu_reserve_gb} GB"
+    grid = recipe.data.annotation_size
+    free, all_of_it = torch.cuda.mem_get_info(device)
+    room = min(free, int(recipe.train.gpu_reserve_gb * 2**30)) // 2
+    network = f"{recipe.model.encoder} {list(recipe.model.decoder_channels)} at {side} px, to {grid}"
+    card = f"{_name(device, dtype)} of {all_of_it >> 30} GB"  # there are cards of one name and two sizes
+    key = f"{card}, batch of {network} in {recipe.train.gpu_reserve_gb} GB"
+    measure = partial(engine.fitting_batch, model, side, grid, dtype, device, room)
     return measured.once(Path(recipe.runs), key, measure)
 
 
@@ -226,7 +229,7 @@ def _of_this_run(folder: Path) -> Iterator[None]:
     """Name the checkpoint whose file is whole, but whose content is not what this program saves."""
     try:
         yield
-    except (PneumoError, torch.OutOfMemoryError):
+    except (PneumoError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DataError(
@@ -357,7 +360,7 @@ class _Run:
                 "train.compile=graph records what one process does on a GPU, without model.checkpointing. Train so, or "
                 "start anew with train.compile=auto"
             )
-        if how in ("on", "graph") or (how == "auto" and gpu):
+        if (how in ("on", "graph") or (how == "auto" and gpu)) and self._can_compile():
             # each shape once: a full micro-batch and the last one of an epoch, in training and in validation
             engine.compiled(self.model)
             engine.compiled(self.folded)
@@ -372,6 +375,19 @@ class _Run:
             else None
         )
         self.wrapped: nn.Module = dist.wrap(self.model)
+
+    def _can_compile(self) -> bool:
+        """Whether networks can be compiled for this device.
+
+        Raises:
+            UsageError: they cannot, and the recipe insists.
+        """
+        trouble = engine.compiler_trouble(self.device)
+        if trouble and self.recipe.train.compile != "auto":
+            raise UsageError(f"Nothing can be compiled here: {trouble}. {COMPILER}; or --set train.compile=off")
+        if trouble:
+            log.warn(f"Nothing is compiled, so training takes longer: {trouble}. {COMPILER}.")
+        return not trouble
 
     def _merged_blocks(self) -> list[bool]:
         """Which blocks of the decoder train in their merged form; the same on every process."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pneumo import cli, log
 from pneumo.errors import DataError, one_line, printable
@@ -76,6 +77,24 @@ def test_what_cannot_be_written_has_its_own_code(capsys, monkeypatch, tmp_path, 
     assert cli.run(command, parser, []) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {words}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be reported later",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_a_full_gpu_is_out_of_memory_whoever_asked(text):
+    for error in (RuntimeError(text), torch.AcceleratorError(text)):
+        known = cli._known(error)
+        assert (
+            known.exit_code == 6 and str(known).startswith("the GPU is out of memory (") and "batch_size" in str(known)
+        )
+    assert cli._known(torch.AcceleratorError("CUDA error: an illegal memory access was encountered")) is None
 
 
 def test_json_for_others_has_no_infinity():

@@ -51,6 +51,31 @@ def test_each_shape_is_compiled_once_over_epochs_and_stages(compiled):
         assert [shape[0] for shape in seen] == [3, 2, 4, 1], f"after fold {fold}: {seen}"
 
 
+def test_what_cannot_be_compiled_is_tried_once_and_said(monkeypatch):
+    cpu, calls = torch.device("cpu"), []
+
+    def broken(*_given, **_more):
+        calls.append(1)
+        raise RuntimeError("no\ncompiler")
+
+    engine.compiler_trouble.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function, **_more: function)
+    assert engine.compiler_trouble(cpu) == ""
+    monkeypatch.setattr(torch, "compile", broken)
+    assert engine.compiler_trouble(cpu) == "" and not calls
+    engine.compiler_trouble.cache_clear()
+    assert {engine.compiler_trouble(cpu) for _ in range(3)} == {"RuntimeError: no compiler"} and len(calls) == 1
+    engine.compiler_trouble.cache_clear()
+    monkeypatch.setattr(torch, "compile", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.compiler_trouble(cpu)
+    engine.compiler_trouble.cache_clear()
+
+
+def full(*_given, **_more):
+    raise torch.OutOfMemoryError("on a card")
+
+
 class Smaller(torch.nn.Module):  # torch 2.11 does not compile a layer of its own
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.avg_pool2d(image, 3)

@@ -56,21 +56,27 @@ def network() -> FoldedUNet:
 
 
 @pytest.mark.parametrize(
-    ("memory", "batch"), [(0, 1), (999, 1), (1000, 1), (2500, 2), (4000, 4), (15_999, 8), (16_000, 16), (10**9, 16)]
+    ("memory", "grid", "batch"),
+    [
+        *((0, 0, 1), (999, 0, 1), (1000, 0, 1), (2500, 0, 2), (4000, 0, 4), (15_999, 0, 8), (16_000, 0, 16)),
+        *((10**9, 0, 16), (15_999, 10, 4), (2500, 1000, 1)),
+    ],
 )
-def test_a_batch_fits_into_memory(monkeypatch, network, memory, batch):
-    """With a card of which a pass takes 1,000 bytes an image, above what was there before."""
+def test_a_batch_fits_into_memory(monkeypatch, network, memory, grid, batch):
+    """A pass takes 1,000 bytes an image of this card, above what was there before, and 24 a pixel of the grid."""
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: 700)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _device: 1700)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _device: None)
-    assert engine.fitting_batch(network, 64, torch.float32, torch.device("cpu"), memory) == batch
+    assert engine.fitting_batch(network, 64, grid, torch.float32, torch.device("cpu"), memory) == batch
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_less_memory_takes_fewer_images(network):
     device = torch.device("cuda")
-    many, few = (engine.fitting_batch(network.to(device), 256, torch.float32, device, room) for room in (1 << 32, 1))
+    many, few = (
+        engine.fitting_batch(network.to(device), 256, 64, torch.float32, device, room) for room in (1 << 32, 1)
+    )
     assert (many, few) == (engine.LARGEST, 1)
 
 
@@ -85,9 +91,9 @@ def test_a_cpu_takes_eight_images_unless_told_otherwise(repo, data, tmp_path):
 def test_a_gpu_is_asked_once(repo, data, tmp_path, monkeypatch):
     gpu, asked = torch.device("cuda"), []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a card")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10 << 30, 11 << 30))
-    monkeypatch.setattr(engine, "fitting_batch", lambda *given: asked.append(given[-1]) or 4)
-    for reserve, side in ((24, 64), (24, 64), (2, 64), (2, 128), (2, 128)):
+    monkeypatch.setattr(engine, "fitting_batch", lambda *given: asked.append(given[-1] >> 30) or 4)
+    for reserve, side, size in ((24, 64, 11), (24, 64, 11), (2, 64, 11), (2, 128, 11), (2, 128, 11), (24, 64, 8)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, size=size: ((size - 1) << 30, size << 30))
         recipe = small_run.recipe(repo, data, tmp_path, f"train.gpu_reserve_gb={reserve}")
         assert training.evaluation_batch(recipe, None, side, torch.float32, gpu) == 4
-    assert asked == [5 << 30, 1 << 30, 1 << 30]  # half of what is free, or half of what images leave free
+    assert asked == [5, 1, 1, 3]  # half of what is free, or half of what images leave free; each card for itself

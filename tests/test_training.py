@@ -203,6 +203,27 @@ def test_a_cuda_graph_needs_a_gpu(repo, root, tmp_path):
         train(recipe)
 
 
+def test_without_a_compiler_training_goes_on_unless_the_recipe_insists(repo, root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(engine, "compiler_trouble", lambda _device: "no gcc")
+    for how in ("auto", "on"):
+        recipe = small_run.recipe(repo, root, tmp_path / "runs", f"train.compile={how}")
+        run = training._Run(recipe, dataset.load(recipe), 0, 1, CPU)
+        if how == "auto":
+            assert not run._can_compile()
+        else:
+            with pytest.raises(UsageError, match=r"^Nothing can be compiled here: no gcc\. It takes gcc and g\+\+, "):
+                run._can_compile()
+    assert "warning: Nothing is compiled, so training takes longer: no gcc. It takes gcc" in capsys.readouterr().err
+
+
+def test_a_failing_gpu_is_no_damaged_checkpoint(tmp_path):
+    for error in (torch.AcceleratorError("CUDA error: an illegal memory access"), torch.OutOfMemoryError("full")):
+        with pytest.raises(type(error)), training._of_this_run(tmp_path):
+            raise error
+    with pytest.raises(DataError, match="is whole but holds no state of this run"), training._of_this_run(tmp_path):
+        raise RuntimeError("size mismatch")
+
+
 @pytest.mark.fault("R21", "stage 2 trained on other annotations, stage 3 asked for")
 def test_other_data_are_refused(repo, straight, tmp_path):
     small_run.write_data(tmp_path / "data")

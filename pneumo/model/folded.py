@@ -38,7 +38,8 @@ class FoldedUNet(nn.Module):
         self.stem = model.stem
         modules = dict(self.encoder.named_modules())
         channels = 3 if self.stem is None else modules[self.stem].out_channels
-        self._norms = dict(_conv_norm_pairs(self.encoder, model.mean.new_zeros(1, channels, 64, 64)))
+        tried = copy.deepcopy(self.encoder).cpu()  # what fails there is the encoder, not a GPU short of memory
+        self._norms = dict(_conv_norm_pairs(tried, model.mean.new_zeros(1, channels, 64, 64, device="cpu")))
         for conv, norm in self._norms.items():
             if modules[conv].bias is None:
                 modules[conv].bias = nn.Parameter(modules[conv].weight.new_zeros(len(modules[conv].weight)), False)

@@ -126,6 +126,22 @@ def test_odd_surroundings(data, tmp_path, figure):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("R24", "a recipe that insists on compilation, on a machine without a C++ compiler")
+def test_no_compiler(data, tmp_path, figure):
+    environment = os.environ | {"CXX": "/nonexistent/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = forked.train(data, tmp_path, "train.compile=on", "stage.1.epochs=1")
+    done = subprocess.run(
+        [sys.executable, str(forked.REPO / command[0]), *command[1:]],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: Nothing can be compiled here: ") and "/nonexistent/g++" in line
+    assert "It takes gcc and g++" in line and line.endswith("; or --set train.compile=off")
+    figure("named, with what it takes, exit 2")
+
+
+@pytest.mark.slow
 @pytest.mark.fault("R24", "the clock set back by a year between two starts")
 def test_a_clock_that_goes_back(data, tmp_path, figure):
     straight, runs = tmp_path / "straight", tmp_path / "runs"

@@ -1,20 +1,24 @@
 """All distributed code: one launch of one or many processes, and the identity in one process.
 
 Started by torchrun (or with its environment variables), the processes form one group: NCCL where each has its GPU,
-gloo on CPUs. They end together: the first that fails tells the others why, through the launch's key-value store.
+gloo on CPUs. They end together: the first that fails tells the others why, through the launch's key-value store. One
+that is killed or hangs tells nothing, and who waits for a GPU gets no error of its own then: each watches the others.
 Imports errors.
 """
 
 import contextlib
 import inspect
+import json
 import os
 import re
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +30,19 @@ from pneumo.errors import PeerError, Stopped, UsageError, one_line
 
 JOB = "PNEUMO_JOB"  # in the environment of a process that is to end with the one that started it: that one's number
 GRACE = 3.0  # seconds in which a process may find out by itself that another failed
+SLACK = 5.0  # seconds beyond the timeout after which a process is said to hang by those that got no error of their own
 ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 FAILED = f"pneumo/{ATTEMPT}/failed"  # key of the store: "rank<newline>message" of the process that failed first
+# in what NCCL says, where another process is the cause and not this host
+_OF_A_PEER = re.compile("ncclRemoteError|closed by|reset by|refused|abort|timed? ?out", re.IGNORECASE)
 
 _BY_TORCHRUN = "torchrun sets it; without torchrun, unset WORLD_SIZE, RANK and LOCAL_RANK."
 
 _store: dist.Store | None = None
+_watch: "_Watch | None" = None
+_meetings = 0  # of all processes that this one has come to; all come to the same ones
 _waits = 0  # how often the others have waited for process 0
+_patient = False  # while this process waits for process 0 however long that takes
 _last_words: list[Callable[[str], None]] = []
 
 
@@ -53,7 +63,7 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
         UsageError: more processes than GPUs on this host, or the environment describes no launch.
         PeerError: another process failed, hangs or is gone.
     """
-    global _store
+    global _store, _watch
     device = torch.device("cpu")
     if JOB in os.environ:
         _end_with_parent(int(os.environ[JOB]))
@@ -77,47 +87,50 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
         raise UsageError(f"MASTER_ADDR must name the host of process 0. {_BY_TORCHRUN}")
     _end_with_parent(os.getppid())
     timeout = timedelta(seconds=timeout_seconds)
+    # NCCL's own timeout aborts the process without a word, so it must not be the first
+    backend, longest = ("cpu:gloo,cuda:nccl", 2 * timeout) if device.type == "cuda" else ("gloo", timeout)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        dist.init_process_group(backend, timeout=longest)
     except dist.DistError as error:
         raise PeerError(
             f"the {processes} processes of the launch did not meet at {address[0]}:{address[1]} within "
-            f"{timeout_seconds:g} s ({' '.join(str(error).split())[:160]})"
+            f"{longest.total_seconds():g} s ({' '.join(str(error).split())[:160]})"
         ) from error
     _store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
-    left = _end_with_others()
+    _watch = _Watch(timeout_seconds)
     try:
         yield device
         wait_for_main()
-        dist.barrier()  # nobody leaves while another still talks
+        _watch.leave_together()
     except Stopped:  # all together
-        dist.barrier()
-        left.set()
+        _watch.leave_together()
         dist.destroy_process_group()
         raise
     except BaseException as error:
         first, _, message = _tell(error).partition("\n")
-        left.set()
+        _watch.left.set()
         if int(first) != rank():
             raise PeerError(_follows(first)) from error
         if _from_backend(error):
             raise PeerError(message) from error
         raise
-    left.set()
     dist.destroy_process_group()
 
 
 def wait_for_main() -> None:
     """Let the other processes wait here until process 0 comes, however long it had to work alone; no timeout counts."""
-    global _waits
+    global _waits, _patient
     if world() == 1:
         return
+    _meet()
     _waits += 1
-    key = f"pneumo/{ATTEMPT}/waited/{_waits}"
+    key = _key("waited", _waits)
     if is_main():
         _store.set(key, "")
+    _patient = True
     while not _store.check([key]):
         time.sleep(0.05)
+    _patient = False
 
 
 def reason(error: BaseException) -> str:
@@ -177,6 +190,7 @@ def sync_gradients(model: nn.Module, on: bool) -> Iterator[None]:
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """The elementwise sum over all processes, in place; on the tensor's device, without a host wait on CUDA."""
     if world() > 1:
+        _meet()
         dist.all_reduce(tensor)
     return tensor
 
@@ -185,6 +199,7 @@ def gather(item: Any) -> list[Any]:
     """Every process's `item` (plain Python or CPU tensors), by rank, on every process."""
     if world() == 1:
         return [item]
+    _meet()
     items: list[Any] = [None] * world()
     dist.all_gather_object(items, item)
     return items
@@ -194,9 +209,16 @@ def broadcast(item: Any) -> Any:
     """Process 0's `item` on every process."""
     if world() == 1:
         return item
+    _meet()
     items = [item]
     dist.broadcast_object_list(items, src=0)
     return items[0]
+
+
+def _meet() -> None:
+    """Count a meeting of all processes, just before it."""
+    global _meetings
+    _meetings += 1
 
 
 def _number(name: str, low: int, high: int = 999_999, *, default: int | None = None) -> int:
@@ -237,16 +259,33 @@ def _tell(error: BaseException) -> str:
 
 
 def _blame(error: BaseException) -> str:
-    """Which processes do not notice that the group is broken: those that broke it."""
-    alive = [f"pneumo/{ATTEMPT}/alive/{number}" for number in range(world())]
-    _store.set(alive[rank()], "")
-    time.sleep(1.0)  # the others wait in the same collective, so they notice at the same time
-    silent = [number for number, key in enumerate(alive) if not _store.check([key])]
-    who = f"process {', '.join(map(str, silent))} of {world()}" if silent else "another process"
-    if "timed out" in str(error).lower():
-        seconds = _store.timeout.total_seconds()
-        return f"{who} did not answer for {seconds:g} s (train.timeout_seconds): it hangs, or was suspended"
-    return f"{who} ended without a message: it was killed, perhaps for lack of host memory"
+    """What broke the group, or which processes: those that are gone, or do not notice that it is broken."""
+    nccl = "NCCL" in str(error)
+    if nccl and not _OF_A_PEER.search(str(error)):
+        return (
+            f"the GPUs of the launch cannot exchange data: {one_line(error)[-250:]} (NCCL_DEBUG=INFO tells more; a "
+            f"container needs shared memory for it, as by docker run --ipc=host)"
+        )
+    silent = _watch.gone()
+    if not silent and not nccl:
+        alive = [_key("alive", number) for number in range(world())]
+        _store.set(alive[rank()], "")
+        time.sleep(1.0)  # the others wait in the same collective, so they notice at the same time
+        silent = [number for number, key in enumerate(alive) if not _store.check([key])]
+    return _hangs(silent, _watch.timeout) if "timed out" in str(error).lower() else _was_killed(silent)
+
+
+def _was_killed(which: list[int]) -> str:
+    return f"{_processes(which)} ended without a message: it was killed, perhaps for lack of host memory"
+
+
+def _hangs(which: list[int], seconds: float) -> str:
+    who = _processes(which)
+    return f"{who} did not answer for {seconds:g} s (train.timeout_seconds): it hangs, or was suspended"
+
+
+def _processes(which: list[int]) -> str:
+    return f"process {', '.join(map(str, which))} of {world()}" if which else "another process"
 
 
 def _from_backend(error: BaseException) -> bool:
@@ -260,26 +299,99 @@ def _follows(first: str) -> str:
     return f"process {rank()} ends because process {first} of {world()} did; its message, if it left one, has the cause"
 
 
-def _end_with_others() -> threading.Event:
-    """End this process soon after another failed, also if it hangs or computes and does not notice."""
-    left = threading.Event()
+class _Watch:
+    """A thread that ends this process soon after another failed, is gone or hangs, whatever this one is doing.
 
-    def watch() -> None:
-        while not left.wait(0.5):
-            first, message = "0", "process 0 ended"
-            try:
+    Gone is known of processes of this host, by their numbers. One hangs that has come to fewer meetings than this
+    one, which has waited for longer than the timeout.
+
+    Args:
+        timeout: seconds that a process may take to come to a meeting.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.left = threading.Event()
+        self._neighbours: dict[int, list[Any]] = {}
+        self._seen, self._since = -1, 0.0  # meetings of this process, and since when they are as many
+        self._host = _host()
+        _store.set(_key("place", rank()), json.dumps([self._host, os.getpid(), _started(os.getpid())]))
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def leave_together(self) -> None:
+        """Wait for all, so that nobody leaves while another still talks, and look after them no longer."""
+        _store.set(_key("leaves", rank()), "")
+        dist.barrier()
+        self.left.set()
+
+    def gone(self) -> list[int]:
+        """Processes of this host that have ended, but not in the end that all came to."""
+        for number in range(world()):
+            if number not in self._neighbours and _store.check([_key("place", number)]):
+                self._neighbours[number] = json.loads(_store.get(_key("place", number)))
+        return [
+            number
+            for number, (host, process, started) in self._neighbours.items()
+            if host == self._host and _started(process) != started and not _store.check([_key("leaves", number)])
+        ]
+
+    def _late(self) -> list[int]:
+        """Processes that this one has waited for, for too long."""
+        now, met = time.monotonic(), _meetings
+        if met != self._seen or _patient:
+            _store.set(_key("met", rank()), str(met))
+            self._seen, self._since = met, now
+        if now - self._since <= self.timeout + SLACK:
+            return []
+        keys = [_key("met", number) for number in range(world())]
+        return [number for number, key in enumerate(keys) if not _store.check([key]) or int(_store.get(key)) < met]
+
+    def _trouble(self) -> str:
+        """What is wrong with the others; "" if nothing is."""
+        if gone := self.gone():
+            return _was_killed(gone)
+        late = self._late()
+        return _hangs(late, self.timeout) if late else ""
+
+    def _run(self) -> None:
+        while not self.left.wait(0.5):
+            first, message = "0", "process 0 ended"  # it keeps the store
+            with contextlib.suppress(dist.DistError):
                 if not _store.check([FAILED]):
-                    continue
+                    if not (trouble := self._trouble()):
+                        continue
+                    _store.compare_set(FAILED, "", f"{rank()}\n{trouble}")
                 first, _, message = _store.get(FAILED).decode().partition("\n")
-            except dist.DistError:
-                pass
-            if left.wait(GRACE):
+            if self.left.wait(GRACE):
                 return
             for say in _last_words:
                 with contextlib.suppress(Exception):
                     say(message)
-            print(f"error: {_follows(first)}", file=sys.stderr, flush=True)
+            line = message if int(first) == rank() else _follows(first)
+            print(f"error: {line}", file=sys.stderr, flush=True)
             os._exit(PeerError.exit_code)
 
-    threading.Thread(target=watch, daemon=True).start()
-    return left
+
+def _key(what: str, number: int) -> str:
+    return f"pneumo/{ATTEMPT}/{what}/{number}"
+
+
+def _host() -> str:
+    """Names the machine, as long as it runs, and within it the container, whose processes have numbers of their own.
+
+    Where the kernel does not tell, each process is taken to be on a machine of its own.
+    """
+    try:
+        boot, container = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return uuid.uuid4().hex
+    return f"{boot} {container}" if _started(os.getpid()) else uuid.uuid4().hex
+
+
+def _started(process: int) -> str | None:
+    """When a process of this host started, in the kernel's ticks; None if it has ended."""
+    try:
+        state, *numbers = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state == "Z" else numbers[18]

@@ -287,6 +287,30 @@ def sleep_at_step(step: int, seconds: float) -> None:
     at_step(step, partial(time.sleep, seconds))
 
 
+def wait_for_gpus(step: int, seconds: float) -> None:
+    """Wait for the other processes before a step, and get no error if they do not come: as one does through NCCL."""
+    from pneumo import dist
+
+    def wait() -> None:
+        dist._meet()
+        time.sleep(seconds)
+
+    at_step(step, wait)
+
+
+def late_after_the_last_meeting(seconds: float) -> None:
+    """Take a while to leave after all have said good-bye."""
+    import torch.distributed
+
+    meet = torch.distributed.barrier
+
+    def slowly() -> None:
+        meet()
+        time.sleep(seconds)
+
+    torch.distributed.barrier = slowly
+
+
 def signal_at_step(step: int, *numbers: int) -> None:
     def send() -> None:
         for number in numbers:

@@ -14,6 +14,8 @@ from pathlib import Path
 import forked
 import pytest
 
+from pneumo import dist
+
 STAGE = Path("seed") / "fold0" / "stage1"
 
 
@@ -107,6 +109,85 @@ def test_one_process_hangs(data, tmp_path, figure, rank):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("R11", "one process of two hangs, the other waits for GPUs, which raise nothing")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_hangs_while_the_other_waits_for_gpus(data, tmp_path, figure, rank):
+    hooks = {rank: partial(forked.sleep_at_step, 2, 600), 1 - rank: partial(forked.wait_for_gpus, 2, 600)}
+    jobs = forked.launch(*forked.train(data, tmp_path, "train.timeout_seconds=3"), cwd=tmp_path, hooks=hooks)
+    seconds = gone_after(jobs)
+    assert [job.wait() for job in jobs] == [7, 7]
+    reason = f"process {rank} of 2 did not answer for 3 s (train.timeout_seconds): it hangs, or was suspended"
+    assert jobs[1 - rank].complaints == [f"error: {reason}"]
+    assert len(jobs[rank].complaints) == 1
+    assert (forked.status(tmp_path / STAGE)["state"], forked.status(tmp_path / STAGE)["reason"]) == ("failed", reason)
+    assert seconds < 30
+    figure(f"process {rank} hangs: all gone {seconds:.1f} s after the start, of which 8 s until it is said to hang")
+
+
+@pytest.mark.fault("R17", "one of two processes killed, the other waits for GPUs, which raise nothing")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_is_killed_while_the_other_waits_for_gpus(data, tmp_path, figure, rank):
+    hooks = {rank: partial(forked.signal_at_step, 2, signal.SIGKILL), 1 - rank: partial(forked.wait_for_gpus, 2, 600)}
+    jobs = forked.launch(*forked.train(data, tmp_path), cwd=tmp_path, hooks=hooks)
+    seconds = gone_after(jobs)
+    assert [jobs[rank].wait(), jobs[1 - rank].wait()] == [-9, 7]
+    (line,) = jobs[1 - rank].complaints
+    if rank:
+        reason = "process 1 of 2 ended without a message: it was killed, perhaps for lack of host memory"
+        assert line == f"error: {reason}"
+        status = forked.status(tmp_path / STAGE)
+        assert (status["state"], status["reason"]) == ("failed", reason)
+    else:  # which kept the store
+        assert line == "error: process 1 ends because process 0 of 2 did; its message, if it left one, has the cause"
+    assert seconds < 20
+    figure(f"process {rank} killed: all gone {seconds:.1f} s after the start")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R11", "process 0 of two is slow to leave, the other has left")
+def test_one_that_has_left_is_not_gone(data, tmp_path, figure):
+    hooks = {0: partial(forked.late_after_the_last_meeting, 6.0)}
+    jobs = forked.launch(*forked.train(data, tmp_path), cwd=tmp_path, hooks=hooks)
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].text
+    figure("done")
+
+
+def test_who_has_ended_is_known_of_this_host_alone(monkeypatch):
+    child = subprocess.Popen(["sleep", "600"])
+    assert dist._started(child.pid) == dist._started(child.pid) is not None
+    child.kill()
+    forked.wait_for(lambda: not alive(child.pid))
+    assert dist._started(child.pid) is None  # though nobody has asked for its end yet
+    child.wait()
+    assert dist._started(child.pid) is None
+    assert dist._host() == dist._host()
+    monkeypatch.setattr(dist.os, "readlink", refused)
+    assert dist._host() != dist._host()
+
+
+@pytest.mark.fault("R10", "NCCL that finds no shared memory on this host, and one that says that a peer is gone")
+def test_what_nccl_says_is_passed_on(data, tmp_path, figure):
+    said = "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled system error, NCCL version 2.28.9\nncclSystemError\n"
+    here = f"{said}Last error:\nError while creating shared memory segment /dev/shm/nccl-x: No space left on device"
+    hook = partial(forked.raise_at_step, 2, "torch.distributed.DistBackendError", here)
+    jobs = forked.launch(*forked.train(data, tmp_path / "a"), cwd=tmp_path, hooks={1: hook})
+    assert [job.wait() for job in jobs] == [7, 7]
+    (line,) = jobs[1].complaints
+    assert line.startswith("error: the GPUs of the launch cannot exchange data: ") and "docker run --ipc=host" in line
+    assert "/dev/shm/nccl-x: No space left on device" in line
+    assert "process 0 ends because process 1 of 2 did" in jobs[0].text
+    there = (
+        f"{said}ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
+    )
+    hook = partial(forked.raise_at_step, 2, "torch.distributed.DistBackendError", there)
+    jobs = forked.launch(*forked.train(data, tmp_path / "b"), cwd=tmp_path, hooks={1: hook})
+    assert [job.wait() for job in jobs] == [7, 7]
+    (line,) = jobs[1].complaints
+    assert line == "error: another process ended without a message: it was killed, perhaps for lack of host memory"
+    figure("its own words where it is this host; else another process")
+
+
+@pytest.mark.slow
 @pytest.mark.fault("R11", "one process of two is slow, but less so than the timeout")
 def test_a_slow_process_is_waited_for(data, tmp_path, figure):
     hooks = {1: partial(forked.sleep_at_step, 2, 2.0)}
@@ -159,6 +240,10 @@ def test_two_runs_in_one_folder(data, tmp_path, figure):
         first.wait()
     assert forked.start(*command, cwd=tmp_path).wait() == 0  # killed, it holds nothing
     figure("3 of 3 refused with the first one's number, the first unharmed")
+
+
+def refused(*_given):
+    raise PermissionError
 
 
 def torchrun(*arguments: str, cwd: Path) -> subprocess.Popen:

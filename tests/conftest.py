@@ -28,6 +28,7 @@ from fault_table import (  # noqa: F401 - fixtures and hooks
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background deaf to it
 
+WITH_GPUS = dict(os.environ)  # for those commands that are to see them
 if torch.cuda.is_available():
     # for tests marked gpu, in this process; the commands that tests start compute on the CPU, where two processes can
     # share what there is, unless a test says otherwise
@@ -59,6 +60,12 @@ def siim() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real X-rays at {folder}")
     return folder
+
+
+@pytest.fixture
+def with_gpus() -> dict[str, str]:
+    """The environment of a command that computes on a GPU where there is one."""
+    return dict(WITH_GPUS)
 
 
 @pytest.fixture

@@ -331,7 +331,7 @@ class _Watch:
                 self._neighbours[number] = json.loads(_store.get(_key("place", number)))
         return [
             number
-            for number, (host, process, started) in self._neighbours.items()
+            for number, (host, process, started) in list(self._neighbours.items())
             if host == self._host and _started(process) != started and not _store.check([_key("leaves", number)])
         ]
 

@@ -22,8 +22,10 @@ from pneumo.config import Recipe
 from pneumo.errors import OutOfMemory, PneumoError, Stopped, UsageError, printable
 
 BUG = 1
-# as a full GPU reads where it is not PyTorch's allocator that asks: in the driver, cuDNN and cuBLAS, and Triton
-_GPU_FULL = re.compile(r"CUDA error: out of memory|CU(DNN|BLAS)_STATUS_ALLOC_FAILED|\[CUDA\]: out of memory")
+# as a full GPU reads where it is not PyTorch's allocator that asks: in the driver, cuDNN and cuBLAS, Triton and NCCL
+_GPU_FULL = re.compile(
+    r"CUDA error: out of memory|CU(DNN|BLAS)_STATUS_ALLOC_FAILED|\[CUDA\]: out of memory|Cuda failure.*out of memory"
+)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs.toml"
 
 

@@ -30,7 +30,7 @@ from pneumo.errors import PeerError, Stopped, UsageError, one_line
 
 JOB = "PNEUMO_JOB"  # in the environment of a process that is to end with the one that started it: that one's number
 GRACE = 3.0  # seconds in which a process may find out by itself that another failed
-SLACK = 5.0  # seconds beyond the timeout after which a process is said to hang by those that got no error of their own
+SLACK = timedelta(seconds=5)  # beyond the timeout; then a process hangs for those, too, that got no error of their own
 ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 FAILED = f"pneumo/{ATTEMPT}/failed"  # key of the store: "rank<newline>message" of the process that failed first
 # in what NCCL says, where another process is the cause and not this host
@@ -88,7 +88,7 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
     _end_with_parent(os.getppid())
     timeout = timedelta(seconds=timeout_seconds)
     # NCCL's own timeout aborts the process without a word, so it must not be the first
-    backend, longest = ("cpu:gloo,cuda:nccl", 2 * timeout) if device.type == "cuda" else ("gloo", timeout)
+    backend, longest = ("cpu:gloo,cuda:nccl", 2 * (timeout + SLACK)) if device.type == "cuda" else ("gloo", timeout)
     try:
         dist.init_process_group(backend, timeout=longest)
     except dist.DistError as error:
@@ -122,7 +122,6 @@ def wait_for_main() -> None:
     global _waits, _patient
     if world() == 1:
         return
-    _meet()
     _waits += 1
     key = _key("waited", _waits)
     if is_main():
@@ -289,7 +288,9 @@ def _processes(which: list[int]) -> str:
 
 
 def _from_backend(error: BaseException) -> bool:
-    """Whether gloo, NCCL or the store raised it, because another process is gone or silent."""
+    """Whether gloo, NCCL or the store raised it, and not for lack of this GPU's memory."""
+    if "out of memory" in str(error):
+        return False
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))
     )
@@ -332,7 +333,10 @@ class _Watch:
         return [
             number
             for number, (host, process, started) in list(self._neighbours.items())
-            if host == self._host and _started(process) != started and not _store.check([_key("leaves", number)])
+            if number != rank()
+            and host == self._host
+            and _has_ended(process, started)
+            and not _store.check([_key("leaves", number)])
         ]
 
     def _late(self) -> list[int]:
@@ -341,7 +345,7 @@ class _Watch:
         if met != self._seen or _patient:
             _store.set(_key("met", rank()), str(met))
             self._seen, self._since = met, now
-        if now - self._since <= self.timeout + SLACK:
+        if now - self._since <= self.timeout + SLACK.total_seconds():
             return []
         keys = [_key("met", number) for number in range(world())]
         return [number for number, key in enumerate(keys) if not _store.check([key]) or int(_store.get(key)) < met]
@@ -383,15 +387,25 @@ def _host() -> str:
     """
     try:
         boot, container = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
+        if os.readlink("/proc/self") == str(os.getpid()):  # else /proc shows the processes of a container outside
+            return f"{boot} {container}"
     except OSError:
-        return uuid.uuid4().hex
-    return f"{boot} {container}" if _started(os.getpid()) else uuid.uuid4().hex
+        pass
+    return uuid.uuid4().hex
+
+
+def _has_ended(process: int, started: str | None) -> bool:
+    """Whether a process of this host is gone, or only its number is there; no where it cannot be known."""
+    try:
+        return _started(process) != started
+    except OSError:
+        return False
 
 
 def _started(process: int) -> str | None:
     """When a process of this host started, in the kernel's ticks; None if it has ended."""
     try:
-        state, *numbers = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        state, *numbers = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].decode().split()
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if state == "Z" else numbers[18]

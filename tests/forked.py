@@ -298,6 +298,18 @@ def wait_for_gpus(step: int, seconds: float) -> None:
     at_step(step, wait)
 
 
+def after_a_wait(before_it: float, after_it: float) -> None:
+    """Before the first step wait for process 0, and work alone for so many seconds before and after that."""
+    from pneumo import dist
+
+    def wait() -> None:
+        time.sleep(before_it)
+        dist.wait_for_main()
+        time.sleep(after_it)
+
+    at_step(1, wait)
+
+
 def late_after_the_last_meeting(seconds: float) -> None:
     """Take a while to leave after all have said good-bye."""
     import torch.distributed

@@ -86,6 +86,7 @@ def test_what_cannot_be_written_has_its_own_code(capsys, monkeypatch, tmp_path, 
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "Triton Error [CUDA]: out of memory",
+        "NCCL error in: x.cpp:94\nncclUnhandledCudaError: Call to CUDA failed.\nCuda failure 2 'out of memory'",
     ],
 )
 def test_a_full_gpu_is_out_of_memory_whoever_asked(text):

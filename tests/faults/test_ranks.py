@@ -152,6 +152,16 @@ def test_one_that_has_left_is_not_gone(data, tmp_path, figure):
     figure("done")
 
 
+@pytest.mark.slow
+@pytest.mark.fault("R11", "process 0 goes ahead alone, and then works for longer than the timeout")
+def test_nobody_hangs_whom_nobody_waits_for(data, tmp_path, figure):
+    ahead, behind = partial(forked.after_a_wait, 0.0, 11.0), partial(forked.after_a_wait, 11.0, 0.0)
+    command = forked.train(data, tmp_path, "train.timeout_seconds=3", "stage.1.epochs=1")
+    jobs = forked.launch(*command, cwd=tmp_path, hooks={0: ahead, 1: behind})
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].text + jobs[1].text
+    figure("done")
+
+
 def test_who_has_ended_is_known_of_this_host_alone(monkeypatch):
     child = subprocess.Popen(["sleep", "600"])
     assert dist._started(child.pid) == dist._started(child.pid) is not None
@@ -161,6 +171,11 @@ def test_who_has_ended_is_known_of_this_host_alone(monkeypatch):
     child.wait()
     assert dist._started(child.pid) is None
     assert dist._host() == dist._host()
+    assert not dist._has_ended(os.getpid(), dist._started(os.getpid())) and dist._has_ended(os.getpid(), "0")
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    assert not dist._has_ended(os.getpid(), "0")  # as where no more files can be opened
+    monkeypatch.setattr(dist.os, "getpid", lambda: 1 << 30)  # as in a container that sees another's /proc
+    assert dist._host() != dist._host()
     monkeypatch.setattr(dist.os, "readlink", refused)
     assert dist._host() != dist._host()
 

@@ -155,7 +155,7 @@ def test_one_that_has_left_is_not_gone(data, tmp_path, figure):
 @pytest.mark.slow
 @pytest.mark.fault("R11", "process 0 goes ahead alone, and then works for longer than the timeout")
 def test_nobody_hangs_whom_nobody_waits_for(data, tmp_path, figure):
-    ahead, behind = partial(forked.after_a_wait, 0.0, 11.0), partial(forked.after_a_wait, 11.0, 0.0)
+    ahead, behind = partial(forked.after_a_wait, 0.0, 14.0), partial(forked.after_a_wait, 14.0, 0.0)
     command = forked.train(data, tmp_path, "train.timeout_seconds=3", "stage.1.epochs=1")
     jobs = forked.launch(*command, cwd=tmp_path, hooks={0: ahead, 1: behind})
     assert [job.wait() for job in jobs] == [0, 0], jobs[0].text + jobs[1].text

@@ -1,7 +1,7 @@
 """One optimizer step, and one evaluation: where feed, model and decision meet on the device.
 
 Nothing here waits for the device in a training step: what the host must know it reads two steps late. Imports data,
-model, decision, dist.
+model, decision, dist, errors.
 """
 
 import gc

@@ -1,12 +1,14 @@
-"""Build the Triton kernels of the recipe's network for a GPU that is not there: `python built_kernels.py 86`.
+"""Build the Triton kernels of the recipe's network for GPUs that are not there: `python built_kernels.py 80 86`.
 
-Writes a JSON line for each kernel, with the shared memory in bytes that a program of it needs and whether it multiplies
-on tensor cores.
+Takes compute capabilities, as 86 for 8.6. Writes a JSON line for each card and kernel, with the shared memory in bytes
+that a program of it needs and whether it multiplies on tensor cores. For cards before 8.0, where the compiler takes
+seconds a kernel, it builds one of each kind.
 """
 
 import json
 import sys
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import triton
@@ -46,12 +48,11 @@ class Launches:
 def of_the_network(dtype: torch.dtype) -> list[ASTSource]:
     """The kernels that training and prediction launch, each once."""
     seen: dict[str, ASTSource] = {}
-    thin_conv._patches = Launches(thin_conv._patches, seen)
-    thin_conv._patches_weight = Launches(thin_conv._patches_weight, seen)
-    thin_conv.is_thin = lambda _x, *channels, **most: thin_conv.few(*channels, **most)
+    stands = {name: Launches(getattr(thin_conv, name), seen) for name in ("_patches", "_patches_weight")}
+    stands["is_thin"] = lambda _x, *channels, **most: thin_conv.few(*channels, **most)
     model = UNet()
     image = torch.rand(2, 1, 64, 64)
-    with torch.autocast("cpu", dtype):
+    with mock.patch.multiple(thin_conv, **stands), torch.autocast("cpu", dtype):
         for merged in (True, False):
             for block in model.blocks:
                 block.merged = merged
@@ -61,14 +62,16 @@ def of_the_network(dtype: torch.dtype) -> list[ASTSource]:
     return list(seen.values())
 
 
-def main(capability: int) -> None:
-    """Build all of them for one compute capability, as 86 for 8.6."""
-    dtype = torch.bfloat16 if capability >= 80 else torch.float16
-    for source in of_the_network(dtype):
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        products = "mma." in built.asm["ptx"]
-        print(json.dumps({"kernel": source.fn.fn.__name__, "shared": built.metadata.shared, "products": products}))
+def main(capabilities: list[int]) -> None:
+    """Build them for each of the cards."""
+    newer = of_the_network(torch.bfloat16)
+    older = list({source.fn.fn.__name__: source for source in of_the_network(torch.float16)}.values())
+    for capability in capabilities:
+        for source in newer if capability >= 80 else older:
+            built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+            known = {"shared": built.metadata.shared, "products": "mma." in built.asm["ptx"]}
+            print(json.dumps({"card": capability, "kernel": source.fn.fn.__name__, **known}))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main([int(word) for word in sys.argv[1:]])

@@ -223,14 +223,14 @@ def test_no_process_acts_on_what_it_reads_too_early(data, tmp_path, figure):
 @pytest.mark.slow
 @pytest.mark.fault("R14", "cv of two processes: one splits, then process 0 writes, for three timeouts each")
 def test_long_work_of_one_process_times_nobody_out(data, tmp_path, figure):
-    sleep = partial(forked.slow_at, ("dataset.split", "oof.np.savez_compressed"), 15.0)
-    command = forked.cross_validate(data, tmp_path, "train.timeout_seconds=5", "stage.1.epochs=1", "stage.2.epochs=1")
+    sleep = partial(forked.slow_at, ("dataset.split", "oof.np.savez_compressed"), 9.0)
+    command = forked.cross_validate(data, tmp_path, "train.timeout_seconds=3", "stage.1.epochs=1", "stage.2.epochs=1")
     jobs = forked.launch(*command, cwd=tmp_path, hooks={0: sleep, 1: sleep})
     assert [job.wait(120) for job in jobs] == [0, 0], jobs[0].text + jobs[1].text
     seconds = time.monotonic() - jobs[0].began
-    assert seconds > 45
+    assert seconds > 27
     assert jobs[0].text.count("oof-best.npz") == 2
-    figure(f"no timeout of 5 s in {seconds:.0f} s, 45 s of them alone")
+    figure(f"no timeout of 3 s in {seconds:.0f} s, 27 s of them alone")
 
 
 @pytest.mark.fault("R18", "a second run in the folder of one that trains: train.py and cv, one process and two")

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,30 +17,36 @@ SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0
 TURING = (7, 5)  # T4, RTX 2080 Ti
 
 
-def built(capability: tuple[int, int], repo: Path, cache: Path) -> list[dict[str, Any]]:
-    """What is known of each of the network's kernels, built for a card."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(repo)}
-    command = [sys.executable, repo / "tests" / "built_kernels.py", "{}{}".format(*capability)]
+@pytest.fixture(scope="module")
+def built(repo, tmp_path_factory) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """What is known of the network's kernels, built for each card."""
+    if thin_conv.triton is None:
+        pytest.skip("no Triton")
+    cache = str(tmp_path_factory.mktemp("triton"))
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "PYTHONPATH": str(repo)}
+    cards = [TURING, *SHARED]
+    command = [sys.executable, repo / "tests" / "built_kernels.py", *("{}{}".format(*card) for card in cards)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     kernels = [json.loads(line) for line in ended.stdout.splitlines()]
-    assert {kernel["kernel"] for kernel in kernels} == {"_patches", "_patches_weight"}
-    return kernels
+    by_card = {card: [kernel for kernel in kernels if kernel["card"] == 10 * card[0] + card[1]] for card in cards}
+    for found in by_card.values():
+        assert {kernel["kernel"] for kernel in found} == {"_patches", "_patches_weight"}
+    return by_card
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(thin_conv.triton is None, reason="no Triton")
 @pytest.mark.parametrize("capability", SHARED)
-def test_a_card_can_take_the_kernels(capability, repo, tmp_path):
-    for kernel in built(capability, repo, tmp_path):
+def test_a_card_can_take_the_kernels(built, capability):
+    assert len(built[capability]) > 10
+    for kernel in built[capability]:
         assert kernel["shared"] <= SHARED[capability] * 1024, kernel
         assert kernel["products"], kernel
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(thin_conv.triton is None, reason="no Triton")
-def test_on_an_older_card_nothing_would_multiply_on_tensor_cores(repo, tmp_path):
-    assert not any(kernel["products"] for kernel in built(TURING, repo, tmp_path))
+def test_on_an_older_card_nothing_would_multiply_on_tensor_cores(built):
+    assert not any(kernel["products"] for kernel in built[TURING])
 
 
 class Half:

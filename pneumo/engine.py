@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pneumo import dist
@@ -253,6 +254,11 @@ def compiler_trouble(device: torch.device) -> str:
     except Exception as error:  # many types, of the compiler, Triton and the system
         return f"{type(error).__name__}: {one_line(error)[:200]}"
     return ""
+
+
+def is_of_the_compiler(error: RuntimeError) -> bool:
+    """Whether the compiler, or one of its helper processes, failed."""
+    return isinstance(error, TorchDynamoException) or "SubprocPool" in str(error)
 
 
 def make_room(device: torch.device) -> None:

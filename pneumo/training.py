@@ -266,6 +266,14 @@ class _Run:
 
     def train(self) -> None:
         """Run all epochs that are left."""
+        try:
+            self._train()
+        except RuntimeError as error:
+            if not (_signals.number and engine.is_of_the_compiler(error)):
+                raise
+            self._leave_the_compiler()
+
+    def _train(self) -> None:
         saved = self._load_last()
         if saved is not None and saved["position"]["epoch"] > self.settings.epochs:
             self.position = Position(**saved["position"])
@@ -383,6 +391,8 @@ class _Run:
             UsageError: they cannot, and the recipe insists.
         """
         trouble = engine.compiler_trouble(self.device)
+        if trouble and _signals.number:
+            self._leave_the_compiler()
         if trouble and self.recipe.train.compile != "auto":
             raise UsageError(f"Nothing can be compiled here: {trouble}. {COMPILER}; or --set train.compile=off")
         if trouble:
@@ -711,15 +721,20 @@ class _Run:
         return "nothing was saved before" if self.saved is None else f"last.pt is from {_place(self.saved)}"
 
     def _stop(self) -> None:
-        """Leave after a signal; the checkpoint has been written."""
+        """Leave after a signal to any process; the checkpoint has been written."""
         numbers = [number for number in dist.gather(_signals.number) if number]
         _signals.number = _signals.number or numbers[0]
+        self._leave(f"at {_place(asdict(self.position))}. The same command goes on from there.")
+
+    def _leave_the_compiler(self) -> None:
+        """Leave after a signal that ended the compiler's helpers too, which are of the same group or job."""
+        self.position = Position(**(self.saved or {}))
+        self._leave(f"while it compiled; {self._intact()}. The same command goes on.")
+
+    def _leave(self, where: str) -> None:
         if dist.is_main():
             self._status("stopped", signal=_signals.number)
-        stopped = Stopped(
-            f"{self.folder}: stopped by {signal.Signals(_signals.number).name} at {_place(asdict(self.position))}. The "
-            f"same command goes on from there."
-        )
+        stopped = Stopped(f"{self.folder}: stopped by {signal.Signals(_signals.number).name} {where}")
         stopped.exit_code = 128 + _signals.number
         raise stopped
 

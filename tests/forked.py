@@ -354,12 +354,14 @@ def damage_last_before_saving() -> None:
     before(checkpoint, "save", damage)
 
 
-def raise_at_step(step: int, name: str, message: str) -> None:
-    """Raise an exception, "module.name"."""
+def raise_at_step(step: int, name: str, message: str, number: int = 0) -> None:
+    """Raise an exception, "module.name", after a signal if one is given."""
     module, _, kind = name.rpartition(".")
     error = getattr(importlib.import_module(module), kind)(message)
 
     def fail() -> None:
+        if number:
+            _kill(number)
         raise error
 
     at_step(step, fail)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -139,6 +140,41 @@ def test_no_compiler(data, tmp_path, figure):
     assert line.startswith("error: Nothing can be compiled here: ") and "/nonexistent/g++" in line
     assert "It takes gcc and g++" in line and line.endswith("; or --set train.compile=off")
     figure("named, with what it takes, exit 2")
+
+
+def compilers_of(group: int) -> list[Path]:
+    """Running C++ compilers of a process group."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            name, fields = (place / "stat").read_text().rsplit(") ", 1)
+            if name.endswith("(cc1plus") and int(fields.split()[2]) == group:
+                found.append(place)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R4", "Ctrl-C, which a terminal sends to the whole group, while the networks compile")
+def test_a_signal_to_the_group_while_it_compiles(data, tmp_path, figure):
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = forked.train(data, tmp_path, "train.compile=on", "stage.1.epochs=1")
+    job = subprocess.Popen(
+        [sys.executable, str(forked.REPO / command[0]), *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=tmp_path, env=environment, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert any("images to train on" in line for line in job.stdout)
+        forked.wait_for(lambda: compilers_of(job.pid), 60)
+        os.killpg(job.pid, signal.SIGINT)
+        _, complaints = job.communicate(timeout=60)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode == 130, complaints
+    line = complaints.splitlines()[-1]
+    assert "stopped by SIGINT while it compiled; nothing was saved before" in line
+    assert forked.status(tmp_path / STAGE)["state"] == "stopped"
+    figure("code 130, one line")
 
 
 @pytest.mark.slow

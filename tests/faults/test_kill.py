@@ -220,6 +220,38 @@ def test_a_signal_stops_with_a_checkpoint(data, tmp_path, straight, figure, name
     figure(f"{name}: code {128 + SIGNALS[name][0]}, equal")
 
 
+COMPILER = {
+    "g++": ("torch._dynamo.exc.TorchDynamoException", "CppCompileError: g++"),
+    "helpers": ("builtins.RuntimeError", "SubprocPool closed"),
+}
+
+
+@pytest.mark.fault("R4", "a signal that the compiler's own processes have as well, so that it fails")
+@pytest.mark.parametrize(("name", "step"), [("g++", 1), ("helpers", 2)])
+def test_a_signal_ends_the_compiler_too(data, tmp_path, straight, figure, name, step):
+    reference, _ = straight("float32-1", lambda runs: forked.train(data, runs, "train.amp=off"))
+    command = forked.train(data, tmp_path, "train.amp=off")
+    hook = partial(forked.raise_at_step, step, *COMPILER[name], signal.SIGINT)
+    job = forked.start(*command, cwd=tmp_path, hook=hook)
+    assert job.wait() == 130
+    (line,) = job.complaints
+    where = {1: "nothing was saved before", 2: "last.pt is from epoch 1, step 1"}[step]
+    assert line.endswith(f"stage1: stopped by SIGINT while it compiled; {where}. The same command goes on.")
+    status = forked.status(tmp_path / "seed" / "fold0" / "stage1")
+    assert (status["state"], status["signal"], status["step"]) == ("stopped", signal.SIGINT, step - 1)
+    assert forked.start(*command, cwd=tmp_path).wait() == 0
+    assert forked.differing_files(reference, tmp_path) == []
+    figure(f"{name}: code 130, equal")
+
+
+@pytest.mark.parametrize("name", COMPILER)
+def test_a_compiler_that_fails_by_itself_is_an_error(data, tmp_path, name):
+    job = forked.start(
+        *forked.train(data, tmp_path), cwd=tmp_path, hook=partial(forked.raise_at_step, 1, *COMPILER[name])
+    )
+    assert job.wait() == 1 and "an error of this program" in job.text
+
+
 @pytest.mark.fault("R4", "SIGTERM within validation: it is broken off, saved, and made again")
 @pytest.mark.parametrize("variant", [pytest.param("float32", marks=pytest.mark.slow), "averaged"])
 def test_a_signal_within_validation(data, tmp_path, straight, figure, variant):

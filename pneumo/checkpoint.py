@@ -48,12 +48,19 @@ def save(state: dict[str, Any], path: Path, *, keep: Path | None = None) -> None
         NotFiniteError: a floating-point tensor holds NaN or infinity; nothing is written.
         NoSpaceError, WriteError: no space, no permission; what was there is intact.
     """
-    for name, tensor in leaves(state):
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
-            raise NotFiniteError(f"{path} was not written: {name} is not finite. The previous one is intact.")
+    if name := not_finite(state):
+        raise NotFiniteError(f"{path} was not written: {name} is not finite. The previous one is intact.")
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     write_atomic(path, buffer.getvalue(), keep=keep)
+
+
+def not_finite(state: Any) -> str:
+    """The dotted name of the first floating-point tensor that holds NaN or infinity; "" if there is none."""
+    for name, tensor in leaves(state):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+            return name
+    return ""
 
 
 def write_atomic(path: Path, content: bytes, *, keep: Path | None = None) -> None:

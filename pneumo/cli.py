@@ -116,7 +116,11 @@ def _known(error: Exception) -> PneumoError | None:
             f"same factor (set predict.batch_size, as to 1, if it happened in validation or prediction), lower "
             f"stage.N.image_size, or use --set train.amp=bf16"
         )
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text):
+    if (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)  # as of mmap and fork
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text)
+    ):
         return OutOfMemory(
             f"the host is out of memory ({text[:160] or 'MemoryError'}). Lower stage.N.batch_size and raise "
             f"stage.N.accumulation by the same factor (set predict.batch_size, as to 1, if it happened in validation "
@@ -125,7 +129,8 @@ def _known(error: Exception) -> PneumoError | None:
     if isinstance(error, OSError):
         if _came_of_writing(error):
             return checkpoint.refusal(error.filename or "a file", error)
-        return UsageError(f"{error.filename or ''}: {error.strerror or error}")
+        if error.filename is not None:  # else it is nothing that the user named
+            return UsageError(f"{error.filename}: {error.strerror or error}")
     return None
 
 

@@ -449,6 +449,11 @@ class _Run:
                         + (f" ({earlier:,} images earlier)." if earlier > 0 else ".")
                     )
                 self._check_same(saved, path)
+                if name := checkpoint.not_finite(saved):
+                    raise NotFiniteError(
+                        f"{path} cannot be used: {one_line(name)} is not finite. Restore it, or delete "
+                        f"{self.folder} to start anew."
+                    )
                 if changed := [
                     f"{name} {saved['versions'].get(name)} -> {now}"
                     for name, now in _versions().items()

@@ -64,9 +64,12 @@ def test_what_is_shown_cannot_move_the_cursor(capsys, monkeypatch):
         (PermissionError(errno.EACCES, "Permission denied", "new"), 5, "Cannot write new: Permission denied. Allow"),
         (PermissionError(errno.EACCES, "Permission denied", "no/x"), 2, "no/x: Permission denied"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "x: No such file"),
+        (OSError(errno.ENOSPC, "No space left on device"), 5, "Cannot write a file: No space left on device. Free"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 6, "the host is out of memory ([Errno 12] Cannot allocate"),
+        (PermissionError(errno.EPERM, "Operation not permitted"), 1, "PermissionError: [Errno 1] Operation not perm"),
     ],
 )
-def test_what_cannot_be_written_has_its_own_code(capsys, monkeypatch, tmp_path, error, code, words):
+def test_what_the_system_refuses_has_its_own_code(capsys, monkeypatch, tmp_path, error, code, words):
     def command(_options: argparse.Namespace) -> None:
         raise error
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 
@@ -7,7 +8,7 @@ import torch
 from small_run import differing
 
 from pneumo import checkpoint, dataset, engine, log, training
-from pneumo.errors import DataError, UsageError
+from pneumo.errors import DataError, NotFiniteError, UsageError
 
 CPU = torch.device("cpu")
 
@@ -41,6 +42,16 @@ def straight(repo, root, tmp_path_factory):
     return recipe
 
 
+@pytest.fixture
+def copied(repo, root, straight, tmp_path):
+    """A recipe whose runs folder has the finished first stage of `straight`, and the stage's folder."""
+    recipe = small_run.recipe(repo, root, tmp_path)
+    folder = recipe.stage_folder(0, 1)
+    shutil.copytree(straight.folder / "fold0" / "stage1", folder)
+    shutil.copy(straight.folder / "folds.csv", recipe.folder)
+    return recipe, folder
+
+
 def test_a_run_folder_holds_what_it_promises(straight):
     folder = straight.stage_folder(0, 1)
     assert {"last.pt", "best.pt", "log.jsonl", "config.toml", "status.json"} <= {p.name for p in folder.iterdir()}
@@ -63,11 +74,8 @@ def test_epochs_differ(straight):
 
 
 @pytest.mark.fault("R9", "a whole last.pt without a part of a run's state, or with one of another shape")
-def test_a_checkpoint_that_is_no_state_of_a_run_is_named(repo, root, straight, tmp_path, figure):
-    recipe = small_run.recipe(repo, root, tmp_path)
-    folder = recipe.stage_folder(0, 1)
-    shutil.copytree(straight.folder / "fold0" / "stage1", folder)
-    shutil.copy(straight.folder / "folds.csv", recipe.folder)
+def test_a_checkpoint_that_is_no_state_of_a_run_is_named(copied, figure):
+    recipe, folder = copied
     good = checkpoint.load(folder / "last.pt")
     good["position"]["epoch"] = 2  # one more to train
     # of use to others than a resumed run, or not used, or to be had without
@@ -86,12 +94,22 @@ def test_a_checkpoint_that_is_no_state_of_a_run_is_named(repo, root, straight, t
     figure(f"{len(spoiled)} of {len(spoiled)} named")
 
 
-def test_a_run_goes_on_with_the_images_a_pass_that_it_had(repo, root, straight, tmp_path, monkeypatch):
+@pytest.mark.fault("R15", "a last.pt with NaN in a weight, and in a moment of Adam's, made by other means")
+def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(copied, figure):
+    recipe, folder = copied
+    good = checkpoint.load(folder / "last.pt")
+    for spoil in (lambda state: state["model"]["head.bias"], lambda state: state["optimizer"]["state"][0]["exp_avg"]):
+        bad = copy.deepcopy(good)
+        spoil(bad).fill_(torch.nan)
+        torch.save(bad, folder / "last.pt")
+        with pytest.raises(NotFiniteError, match=r"last\.pt cannot be used: (model\.head\.bias|optimizer.*exp_avg) is"):
+            train(recipe)
+    figure("2 of 2 named, exit 4")
+
+
+def test_a_run_goes_on_with_the_images_a_pass_that_it_had(repo, root, tmp_path, copied, monkeypatch):
     """Unless it is told another number, as after it ran out of memory."""
-    recipe = small_run.recipe(repo, root, tmp_path)
-    folder = recipe.stage_folder(0, 1)
-    shutil.copytree(straight.folder / "fold0" / "stage1", folder)
-    shutil.copy(straight.folder / "folds.csv", recipe.folder)
+    _, folder = copied
     good = checkpoint.load(folder / "last.pt")
     assert good["evaluation_batch"] == 8
     good["position"]["epoch"] = 2

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pneumo.errors import PeerError, Stopped, UsageError, one_line
+from pneumo.errors import PeerError, Stopped, StoppedAlone, UsageError, one_line
 
 JOB = "PNEUMO_JOB"  # in the environment of a process that is to end with the one that started it: that one's number
 GRACE = 3.0  # seconds in which a process may find out by itself that another failed
@@ -102,14 +102,14 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
         yield device
         wait_for_main()
         _watch.leave_together()
-    except Stopped:  # all together
-        _watch.leave_together()
-        dist.destroy_process_group()
-        raise
     except BaseException as error:
+        if isinstance(error, Stopped) and not isinstance(error, StoppedAlone):
+            _watch.leave_together()
+            dist.destroy_process_group()
+            raise
         first, _, message = _tell(error).partition("\n")
         _watch.left.set()
-        if int(first) != rank():
+        if int(first) != rank() and not isinstance(error, StoppedAlone):
             raise PeerError(_follows(first)) from error
         if _from_backend(error):
             raise PeerError(message) from error

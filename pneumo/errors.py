@@ -71,6 +71,10 @@ class PeerError(PneumoError):
 
 
 class Stopped(PneumoError):
-    """A signal ended the run after a checkpoint; the exit code is 128 and the signal's number."""
+    """A signal ended the run after a checkpoint, all processes together; the exit code is 128 and its number."""
 
     exit_code = 143
+
+
+class StoppedAlone(Stopped):
+    """A signal ended this process where it could not wait for the others; they end because it did."""

@@ -32,6 +32,7 @@ from pneumo.errors import (
     NotFiniteError,
     PneumoError,
     Stopped,
+    StoppedAlone,
     UsageError,
     WriteError,
     one_line,
@@ -734,12 +735,13 @@ class _Run:
     def _leave_the_compiler(self) -> None:
         """Leave after a signal that ended the compiler's helpers too, which are of the same group or job."""
         self.position = Position(**(self.saved or {}))
-        self._leave(f"while it compiled; {self._intact()}. The same command goes on.")
+        intact = f"; {self._intact()}" if dist.is_main() else ""  # which the others do not know
+        self._leave(f"while it compiled{intact}. The same command goes on.", StoppedAlone)
 
-    def _leave(self, where: str) -> None:
+    def _leave(self, where: str, kind: type[Stopped] = Stopped) -> None:
         if dist.is_main():
             self._status("stopped", signal=_signals.number)
-        stopped = Stopped(f"{self.folder}: stopped by {signal.Signals(_signals.number).name} {where}")
+        stopped = kind(f"{self.folder}: stopped by {signal.Signals(_signals.number).name} {where}")
         stopped.exit_code = 128 + _signals.number
         raise stopped
 

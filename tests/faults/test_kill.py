@@ -244,6 +244,26 @@ def test_a_signal_ends_the_compiler_too(data, tmp_path, straight, figure, name, 
     figure(f"{name}: code 130, equal")
 
 
+@pytest.mark.fault("R4", "the same in both of two processes, and in one while the other waits for it")
+@pytest.mark.parametrize("hit", [(0, 1), (0,), (1,)])
+def test_a_signal_ends_the_compiler_of_one_of_two(data, tmp_path, straight, figure, hit):
+    reference, _ = straight("compiled-2", lambda runs: forked.train(data, runs), 2)
+    command = forked.train(data, tmp_path)
+    hook = partial(forked.raise_at_step, 2, *COMPILER["helpers"], signal.SIGTERM)
+    jobs = forked.launch(*command, cwd=tmp_path, hooks=dict.fromkeys(hit, hook))
+    assert [job.wait(20) for job in jobs] == [143 if rank in hit else 7 for rank in range(2)]
+    for rank, job in enumerate(jobs):
+        (line,) = job.complaints
+        assert ("stopped by SIGTERM while it compiled" in line) is (rank in hit)
+        assert ("last.pt is from epoch 1, step 1" in line) is (rank == 0 and rank in hit)
+    status = forked.status(tmp_path / "seed" / "fold0" / "stage1")
+    assert status["state"] == ("stopped" if 0 in hit else "failed") and status["step"] == 1
+    jobs = forked.launch(*command, cwd=tmp_path)
+    assert [job.wait() for job in jobs] == [0, 0]
+    assert forked.differing_files(reference, tmp_path) == []
+    figure(f"processes {hit} of 2: all gone at once, equal")
+
+
 @pytest.mark.parametrize("name", COMPILER)
 def test_a_compiler_that_fails_by_itself_is_an_error(data, tmp_path, name):
     job = forked.start(

@@ -8,24 +8,18 @@ import contextlib
 import ctypes
 import errno
 import os
-import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from pneumo import checkpoint, config, dist, start
 from pneumo.config import Recipe
-from pneumo.errors import OutOfMemory, PneumoError, Stopped, UsageError, printable
+from pneumo.errors import OutOfMemory, PneumoError, Stopped, UsageError, is_gpu_full, printable
 
 BUG = 1
-# as a full GPU reads where it is not PyTorch's allocator that asks: in the driver, cuDNN and cuBLAS, Triton and NCCL
-_GPU_FULL = re.compile(
-    r"CUDA error: out of memory|CU(DNN|BLAS)_STATUS_ALLOC_FAILED|\[CUDA\]: out of memory|Cuda failure.*out of memory"
-)
+_NOTHING_FITS = "unable to find an engine"  # cuDNN has tried all of its ways; what each lacked, mostly memory, is lost
 CONFIGS = Path(__file__).resolve().parents[1] / "configs.toml"
 
 
@@ -110,11 +104,12 @@ def _known(error: Exception) -> PneumoError | None:
     text = " ".join(str(error).split())
     if isinstance(error, PneumoError):
         return error
-    if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and _GPU_FULL.search(text)):
+    nothing_fits = isinstance(error, RuntimeError) and _NOTHING_FITS in text
+    if nothing_fits or is_gpu_full(error):
         return OutOfMemory(
-            f"the GPU is out of memory ({text[:120]}). Lower stage.N.batch_size and raise stage.N.accumulation by the "
-            f"same factor (set predict.batch_size, as to 1, if it happened in validation or prediction), lower "
-            f"stage.N.image_size, or use --set train.amp=bf16"
+            f"the GPU is {'probably ' if nothing_fits else ''}out of memory ({text[:120]}). Lower stage.N.batch_size "
+            f"and raise stage.N.accumulation by the same factor (set predict.batch_size, as to 1, if it happened in "
+            f"validation or prediction), lower stage.N.image_size, or use --set train.amp=bf16"
         )
     if (
         isinstance(error, MemoryError)

@@ -25,7 +25,7 @@ from pneumo import dist
 from pneumo.data.feed import Feed, cut
 from pneumo.decision import metrics
 from pneumo.decision.rule import Rule, decide, decide_batch, resize_quantise
-from pneumo.errors import one_line
+from pneumo.errors import is_gpu_full, one_line
 from pneumo.model import losses
 
 SHAPES = 64  # that one function may be compiled for
@@ -249,9 +249,9 @@ def compiler_trouble(device: torch.device) -> str:
     """
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # many types, of the compiler, Triton and the system
+        if is_gpu_full(error):
+            raise
         return f"{type(error).__name__}: {one_line(error)[:200]}"
     return ""
 

@@ -7,6 +7,15 @@ its text when it crosses a thread or process. Imports nothing from pneumo.
 import re
 import unicodedata
 
+import torch
+
+# as a full GPU reads where it is not PyTorch's allocator that asks: in the driver, cuDNN and cuBLAS, Triton and NCCL
+_GPU_FULL = re.compile(
+    r"CUDA out of memory|CUDA error: out of memory|CU(DNN|BLAS)_STATUS_ALLOC_FAILED|\[CUDA\]: out of memory|"
+    r"Cuda failure.*out of memory",
+    re.DOTALL,
+)
+
 
 def printable(text: str) -> str:
     """Text as one line that a terminal can show: what would steer it, or is no character, stands as its escape."""
@@ -22,6 +31,12 @@ def one_line(text: object) -> str:
     """What strangers' files put into a message, on one line and without words that no screen would hold."""
     words = printable(" ".join(str(text).split()))
     return re.sub(r"\S{100,}", lambda word: f"{word[0][:97]}...", words)
+
+
+def is_gpu_full(error: BaseException) -> bool:
+    """Whether it says that a GPU is out of memory, whoever asked for some."""
+    full = isinstance(error, RuntimeError) and _GPU_FULL.search(str(error)) is not None
+    return full or isinstance(error, torch.OutOfMemoryError)
 
 
 class PneumoError(ValueError):

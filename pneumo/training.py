@@ -35,6 +35,7 @@ from pneumo.errors import (
     StoppedAlone,
     UsageError,
     WriteError,
+    is_gpu_full,
     one_line,
 )
 from pneumo.kernels import thin_conv
@@ -230,9 +231,11 @@ def _of_this_run(folder: Path) -> Iterator[None]:
     """Name the checkpoint whose file is whole, but whose content is not what this program saves."""
     try:
         yield
-    except (PneumoError, torch.OutOfMemoryError, torch.AcceleratorError):
+    except (PneumoError, torch.AcceleratorError):
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_gpu_full(error):
+            raise
         raise DataError(
             f"{folder / 'last.pt'}, or the checkpoint it starts from, is whole but holds no state of this run "
             f"({type(error).__name__}: {one_line(error)[:200]}). Restore it, or delete {folder} to start anew."

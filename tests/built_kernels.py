@@ -1,8 +1,8 @@
 """Build the Triton kernels of the recipe's network for GPUs that are not there: `python built_kernels.py 80 86`.
 
 Takes compute capabilities, as 86 for 8.6. Writes a JSON line for each card and kernel, with the shared memory in bytes
-that a program of it needs and whether it multiplies on tensor cores. For cards before 8.0, where the compiler takes
-seconds a kernel, it builds one of each kind.
+that a program of it needs, whether it multiplies on tensor cores and whether its ReLU turns NaN into 0. For cards
+before 8.0, where the compiler takes seconds a kernel, it builds one of each kind.
 """
 
 import json
@@ -69,7 +69,8 @@ def main(capabilities: list[int]) -> None:
     for capability in capabilities:
         for source in newer if capability >= 80 else older:
             built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-            known = {"shared": built.metadata.shared, "products": "mma." in built.asm["ptx"]}
+            code = built.asm["ptx"]
+            known = {"shared": built.metadata.shared, "products": "mma." in code, "drops_nan": "max.f32" in code}
             print(json.dumps({"card": capability, "kernel": source.fn.fn.__name__, **known}))
 
 

@@ -101,6 +101,11 @@ def test_a_full_gpu_is_out_of_memory_whoever_asked(text):
     assert cli._known(torch.AcceleratorError("CUDA error: an illegal memory access was encountered")) is None
 
 
+def test_where_cudnn_finds_nothing_memory_is_probably_short():
+    known = cli._known(RuntimeError("GET was unable to find an engine to execute this computation"))
+    assert known.exit_code == 6 and str(known).startswith("the GPU is probably out of memory (GET was unable")
+
+
 def test_json_for_others_has_no_infinity():
     value = {"a": [1.5, float("inf"), (float("nan"),)], "b": {"c": -float("inf"), "d": None, "e": "NaN"}}
     assert json.loads(log.dumps(value)) == {"a": [1.5, None, [None]], "b": {"c": None, "d": None, "e": "NaN"}}

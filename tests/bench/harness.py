@@ -52,10 +52,10 @@ def measure(row: Row, repeats: int, device: torch.device) -> dict[str, Any]:
     """
 
     def value(call: Callable[[], Any]) -> float:
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         result = call()
-        _wait(device)
+        wait(device)
         seconds = time.perf_counter() - start
         if row.unit == "ms":
             return seconds / row.items * 1000
@@ -103,6 +103,7 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

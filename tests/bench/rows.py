@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from bench import rivals
 from bench.elsewhere import Elsewhere
-from bench.harness import Row
+from bench.harness import Row, wait
 from PIL import Image
 from scipy import ndimage
 from torch import Tensor, nn
@@ -457,7 +457,7 @@ def memory_gpu(setup: Setup) -> Iterator[Row]:
         if setup.device.type != "cuda":
             make()()
             return 1.0  # nothing counts there
-        torch.cuda.empty_cache()
+        engine.make_room(setup.device)
         torch.cuda.reset_peak_memory_stats(setup.device)
         before = torch.cuda.memory_reserved(setup.device)  # by other rows
         step = make()
@@ -488,7 +488,7 @@ def scaling(name: str, sizes: tuple[int, ...], repeats: int, run: Callable[[int]
     """How time grows with the number of images: the exponent of the best power law, 1 where it is linear.
 
     Args:
-        run: handles so many images.
+        run: handles so many images, and waits until a GPU has.
     """
     detail: dict[str, Any] = {}
 
@@ -549,6 +549,7 @@ def growth(setup: Setup) -> Iterator[Row]:
     def show(count: int) -> None:
         for _ in feed.batches(cut(np.arange(count), 16)):
             pass
+        wait(setup.device)
 
     yield scaling("feed", many, repeats, show, "batches of 16")
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "timm", "numpy", *rivals.PACKAGES)}
 
 
-def run(size: str, device: torch.device, only: str = "") -> list[dict[str, Any]]:
-    """Measure all rows, or those of the groups whose name holds `only`."""
+def run(size: str, device: torch.device, only: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Measure all rows, or those of the groups whose names hold one of `only`."""
     groups = rows.GPU + rows.HOST if device.type == "cuda" else rows.CPU + rows.HOST
     if size == "smoke":
         groups = rows.CPU + rows.GPU + rows.HOST
@@ -53,7 +54,7 @@ def run(size: str, device: torch.device, only: str = "") -> list[dict[str, Any]]
     with tempfile.TemporaryDirectory() as folder, Elsewhere("bench.rivals") as elsewhere:
         setup = Setup(device, size, Path(folder), elsewhere)
         for group in groups:
-            if only not in group.__name__:
+            if only and not any(name in group.__name__ for name in only):
                 continue
             for row in group(setup):
                 results.append({**measure(row, REPEATS[size], device), **about})
@@ -65,17 +66,17 @@ def run(size: str, device: torch.device, only: str = "") -> list[dict[str, Any]]
 
 
 def main() -> int:
-    """Write the file and print the table; `sys.argv[1]` names a group to measure alone, which writes nothing."""
+    """Write the file and print the table; arguments name groups to measure alone, which writes nothing."""
     cli.keep_freed_memory()  # as our program does
     warnings.filterwarnings("ignore")  # the rivals' own
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = run(os.environ.get("BENCH") or "full", device, *sys.argv[1:])
+    results = run(os.environ.get("BENCH") or "full", device, sys.argv[1:])
     if not sys.argv[1:]:
         Path("runs").mkdir(exist_ok=True)
         Path("runs/bench.json").write_text(json.dumps(results, indent=1) + "\n")
     if not results:
-        print(f"no rows of a group named {sys.argv[1]} on this device", file=sys.stderr)
+        print(f"no rows of a group named {' or '.join(sys.argv[1:])} on this device", file=sys.stderr)
         return 2
     about = results[0]
     print(table(results))

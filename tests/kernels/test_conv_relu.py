@@ -44,13 +44,13 @@ def always(x, weight, bias, add, *geometry):
     return as_cudnn(x, weight, bias, x if add is None else add, *geometry)
 
 
-def out_of_memory(*_given):
-    raise torch.OutOfMemoryError("on a card")
+def without_nan(x, weight, bias, add, *geometry):
+    return as_cudnn(x, weight, bias, add, *geometry).nan_to_num(0)
 
 
-def is_right(inside: int, out: int, stride: int, adds: bool) -> bool:
+def is_right(inside: int, out: int, stride: int, adds: bool, dtype: torch.dtype = torch.bfloat16) -> bool:
     geometry = (stride, stride), (1, 1), (1, 1), 1
-    return module._fused_is_right(CPU, torch.bfloat16, (out, inside, 3, 3), *geometry, adds)
+    return module._fused_is_right(CPU, dtype, (out, inside, 3, 3), *geometry, adds)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,25 @@ def test_the_fused_form_is_tried_before_it_is_used(monkeypatch, fused, right):
     assert {adds for adds in (True, False) if is_right(8, 16, 2, adds)} == right - {False}
 
 
-def test_what_only_memory_prevented_is_tried_again(monkeypatch):
+@pytest.mark.parametrize("adds", [True, False])
+def test_where_numbers_end_early_nan_has_to_stay(monkeypatch, adds):
+    monkeypatch.setattr(module, "_fused", without_nan)
+    assert is_right(16, 16, 1, adds, torch.bfloat16)
+    assert not is_right(16, 16, 1, adds, torch.float16)
+    module._fused_is_right.cache_clear()
+    monkeypatch.setattr(module, "_fused", as_cudnn)
+    assert is_right(16, 16, 1, adds, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("on a card"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")]
+)
+def test_what_only_memory_prevented_is_tried_again(monkeypatch, error):
+    def out_of_memory(*_given):
+        raise error
+
     monkeypatch.setattr(module, "_fused", out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match=str(error)):
         is_right(16, 16, 1, True)
     monkeypatch.setattr(module, "_fused", as_cudnn)
     assert is_right(16, 16, 1, True)

@@ -6,8 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
+from pneumo import ensemble
+from pneumo.ensemble import Ensemble
+from pneumo.errors import NotFiniteError
 from pneumo.kernels import thin_conv
 from pneumo.kernels.thin_conv import conv, doubling_conv, grey_conv
+from pneumo.model.folded import FoldedUNet
+from pneumo.model.unet import UNet
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"  # there Triton interprets the kernels, see conftest.py
@@ -194,6 +199,35 @@ def test_refusals():
         strided.sum().backward()
 
 
+def test_nan_is_not_taken_for_nothing_by_the_relu():
+    """As PyTorch's: else an image that overflows would be one without a finding."""
+    x = numbers(1, 16, 6, 6)
+    x[0, 3, 2, 2] = torch.nan
+    weight, doubling = numbers(16, 16, 3, 3), numbers(16, 16, 4, 4)
+    with torch.no_grad():
+        for convolve, given in ((conv, weight), (doubling_conv, doubling)):
+            plain, clipped = convolve(x, given), convolve(x, given, relu=True)
+            assert plain.isnan().any() and torch.equal(clipped.isnan(), plain.isnan())
+            assert clipped.nan_to_num(0).min() == 0
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")  # NumPy's
+@pytest.mark.fault("S4", "float16 that overflows deep within a network, before kernels of our own")
+def test_an_image_that_overflows_is_no_empty_mask(monkeypatch, figure):
+    monkeypatch.setattr(thin_conv, "is_thin", lambda _x, *channels, **most: thin_conv.few(*channels, **most))
+    torch.manual_seed(0)
+    model = UNet("test_resnet", False, (8, 8, 8, 4, 4)).eval()
+    with torch.no_grad():
+        model.blocks[1].conv2[1].weight.mul_(2e5)
+    folded = FoldedUNet(model, torch.float16).to(DEVICE)
+    assert all(tensor.isfinite().all() for tensor in folded.state_dict().values())
+    network = Ensemble((folded,), 64, {}, torch.float16, True, "", "", 1)
+    image = torch.randint(256, (1, 1, 64, 64), dtype=torch.uint8, device=DEVICE)
+    with pytest.raises(NotFiniteError, match="probabilities of a are not numbers"):
+        ensemble.predict(network, image, 64, ["a"])
+    figure("exit 4, the image named")
+
+
 def test_works_says_whether_results_are_right(monkeypatch):
     device = torch.device(DEVICE)
     assert thin_conv.works.__wrapped__(device, HALF)
@@ -212,13 +246,15 @@ def test_works_says_whether_results_are_right(monkeypatch):
         assert not thin_conv.works.__wrapped__(device, HALF)
 
 
-def out_of_memory(*_given):
-    raise torch.OutOfMemoryError("on a card")
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("on a card"), RuntimeError("Triton Error [CUDA]: out of memory")]
+)
+def test_lack_of_memory_is_no_answer(monkeypatch, error):
+    def out_of_memory(*_given):
+        raise error
 
-
-def test_lack_of_memory_is_no_answer(monkeypatch):
     monkeypatch.setattr(thin_conv, "patches", out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match=str(error).replace("[", r"\[")):
         thin_conv.works.__wrapped__(torch.device(DEVICE), HALF)
 
 

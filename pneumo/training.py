@@ -377,6 +377,8 @@ class _Run:
             engine.compiled(self.model)
             engine.compiled(self.folded)
             if gpu:
+                if self.dtype in thin_conv.HALVES:
+                    thin_conv.works(self.device, self.dtype)  # found out here, not while the compiler traces
                 self.transform = engine.compiled(augment.transform)
                 self.loss = replace(self.loss, compute=engine.compiled(losses.loss))
         self.recorded = (

@@ -123,11 +123,8 @@ def is_thin(x: Tensor, inside: int, out: int, most: int = THIN) -> bool:
     Args:
         most: channels on either side at most; more would need more memory than a multiprocessor has.
     """
-    if triton is None or not x.is_cuda or _compute_dtype(x) not in HALVES or not few(inside, out, most):
-        return False
-    if torch.compiler.is_compiling():  # a compiler for GPUs needs Triton, too, so it is there
-        return has_products(x.device)
-    return works(x.device, _compute_dtype(x))
+    dtype = _compute_dtype(x)
+    return triton is not None and x.is_cuda and dtype in HALVES and few(inside, out, most) and works(x.device, dtype)
 
 
 def few(inside: int, out: int, most: int = THIN) -> bool:
@@ -135,7 +132,6 @@ def few(inside: int, out: int, most: int = THIN) -> bool:
     return max(inside, out) <= most and inside * out <= PRODUCT
 
 
-@torch.compiler.assume_constant_result
 def has_products(device: torch.device) -> bool:
     """Whether Triton multiplies on the device's tensor cores, as it does from compute capability 8.0 on.
 
@@ -156,13 +152,20 @@ def _thin(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, up: int, 
     return patches(x, weight.to(dtype).contiguous(), bias, stride, up, pad, relu)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the device has what the kernels need, Triton can build them and they give the plain result; tried once.
+
+    A compiler takes the answer as it is. Ask before anything is compiled, so that nothing is tried while it traces.
 
     Warns:
         RuntimeWarning: they could be used, but cannot, and why; all else goes on, slower.
     """
+    return _tried(device, dtype)
+
+
+@cache
+def _tried(device: torch.device, dtype: torch.dtype) -> bool:
     if not has_products(device):
         return False
     x = torch.randn(2, 16, 32, 32, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -180,7 +183,7 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
             return True
         reason = "their results are wrong here"
     warnings.warn(
-        f"Triton's kernels are not used, cuDNN's are, which take longer: {reason}", RuntimeWarning, stacklevel=2
+        f"Triton's kernels are not used, cuDNN's are, which take longer: {reason}", RuntimeWarning, stacklevel=3
     )
     return False
 

@@ -58,21 +58,27 @@ def test_an_older_card_is_left_to_cudnn(monkeypatch, capability, taken):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     assert thin_conv.has_products(Half.device) is taken
     if not taken:
-        assert not thin_conv.works.__wrapped__(Half.device, Half.dtype)  # and without a warning
+        assert not thin_conv._tried.__wrapped__(Half.device, Half.dtype)  # and without a warning
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_a_compiler_asks_what_was_tried_and_takes_it_for_good(monkeypatch, answer):
+    asked = []
+
+    def tried(*given: object) -> bool:
+        asked.append(torch.compiler.is_compiling())
+        assert given == (Half.device, Half.dtype)
+        return answer
+
     monkeypatch.setattr(thin_conv, "triton", object())
-    monkeypatch.setattr(thin_conv, "_compute_dtype", lambda x: x.dtype)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert thin_conv.is_thin(Half, 16, 16) is taken
+    monkeypatch.setattr(thin_conv, "_compute_dtype", lambda _x: Half.dtype)
+    monkeypatch.setattr(thin_conv, "_tried", tried)
 
-
-@pytest.mark.parametrize(("capability", "wanted"), [((8, 0), 1), (TURING, 0)])
-def test_a_compiler_asks_and_takes_the_answer_for_good(monkeypatch, capability, wanted):
-    not_to_be_traced = torch.compiler.disable(lambda _device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", not_to_be_traced)
-
-    def asked(x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if thin_conv.has_products(Half.device) else x * 1
+    def choose(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if thin_conv.works(Half.device, Half.dtype) else x * 1
 
     torch._dynamo.reset()
-    found = torch.compile(asked, fullgraph=True, dynamic=False, backend="eager")(torch.zeros(2))
-    assert found.tolist() == [wanted] * 2
+    compiled = torch.compile(choose, fullgraph=True, dynamic=False, backend="eager")
+    assert [compiled(torch.zeros(2)).tolist() for _ in range(2)] == [[int(answer)] * 2] * 2
+    assert len(asked) == 1
+    assert thin_conv.is_thin(Half, 16, 16) is answer

@@ -230,20 +230,20 @@ def test_an_image_that_overflows_is_no_empty_mask(monkeypatch, figure):
 
 def test_works_says_whether_results_are_right(monkeypatch):
     device = torch.device(DEVICE)
-    assert thin_conv.works.__wrapped__(device, HALF)
+    assert thin_conv._tried.__wrapped__(device, HALF)
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert thin_conv.works.__wrapped__(device, HALF)
+        assert thin_conv._tried.__wrapped__(device, HALF)
     right = thin_conv.patches
     monkeypatch.setattr(thin_conv, "patches", lambda *given: right(*given) * 1.1)
     with pytest.warns(RuntimeWarning, match=r"^Triton's kernels are not used.*: their results are wrong here$"):
-        assert not thin_conv.works.__wrapped__(device, HALF)
+        assert not thin_conv._tried.__wrapped__(device, HALF)
 
     def broken(*_given):
         raise RuntimeError("no\ncompiler")
 
     monkeypatch.setattr(thin_conv, "patches", broken)
     with pytest.warns(RuntimeWarning, match=r"take longer: RuntimeError: no compiler$"):
-        assert not thin_conv.works.__wrapped__(device, HALF)
+        assert not thin_conv._tried.__wrapped__(device, HALF)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_lack_of_memory_is_no_answer(monkeypatch, error):
 
     monkeypatch.setattr(thin_conv, "patches", out_of_memory)
     with pytest.raises(type(error), match=str(error).replace("[", r"\[")):
-        thin_conv.works.__wrapped__(torch.device(DEVICE), HALF)
+        thin_conv._tried.__wrapped__(torch.device(DEVICE), HALF)
 
 
 class TestChoice:

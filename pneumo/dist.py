@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pneumo.errors import PeerError, Stopped, StoppedAlone, UsageError, one_line
+from pneumo.errors import PeerError, Stopped, StoppedAlone, UsageError, is_gpu_full, one_line
 
 JOB = "PNEUMO_JOB"  # in the environment of a process that is to end with the one that started it: that one's number
 GRACE = 3.0  # seconds in which a process may find out by itself that another failed
@@ -289,7 +289,7 @@ def _processes(which: list[int]) -> str:
 
 def _from_backend(error: BaseException) -> bool:
     """Whether gloo, NCCL or the store raised it, and not for lack of this GPU's memory."""
-    if "out of memory" in str(error):
+    if is_gpu_full(error):
         return False
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))

@@ -6,6 +6,7 @@ FOLD ?= 0
 STAGE ?= 1
 GPUS ?= 1
 JOBS ?= 1
+WORKERS ?= 3
 SET ?=
 FOLDS ?= all
 
@@ -19,6 +20,7 @@ RIVALS := .venv/rivals
 endif
 
 OPTIONS = --recipe $(RECIPE) $(if $(SET),--set $(SET))
+AT_ONCE = -n $(WORKERS) --dist loadfile
 LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
 
 .DEFAULT_GOAL := help
@@ -26,7 +28,7 @@ LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --stand
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
-	@echo; echo '  variables: RECIPE=seed FOLD=0 STAGE=1 GPUS=1 JOBS=1 FOLDS=all SET="stage.2.epochs=1 data.root=/data/siim" PYTHON=python3'
+	@echo; echo '  variables: RECIPE=seed FOLD=0 STAGE=1 GPUS=1 JOBS=1 WORKERS=3 FOLDS=all SET="stage.2.epochs=1 data.root=/data/siim" PYTHON=python3'
 
 setup: $(READY)  ## install everything into .venv
 
@@ -59,10 +61,10 @@ test: $(READY)  ## the tests, but for the slow ones
 	touch $@
 
 test-oldest: .oldest/installed  ## the tests with the oldest packages that pyproject.toml allows, in a folder of their own
-	.oldest/bin/python -m pytest
+	.oldest/bin/python -m pytest $(AT_ONCE)
 
-test-slow: $(READY)  ## the slow tests
-	$(PYTHON) -m pytest -m slow
+test-slow: $(READY)  ## the slow tests, WORKERS files at a time: they wait more than they compute
+	$(PYTHON) -m pytest -m slow $(AT_ONCE)
 
 faults: $(READY)  ## every test of a fault, slow ones too -> tests/faults/RESULTS.md
 	$(PYTHON) -m pytest -m "slow or not slow" --fault-table tests/faults/RESULTS.md

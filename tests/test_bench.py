@@ -107,4 +107,6 @@ def test_every_row_runs(repo, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "runs" / "bench.json").read_text())
-    assert len(results) > 20 and all(result["rival"] and result["ratio"] > 0 for result in results)
+    assert len(results) > 20 and all(result["rival"] for result in results)
+    measured = [result for result in results if result["unit"] != "exponent"]  # of 2 and 4 images, it may be below 0
+    assert len(measured) > 15 and all(result["ratio"] > 0 for result in measured)

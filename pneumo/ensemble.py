@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pneumo import checkpoint, engine, training
 from pneumo.config import ModelConfig, Recipe
 from pneumo.decision import tables
-from pneumo.decision.rule import resize_quantise
+from pneumo.decision.rule import LEVELS, resize_quantise
 from pneumo.errors import DataError, NotFiniteError, UsageError, one_line
 from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
@@ -129,7 +129,9 @@ class Prediction:
 
     Attributes:
         q: (B, A, A) uint8 quantised probabilities.
-        agreement: (B, 257) of the views with their average; see `pneumo.decision.tables.agreement`.
+        agreement: (B, 257) float64, of each network with itself on the mirror image, the mean over networks; 1 without
+            mirror. It means the same of one network as of many, so what was learned out of fold, where one network
+            predicts, holds for an ensemble. See `pneumo.decision.tables.agreement`.
     """
 
     q: np.ndarray
@@ -149,29 +151,31 @@ def predict(ensemble: Ensemble, image: Tensor, annotation_size: int, names: Sequ
         NotFiniteError: a probability is not a number; it would have become an innocent empty mask.
     """
     total = torch.zeros(image.shape, dtype=torch.float32, device=image.device)
-    views = []
-    for probs in _views(ensemble, image):
-        total += probs
-        views.append(resize_quantise(probs, annotation_size))
-    probs = total / len(views)
+    alike = []
+    for views in _views(ensemble, image):
+        for probs in views:
+            total += probs
+        if ensemble.mirror:
+            alike.append(tables.agreement(*(resize_quantise(probs, annotation_size) for probs in views)))
+    probs = total / (len(ensemble.models) * len(views))
     finite = probs.isfinite().flatten(1).all(dim=1).tolist()
     if bad := [name for name, good in zip(names, finite, strict=True) if not good]:
         raise NotFiniteError(f"the networks' probabilities of {', '.join(bad[:5])} are not numbers")
     q = resize_quantise(probs, annotation_size)
-    return Prediction(q.cpu().numpy(), tables.agreement(q, views))
+    agreement = torch.stack(alike).mean(dim=0).cpu().numpy() if alike else np.ones((len(image), LEVELS + 1))
+    return Prediction(q.cpu().numpy(), agreement)
 
 
-def _views(ensemble: Ensemble, image: Tensor) -> Iterator[Tensor]:
-    """Yield (B, 1, S, S) float32 probabilities of each network, of the image and of its mirror image turned back."""
+def _views(ensemble: Ensemble, image: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield each network's (B, 1, S, S) float32 probabilities: of the image, and of its mirror image turned back."""
     batch = torch.cat([image, image.flip(-1)]) if ensemble.mirror else image
     for model in ensemble.models:
         probs = engine.predict_logits(model, batch, ensemble.dtype).sigmoid()
         if ensemble.mirror:
             plain, mirrored = probs.chunk(2)
-            yield plain
-            yield mirrored.flip(-1)
+            yield plain, mirrored.flip(-1)
         else:
-            yield probs
+            yield (probs,)
 
 
 def parse_folds(text: str, count: int) -> list[int]:

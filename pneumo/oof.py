@@ -29,7 +29,7 @@ from pneumo.decision.tables import Tables
 from pneumo.decision.tune import Grid
 from pneumo.errors import DataError, UsageError, one_line
 
-FORMAT = 1
+FORMAT = 2
 ARRAYS = {  # type and shape: N images, T levels, C components
     "levels": ("int64", "T"),
     "histogram": ("int32", "NL"),

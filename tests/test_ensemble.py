@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -53,7 +54,14 @@ def test_the_mirror_image_is_mirrored_back():
 def test_agreement_is_whole_only_if_all_views_are_alike():
     models = (LeftRight(0.0), LeftRight(0.0))
     assert (ensemble.predict(made(*models, mirror=True), image(), 8, "abc").agreement == 1).all()
-    assert ensemble.predict(made(LeftRight(3.0), mirror=True), image(), 8, "abc").agreement[:, 128].max() < 1
+    assert (ensemble.predict(made(*models, mirror=False), image(), 8, "abc").agreement == np.ones((3, 257))).all()
+
+
+def test_agreement_means_the_same_of_one_network_as_of_many():
+    one, other = (ensemble.predict(made(LeftRight(left), mirror=True), image(), 8, "abc") for left in (1.0, 3.0))
+    both = ensemble.predict(made(LeftRight(1.0), LeftRight(3.0), mirror=True), image(), 8, "abc")
+    assert both.agreement == pytest.approx((one.agreement + other.agreement) / 2, abs=1e-12)
+    assert one.agreement[:, 128].max() < 1 and other.agreement[:, 128].max() < 1
 
 
 @pytest.mark.fault("S4", "one pixel of one image not a number in one of two networks")

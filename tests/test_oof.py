@@ -90,13 +90,12 @@ def test_mirror_agreement_is_recorded(recipe):
     rows = np.flatnonzero(data.folds == 0)
     pack = dataset.open_pack(recipe, "train", data.cases, 64)
     ((image, _),) = Feed(pack, CPU, rows).batches([rows])
-    plain, mirrored = (resize_quantise(probs, 64) for probs in ensemble._views(models, image))
-    q = ensemble.predict(models, image, 64, [""] * len(rows)).q
+    ((plain, mirrored),) = ensemble._views(models, image)
+    plain, mirrored = (resize_quantise(probs, 64) for probs in (plain, mirrored))
     found = oof.load(recipe, data)
     place = found.tables.place(0.5)
     for i, row in enumerate(rows):
-        masks = [view[i].numpy() >= 128 for view in (plain, mirrored)]
-        wanted = np.mean([float(metrics.dice(mask, q[i] >= 128)) for mask in masks])
+        wanted = float(metrics.dice(plain[i].numpy() >= 128, mirrored[i].numpy() >= 128))
         mine = found.tables.agreement[found.rows.tolist().index(row), place]
         assert mine == pytest.approx(wanted, abs=1e-6)
 
@@ -113,7 +112,7 @@ def test_weights_are_chosen_by_name(recipe):
     average = replace(recipe, predict=replace(recipe.predict, weights="average", mirror=False))
     models = ensemble.load(average, [1], CPU)
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 1, 64, 64), dtype=np.uint8))
-    first, second = (probs.double() for probs in ensemble._views(models, image))
+    (first,), (second,) = ([probs.double() for probs in views] for views in ensemble._views(models, image))
     q = ensemble.predict(models, image, 64, ["a", "b"]).q
     np.testing.assert_array_equal(q, resize_quantise(((first + second) / 2).float(), 64).numpy())
 

@@ -28,8 +28,8 @@ class Tables:
         levels: (T,) int64, ascending: the thresholds k of k / 256 that have components.
         histogram: (N, 256) int32, pixels of the annotation grid by quantised probability.
         true_histogram: (N, 256) int32, those of them that are pneumothorax.
-        agreement: (N, T) float32, mean Dice of the single networks' and mirror views' masks against the averaged
-            one's at each threshold, no area filter; 1 where there is one view only.
+        agreement: (N, T) float32, Dice of the mask of the image and that of its mirror image, the mean over networks,
+            at each threshold, no area filter; 1 without mirror.
         counts: (N, T) int32, components at each threshold.
         area, overlap: (C,) int32, pixels of each component and those of them that are pneumothorax, by case, then
             threshold.
@@ -101,7 +101,7 @@ def measure(q: np.ndarray, truth: np.ndarray, levels: np.ndarray, agreement: np.
         q: (A, A) uint8 quantised probabilities.
         truth: (R, 2) runs of the annotation; none where it is not known.
         levels: (T,) ascending, of 0 .. 256.
-        agreement: (257,) from `agreement`; None where there is one view only.
+        agreement: (257,) from `agreement`; None for 1 at all levels.
     """
     levels = np.asarray(levels, dtype=np.int64)
     true = runs_to_mask(truth, *q.shape)
@@ -128,23 +128,19 @@ def join(parts: Sequence[Tables]) -> Tables:
     return Tables(levels, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
-def agreement(q: Tensor, views: Sequence[Tensor]) -> np.ndarray:
-    """How alike the masks of single views and of their average are, at every level.
+def agreement(first: Tensor, second: Tensor) -> Tensor:
+    """How alike two views' masks are, at every level.
 
     Args:
-        q: (B, A, A) uint8 quantised probabilities of the average.
-        views: (B, A, A) uint8 each, those of one network on the image or on its mirror image, on the same device.
+        first, second: (B, A, A) uint8 quantised probabilities, as of one network on the image and on its mirror image.
 
     Returns:
-        (B, 257) float64, on the host: for k of 0 .. 256, the mean over views of the Dice of view >= k and q >= k; 1
-        where both are empty.
+        (B, 257) float64, on their device: for k of 0 .. 256, the Dice of first >= k and second >= k; 1 where both are
+        empty.
     """
-    whole = _at_least(q)
-    total = torch.zeros(whole.shape, dtype=torch.float64, device=q.device)
-    for view in views:
-        both, sizes = 2 * _at_least(torch.minimum(view, q)), whole + _at_least(view)
-        total += torch.where(sizes > 0, both.double() / sizes.clamp(min=1), 1.0)
-    return (total / len(views)).cpu().numpy()
+    both = 2 * _at_least(torch.minimum(first, second))
+    sizes = _at_least(first) + _at_least(second)
+    return torch.where(sizes > 0, both.double() / sizes.clamp(min=1), 1.0)
 
 
 def _at_least(q: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ class Signals:
         decided: (N,) bool, whether pneumothorax was found.
         area: (N,) int64, pixels decided.
         score: (N,) float, of the image.
-        agreement: (N,) float in [0, 1], mean Dice of the single views' masks and the averaged one's.
+        agreement: (N,) float in [0, 1], Dice of the mask of the image and that of its mirror image, the mean over
+            networks; 1 without mirror.
         soft_dice: (N,) float in [0, 1], the mask's Dice if the probabilities were true; 1 where none was decided.
     """
 

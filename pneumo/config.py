@@ -224,6 +224,10 @@ class Recipe:
         first = max(number for number in used if self.stage[number].start != "previous")
         return list(used[first - 1 :])
 
+    def command(self, target: str) -> str:
+        """What to type for a target of the Makefile, as make cv RECIPE=demo."""
+        return f"make {target}" + ("" if self.name == "seed" else f" RECIPE={self.name}")
+
     def stage_folder(self, fold: int, stage: int) -> Path:
         """The run folder of one stage of one fold: holds last.pt, best.pt, log.jsonl, ..."""
         return self.folder / f"fold{fold}" / f"stage{stage}"

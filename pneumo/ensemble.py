@@ -59,9 +59,8 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
     dtype = engine.autocast_dtype(recipe.train.amp, device)
     for fold in folds:
         folder = recipe.stage_folder(fold, stage)
-        command = f"make train FOLD={fold} STAGE={stage}" + ("" if recipe.name == "seed" else f" RECIPE={recipe.name}")
         try:
-            training.check_finished(folder, command)
+            training.check_finished(folder, recipe.command(f"cv FOLDS={fold}"))
         except UsageError as error:
             raise UsageError(f"fold {fold} cannot predict: {error}, or choose folds with --folds") from None
         for path in _files(recipe, folder):

@@ -113,7 +113,7 @@ def write(
     done = [fold for fold in wanted if training.finished(recipe, fold, recipe.stages)]
     folds = dist.broadcast(done)  # process 0 may be about to say that the last one is
     if not folds:
-        raise UsageError(f"{recipe.folder}: no fold has finished stage {recipe.stages}. Run: make cv")
+        raise UsageError(f"{recipe.folder}: no fold has finished stage {recipe.stages}. Run: {recipe.command('cv')}")
     for fold in folds:
         models = ensemble.load(recipe, [fold], device)
         origin = {
@@ -214,23 +214,34 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
         UsageError: there are none.
     """
     folds = [fold for fold in range(recipe.folds.count) if path_of(recipe, fold).exists()]
-    suffix = ("" if recipe.name == "seed" else f" RECIPE={recipe.name}") + (
+    command = recipe.command("oof") + (
         "" if recipe.predict.weights == "best" else f" SET=predict.weights={recipe.predict.weights}"
     )
+    levels = {level(threshold) for threshold in grid(recipe).thresholds}
     if not folds:
-        raise UsageError(f"{recipe.folder}: no out-of-fold predictions yet. Run: make oof{suffix}")
+        raise UsageError(f"{recipe.folder}: no out-of-fold predictions yet. Run: {command}")
     row_of = {case.image_id: row for row, case in enumerate(data.cases)}
     parts, rows, sources, origins = [], [], {}, []
     for fold in folds:
         path = path_of(recipe, fold)
         origin, image_ids, table = _read(path)
-        again = f"Run again: make oof{suffix}"
+        again = f"Run again: {command}"
         if (origin["data"], origin["split"]) != (data.digest, data.split):
             raise DataError(f"{path} is of other images, annotations or folds than there are now. {again}")
         for source, digest in origin["checkpoints"].items():
             now = path.with_name(Path(source).name)  # the run folder may have been moved
             if now.is_file() and checkpoint.sha256(now) != digest:
                 raise DataError(f"{path} was made by another {now} than there is now. {again}")
+        if origin["mirror"] != recipe.predict.mirror:
+            raise DataError(
+                f"{path} was made with predict.mirror={str(origin['mirror']).lower()}, which is now "
+                f"{str(recipe.predict.mirror).lower()}. {again}, with the same SET"
+            )
+        if not levels <= set(origin["levels"]):
+            raise DataError(
+                f"{path} was made for other thresholds than tune.thresholds, rule.threshold and rule.top_threshold now "
+                f"ask for. {again}, with the same SET"
+            )
         wanted = {data.cases[row].image_id for row in np.flatnonzero(data.folds == fold)}
         for what, odd in (
             ("has no prediction of", sorted(wanted - set(image_ids))),

@@ -5,7 +5,7 @@ Imports config, dataset, oof, decision, ensemble, checkpoint, log, errors.
 
 import math
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ class Ruling:
         rule: itself.
         source: the file it came from, or "recipe".
         trust: expected Dice from confidence, as learned out of fold under this rule; None if nobody learned it.
+        predicted: `predict.weights` and `predict.mirror` of the predictions that chose it; None if none did.
     """
 
     rule: Rule
     source: str
     trust: Trust | None
+    predicted: dict[str, Any] | None = None
 
 
 def recipe_rule(recipe: Recipe) -> Rule:
@@ -51,33 +53,57 @@ def run(recipe: Recipe, data: Dataset) -> Tuned:
     dice = metrics.bootstrap_means(tuned.dice[None], found.groups, draws=recipe.tune.draws, seed=recipe.seed)[0]
     gain = tuned.gain(found.groups, draws=recipe.tune.draws, seed=recipe.seed)
     positive = found.tables.positive
+    all_empty = float((~positive).mean())
+    if missing := sorted(set(range(recipe.folds.count)) - set(found.folds.tolist())):
+        log.warn(
+            f"no out-of-fold predictions of fold {', '.join(map(str, missing))}: the rule is chosen without, and "
+            f"prediction can use it with --folds {','.join(map(str, np.unique(found.folds)))} only. To make them: "
+            f"{recipe.command('cv')}"
+        )
     if not tuned.choice.reached:
         log.warn(
             f"no rule reaches a {recipe.tune.objective} of {recipe.tune.target}; the rules that come closest were taken"
         )
+    elif tuned.short:
+        log.warn(
+            f"a {recipe.tune.objective} of {recipe.tune.target} is reached by no rule on all folds but "
+            f"{' or '.join(map(str, tuned.short))}; the rules that come closest score these"
+        )
+    shares = _shares(positive, held_out_signals(found, tuned).decided)
+    signals = trust.signals(found.tables, tuned.rule)
+    in_sample = _shares(positive, signals.decided)
     log.say(
         f"{len(found.image_ids)} cases of {len(tuned.fold_rules)} folds, {tuned.choice.plateau.size:,} rules",
         f"recipe's rule    {describe(baseline)}: mean Dice {tuned.baseline.mean():.4f} (all masks empty: "
-        f"{(~positive).mean():.4f})",
+        f"{all_empty:.4f})",
         f"chosen rule      {describe(tuned.rule)}, on a plateau of {tuned.choice.plateau.sum():,} rules",
         f"cross-fitted     mean Dice {dice}; in-sample {tuned.in_sample:.4f}, optimism {tuned.optimism:+.4f}",
+        "by image         "
+        + ", ".join(
+            f"{name} {_number(value)} (in-sample {_number(in_sample[name])})" for name, value in shares.items()
+        ),
         f"gain             {gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}) over the recipe's rule, paired",
     )
-    signals = trust.signals(found.tables, tuned.rule)
+    if recipe.tune.objective == "dice" and gain.high < 0:
+        log.warn("the chosen rule is worse than the recipe's on folds that had no say in it: use --rule recipe")
+    if recipe.tune.objective == "dice" and dice.value <= all_empty:
+        log.warn("on folds that had no say in it, the chosen rule is no better than leaving all masks empty")
     learned = trust.fit(signals, tables.dice(found.tables, tuned.rule))
     path = recipe.folder / "rule.toml"
     measured = {
         "cases": len(found.image_ids),
         "objective": recipe.tune.objective,
+        **({} if recipe.tune.objective == "dice" else {"target": recipe.tune.target}),
         "dice_cross_fitted": dice.value,
         "dice_interval": [dice.low, dice.high],
         "dice_in_sample": tuned.in_sample,
         "dice_recipe": float(tuned.baseline.mean()),
         "gain": gain.value,
         "gain_interval": [gain.low, gain.high],
-        "all_empty": float((~positive).mean()),
+        "all_empty": all_empty,
+        **{f"{name}_cross_fitted": value for name, value in shares.items() if value is not None},
     }
-    write(path, Ruling(tuned.rule, str(path), learned), measured, found.sources)
+    write(path, Ruling(tuned.rule, str(path), learned, _predicted(recipe)), measured, found.sources)
     log.say(f"{path}: predict.py uses it from now on; --rule recipe goes back to the recipe's")
     return tuned
 
@@ -116,6 +142,7 @@ def write(path: Path, ruling: Ruling, measured: dict[str, Any], sources: dict[st
     sections = {
         "rule": asdict(ruling.rule),
         "measured": measured,
+        **({} if ruling.predicted is None else {"predicted": ruling.predicted}),
         "trust.negative": {"confidence": negative[0], "dice": negative[1]},
         "trust.positive": {"confidence": positive[0], "dice": positive[1]},
         "checkpoints": sources,
@@ -133,24 +160,39 @@ def ruling_for(recipe: Recipe, models: Ensemble, choice: str) -> Ruling:
         choice: "auto": rule.toml of the recipe's run folder if it is there, else the recipe's; "recipe"; or a file.
 
     Raises:
-        UsageError: rule.toml was chosen for other checkpoints.
+        UsageError: rule.toml was chosen for other checkpoints, or with other weights of them or without the mirror.
         DataError: the file is wrong.
     """
     own = recipe.folder / "rule.toml"
     if choice == "recipe" or (choice == "auto" and not own.exists()):
         return Ruling(recipe_rule(recipe), "recipe", None)
     path = own if choice == "auto" else Path(choice)
-    ruling, sources = read(path)
+    ruling, sources = read(path, recipe_rule(recipe))
+    again = f"{recipe.command('oof')} and {recipe.command('tune')}, or use --rule recipe"
     if choice == "auto" and not set(models.sources.values()) <= set(sources.values()):
         raise UsageError(
-            f"{path} was chosen for other checkpoints than {', '.join(models.sources)}. Run make oof and make tune "
-            f"again, or use --rule recipe."
+            f"{path} was chosen for other checkpoints than {', '.join(models.sources)}. Run again: {again}"
         )
+    if choice == "auto" and ruling.predicted != (now := _predicted(recipe)):
+        before = "others" if ruling.predicted is None else _settings(ruling.predicted)
+        raise UsageError(f"{path} was chosen on predictions with {before}, not {_settings(now)}. Run again: {again}")
     return ruling
 
 
-def read(path: Path) -> tuple[Ruling, dict[str, str]]:
+def _predicted(recipe: Recipe) -> dict[str, Any]:
+    """What a rule's predictions depend on besides the checkpoints."""
+    return {"weights": recipe.predict.weights, "mirror": recipe.predict.mirror}
+
+
+def _settings(predicted: dict[str, Any]) -> str:
+    return " ".join(f"predict.{key}={config.toml(value).strip(chr(34))}" for key, value in predicted.items())
+
+
+def read(path: Path, base: Rule | None = None) -> tuple[Ruling, dict[str, str]]:
     """Read what `write` wrote; a file with nothing but [rule] will do.
+
+    Args:
+        base: has what the file's [rule] leaves out; None: `Rule()`.
 
     Raises:
         DataError: no such file, or not such a file; names the key.
@@ -171,7 +213,7 @@ def read(path: Path) -> tuple[Ruling, dict[str, str]]:
         for key, value in table.items():
             if type(value) is not kinds[key] and not (kinds[key] is float and type(value) is int):
                 raise ValueError(f"rule.{key}: expected {kinds[key].__name__}, got {value!r}")
-        rule = Rule(**table)
+        rule = replace(base or Rule(), **table)
         learned = None
         if "trust" in document:
             knots = [document["trust"][side] for side in ("negative", "positive")]
@@ -182,16 +224,31 @@ def read(path: Path) -> tuple[Ruling, dict[str, str]]:
                 if not all(map(math.isfinite, at)) or not all(0 <= dice <= 1 for dice in value):
                     raise ValueError("trust: confidence must be of finite numbers, dice of numbers from 0 to 1")
         sources = {str(key): str(value) for key, value in document.get("checkpoints", {}).items()}
+        predicted = document.get("predicted")
+        if predicted is not None and not isinstance(predicted, dict):
+            raise ValueError("predicted: expected a table")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"no [{error.args[0]}]" if isinstance(error, KeyError) else error
         raise DataError(f"{path}: not a rule file: {one_line(reason)}") from None
-    return Ruling(rule, str(path), learned), sources
+    return Ruling(rule, str(path), learned, predicted), sources
 
 
 def describe(rule: Rule) -> str:
     """A rule in words."""
     top = f", positive if > {rule.top_area:,} px above {rule.top_threshold:g}" if rule.top_threshold else ""
     return f"threshold {rule.threshold:g}, components > {rule.min_area:,} px{top}"
+
+
+def _shares(positive: np.ndarray, decided: np.ndarray) -> dict[str, float | None]:
+    """Sensitivity and specificity of (N,) decisions by image; None where there is no case."""
+    return {
+        name: float(right.mean()) if len(right) else None
+        for name, right in (("sensitivity", decided[positive]), ("specificity", ~decided[~positive]))
+    }
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
 
 
 def _key(key: str) -> str:

@@ -179,7 +179,7 @@ def test_report(place, options, trained):
         (["train.py", "--stage", "0"], 2, "--stage 0"),
         (["train.py", "--set", "data.root=nowhere"], 3, "nowhere: no such folder. Set data.root."),
         (["predict.py", "--folds", "0,7"], 2, "--folds 0,7"),
-        (["predict.py", "--folds", "0"], 2, "Run: make train FOLD=0 STAGE=3"),
+        (["predict.py", "--folds", "0"], 2, "Run: make cv FOLDS=0"),
         (["pneumo", "report"], 3, "no log.jsonl yet"),
     ],
 )

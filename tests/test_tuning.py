@@ -8,6 +8,7 @@ import small_run
 import torch
 
 from pneumo import ensemble, oof, tuning
+from pneumo.decision import tune
 from pneumo.decision.rule import Rule
 from pneumo.decision.trust import Trust
 from pneumo.errors import DataError, UsageError
@@ -53,9 +54,14 @@ def test_tune_prints_what_it_found_and_prediction_uses_it(place, capsys):
     good = path.read_text()
     digest = next(iter(models.sources.values()))
     path.write_text(good.replace(digest, "0" * 64))
-    with pytest.raises(UsageError, match=r"chosen for other checkpoints than .*make tune again"):
+    with pytest.raises(UsageError, match=r"chosen for other checkpoints than .*make oof and make tune, or"):
         tuning.ruling_for(recipe, models, "auto")
     assert tuning.ruling_for(recipe, models, str(path)).rule == tuned.rule  # named on purpose
+    # the same checkpoints, but predicted otherwise; best.pt can be one of the averaged epochs, byte for byte
+    path.write_text(good)
+    for other in ({"mirror": not recipe.predict.mirror}, {"weights": "average"}):
+        with pytest.raises(UsageError, match=r"with predict.weights=best predict.mirror=(true|false), not predict"):
+            tuning.ruling_for(replace(recipe, predict=replace(recipe.predict, **other)), models, "auto")
     path.unlink()
     assert tuning.ruling_for(recipe, models, "auto").source == "recipe"
 
@@ -67,7 +73,63 @@ def test_other_objectives(place, capsys, objective):
     tuned = tuning.run(other, data)
     share = tuned.sums.without(-1)
     value = (share.sensitivity if objective == "sensitivity" else share.specificity)[tuned.choice.index]
-    assert value >= 0.9 or "no rule reaches" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert value >= 0.9 or "no rule reaches" in printed.err
+    assert f"{objective} {measured(recipe)[f'{objective}_cross_fitted']:.4f} (in-sample {value:.4f})" in printed.out
+    assert measured(recipe)["target"] == 0.9
+
+
+def measured(recipe):
+    """What rule.toml says of its rule."""
+    return tomllib.loads((recipe.folder / "rule.toml").read_text())["measured"]
+
+
+@pytest.mark.parametrize("objective", ["sensitivity", "specificity"])
+def test_a_target_needs_a_case_that_it_is_about(place, objective):
+    """Without one, all rules would reach it alike, and the middle of them all be chosen."""
+    recipe, data = place
+    found = oof.load(recipe, data)
+    of_kind = found.tables.positive == (objective == "sensitivity")
+    kept = np.flatnonzero(~of_kind | (found.folds == 1))
+    rows = found.tables.take(kept)
+    wanted = {"objective": objective, "target": 0.5, "tolerance": 1e-3}
+    with pytest.raises(UsageError, match=rf"{objective}: without fold 1 there is no (positive|negative) case"):
+        tune.tune(rows, found.folds[kept], oof.grid(recipe), tuning.recipe_rule(recipe), **wanted)
+
+
+def test_what_tuning_did_not_see_or_gain_is_said(place, capsys, monkeypatch):
+    recipe, data = place
+    whole = oof.load(recipe, data)
+    kept = np.flatnonzero(whole.folds != 2)
+    part = replace(
+        whole,
+        image_ids=tuple(whole.image_ids[i] for i in kept),
+        rows=whole.rows[kept],
+        folds=whole.folds[kept],
+        groups=whole.groups[kept],
+        tables=whole.tables.take(kept),
+    )
+    monkeypatch.setattr(oof, "load", lambda *_: part)
+    tuned = tuning.run(recipe, data)
+    said = capsys.readouterr().err
+    assert "no out-of-fold predictions of fold 2" in said and "--folds 0,1 only" in said and "make cv" in said
+    worse = replace(tuned, dice=tuned.baseline * 0.0, baseline=np.ones(len(kept)))
+    monkeypatch.setattr(tuning, "search", lambda *_: worse)
+    tuning.run(recipe, data)
+    said = capsys.readouterr().err
+    assert "worse than the recipe's" in said and "no better than leaving all masks empty" in said
+    monkeypatch.undo()
+    tuning.run(recipe, data)  # for the tests that follow
+
+
+def test_predictions_made_otherwise_are_not_tuned_on(place):
+    recipe, data = place
+    turned = replace(recipe, predict=replace(recipe.predict, mirror=not recipe.predict.mirror))
+    with pytest.raises(DataError, match=r"made with predict.mirror=(true|false), which is now .*make oof, with the"):
+        tuning.run(turned, data)
+    finer = replace(recipe, tune=replace(recipe.tune, thresholds=100))
+    with pytest.raises(DataError, match=r"made for other thresholds than tune.thresholds.*make oof, with the same SET"):
+        tuning.run(finer, data)
 
 
 def test_a_file_reads_as_it_was_written(tmp_path):
@@ -75,14 +137,22 @@ def test_a_file_reads_as_it_was_written(tmp_path):
     learned = Trust((((0.1, 0.5), (0.9, 0.95)), ((0.0,), (0.6,))))
     path = tmp_path / "rule.toml"
     sources = {"runs/a b/best.pt": "ff", '/\U0001f600/dät/\\ud83d"\x7f\n/best.pt': "00", "胸部": "01"}
-    tuning.write(path, Ruling(rule, "", learned), {"dice": 0.85, "interval": [0.8, float("nan")]}, sources)
-    assert tuning.read(path) == (Ruling(rule, str(path), learned), sources)
+    predicted = {"weights": "ema", "mirror": False}
+    tuning.write(path, Ruling(rule, "", learned, predicted), {"dice": 0.85, "interval": [0.8, float("nan")]}, sources)
+    assert tuning.read(path) == (Ruling(rule, str(path), learned, predicted), sources)
 
 
 def test_a_rule_alone_will_do(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("[rule]\nthreshold = 0.25\nmin_area = 7\n")
     assert tuning.read(path)[0] == Ruling(Rule(threshold=0.25, min_area=7), str(path), None)
+
+
+def test_what_a_rule_file_leaves_out_is_the_recipes(place, tmp_path):
+    recipe, _ = place
+    (tmp_path / "mine.toml").write_text("[rule]\nthreshold = 0.25\n")
+    ruling = tuning.ruling_for(recipe, ensemble.load(recipe, [0], CPU), str(tmp_path / "mine.toml"))
+    assert ruling.rule == replace(tuning.recipe_rule(recipe), threshold=0.25) and ruling.rule.min_area > 0
 
 
 @pytest.mark.parametrize(
@@ -102,6 +172,7 @@ def test_a_rule_alone_will_do(tmp_path):
              "[trust.positive]\nconfidence = [1]\ndice = [1]", "confidence must be of finite numbers, dice of numbers")
             for at, dice in (("nan", 1), ("inf", 1), (1, "nan"), (1, "inf"), (1, 1.5))
         ),
+        ("predicted = 3\n[rule]", "predicted: expected a table"),
         ("rule = 3", "not a rule file"),
         ("= nothing", "not a rule file"),
     ],

@@ -202,6 +202,7 @@ class Tuned:
         rule: chosen on all folds: the one to use.
         choice: its place.
         fold_rules: for each fold the rule chosen on the others.
+        short: folds for which no rule on the others reaches the target.
         dice: (N,) float64, each case under the rule that its fold had no say in: cross-fitted.
         baseline: (N,) float64, each case under the recipe's rule.
         in_sample: mean Dice of `rule` on the very cases that chose it.
@@ -212,6 +213,7 @@ class Tuned:
     rule: Rule
     choice: Choice
     fold_rules: tuple[Rule, ...]
+    short: tuple[int, ...]
     dice: np.ndarray
     baseline: np.ndarray
     in_sample: float
@@ -239,7 +241,7 @@ def tune(
         baseline: the rule to compare with.
 
     Raises:
-        UsageError: fewer than two folds.
+        UsageError: fewer than two folds; or one whose others have no case that the objective's target is about.
     """
     names, folds = np.unique(folds, return_inverse=True)
     if len(names) < 2:
@@ -249,8 +251,16 @@ def tune(
         )
     sums = score_all(data, folds, grid)
     wanted = {"objective": objective, "target": target, "tolerance": tolerance}
+    if objective != "dice":
+        kind, cases = ("positive", sums.positives) if objective == "sensitivity" else ("negative", sums.negatives)
+        for name, count in zip(names, cases, strict=True):
+            if cases.sum() == count:
+                raise UsageError(
+                    f"tune.objective={objective}: without fold {name} there is no {kind} case to choose a rule on"
+                )
     choice = choose(sums.without(-1), **wanted)
-    fold_rules = tuple(grid.rule(choose(sums.without(fold), **wanted).index) for fold in range(len(names)))
+    choices = [choose(sums.without(fold), **wanted) for fold in range(len(names))]
+    fold_rules = tuple(grid.rule(chosen.index) for chosen in choices)
     dice = np.empty(len(data))
     for fold, rule in enumerate(fold_rules):
         rows = np.flatnonzero(folds == fold)
@@ -259,6 +269,7 @@ def tune(
         rule=grid.rule(choice.index),
         choice=choice,
         fold_rules=fold_rules,
+        short=tuple(int(name) for name, chosen in zip(names, choices, strict=True) if not chosen.reached),
         dice=dice,
         baseline=tables.dice(data, baseline),
         in_sample=float(tables.dice(data, grid.rule(choice.index)).mean()),

@@ -129,15 +129,15 @@ def test_a_missing_fold_is_asked_for_or_left_out_on_purpose(recipe, capsys, figu
     folder = recipe.stage_folder(1, 3)
     status = (folder / "status.json").read_bytes()
     log.write_status(folder, "stopped", epoch=12, epochs=30)
-    with pytest.raises(UsageError, match=r'fold 1 .*says "stopped" at epoch 12 of 30. Run: make train FOLD=1 STAGE=3'):
+    with pytest.raises(UsageError, match=r'fold 1 .*says "stopped" at epoch 12 of 30. Run: make cv FOLDS=1'):
         ensemble.load(recipe, [0, 1], CPU)
     (folder / "status.json").unlink()
-    with pytest.raises(UsageError, match=r"make train FOLD=1 STAGE=3, or choose folds with --folds"):
+    with pytest.raises(UsageError, match=r"make cv FOLDS=1, or choose folds with --folds"):
         ensemble.load(recipe, ensemble.parse_folds("all", 2), CPU)
     assert len(ensemble.load(recipe, ensemble.parse_folds("0", 2), CPU).models) == 1
     for damaged in (b"", b"[]", b"{}", b'{"state": 1}', b'{"state": "done", "epoch": 1}', b"[" * 100_000, b"\xff"):
         (folder / "status.json").write_bytes(damaged)
-        with pytest.raises(UsageError, match=r'json says "missing"\. Run: make train FOLD=1 STAGE=3'):
+        with pytest.raises(UsageError, match=r'json says "missing"\. Run: make cv FOLDS=1'):
             ensemble.load(recipe, [0, 1], CPU)
         assert f"warning: {folder / 'status.json'} is damaged: it h" in capsys.readouterr().err
     (folder / "status.json").write_bytes(status)

@@ -49,7 +49,7 @@ demo: $(READY)  ## the whole recipe on synthetic X-rays, minutes on a CPU
 	$(PYTHON) -m pneumo tune --recipe demo $(if $(SET),--set $(SET))
 	$(PYTHON) predict.py --recipe demo $(if $(SET),--set $(SET))
 	$(PYTHON) -m pneumo report --recipe demo $(if $(SET),--set $(SET))
-	$(PYTHON) -m pneumo score --recipe demo runs/demo/submission.csv runs/demo/data/test-truth.csv $(if $(SET),--set $(SET))
+	$(PYTHON) -m pneumo score --recipe demo $(if $(SET),--set $(SET))
 
 test: $(READY)  ## the tests, but for the slow ones
 	$(PYTHON) -m pytest

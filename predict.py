@@ -24,6 +24,8 @@ def main(options: argparse.Namespace) -> None:
     folds = ensemble.parse_folds(options.folds, recipe.folds.count)
     if options.files and options.out is None:
         raise UsageError("say where the masks of the given files go: --out DIR")
+    if options.out is not None and not options.files:
+        raise UsageError("--out is for the masks of given files, and no file is given")
     with dist.launch(recipe.train.timeout_seconds) as device:
         models = ensemble.load(recipe, folds, device)
         ruling = tuning.ruling_for(recipe, models, options.rule)

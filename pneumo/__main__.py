@@ -126,9 +126,12 @@ def score(options: argparse.Namespace) -> None:
     from pneumo.score import score_files
 
     recipe = cli.load_recipe(options)
+    truth = options.truth or Path(recipe.data.root) / "test-truth.csv"
+    if options.truth is None and not truth.is_file():
+        raise UsageError("name the annotations to score against: score SUBMISSION TRUTH (make score TRUTH=...)")
     result = score_files(
-        options.submission,
-        options.truth,
+        options.submission or recipe.folder / "submission.csv",
+        truth,
         annotation_size=recipe.data.annotation_size,
         patients=options.patients,
         draws=recipe.tune.draws,
@@ -268,8 +271,10 @@ def main() -> int:
                 "--beside", nargs="+", default=[], metavar="RECIPE", help="recipes to score in the same table"
             )
         if command is score:
-            subparser.add_argument("submission", type=Path, help="CSV file: ImageId,EncodedPixels")
-            subparser.add_argument("truth", type=Path, help="CSV file of annotations")
+            subparser.add_argument("submission", type=Path, nargs="?", help="CSV file (default: the recipe's)")
+            subparser.add_argument(
+                "truth", type=Path, nargs="?", help="CSV file of annotations (default: synthetic data's)"
+            )
             subparser.add_argument("--patients", type=Path, help="CSV file: ImageId,patient_id, for the intervals")
             subparser.add_argument("--json", action="store_true", help="print one JSON object")
         if command is check_submission:

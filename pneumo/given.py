@@ -104,8 +104,10 @@ def predict(
 ) -> None:
     """Write <name>_mask.png, <name>_overlay.png and a line of predictions.jsonl for each file.
 
-    Masks have the size of the file's own image. An image that is not square is padded to one for the network; the
-    rule's areas are pixels of the annotation grid over that square.
+    Masks have the size of the file's own image. An image that is not square is padded to one for the network, and
+    nothing is found in the padding; the rule's areas are pixels of the annotation grid over that square.
+
+    Records of earlier predictions into the same folder stay, but for those of the same masks.
 
     Files are read ahead and results written behind the device, a few batches each. Batches are cut by position and
     finished as a whole, so an interrupted prediction goes on with the same ones, unless a file in it has changed.
@@ -116,8 +118,10 @@ def predict(
     Raises:
         DataError: some files cannot be read, or have too long a name; the others have been written.
         NotFiniteError: a network's probability is not a number.
-        UsageError: another prediction into this folder is running.
+        UsageError: another prediction into this folder is running, or it holds a mask of another file that would be
+            overwritten.
     """
+    others = _others(given, out)
     count = models.batch_size
     batches = [given[start : start + count] for start in range(0, len(given), count)]
     with (
@@ -131,7 +135,7 @@ def predict(
             checkpoint.clean(out.rglob("*.tmp"), RECORDS, *(f"*{suffix}" for suffix in SUFFIXES))
         dist.broadcast(None)  # until that is done nobody writes
         done: list[dict[str, Any]] = []
-        kept = 0  # files whose results were there
+        kept, forgotten = 0, False  # files whose results were there
         pending: deque = deque()
 
         def settle() -> None:
@@ -157,12 +161,14 @@ def predict(
                 tasks = []
                 if found.scans:
                     image = torch.from_numpy(np.stack(found.squares))[:, None].to(device)
-                    names = [str(one.path) for one, _ in found.scans]
+                    names = [str(one.path) for one, *_ in found.scans]
                     predicted = ensemble.predict(models, image, recipe.data.annotation_size, names)
-                    (out / RECORDS).unlink(missing_ok=True)  # an earlier one's would be of other masks
+                    if not forgotten:  # an earlier one's records would be of other masks
+                        _keep_records(others, out)
+                        forgotten = True
                     tasks = [
-                        writers.submit(_write_file, one, scan, q, agreement, ruling, out)
-                        for (one, scan), q, agreement in zip(found.scans, predicted.q, predicted.agreement, strict=True)
+                        writers.submit(_write_file, *one, q, agreement, ruling, out)
+                        for one, q, agreement in zip(found.scans, predicted.q, predicted.agreement, strict=True)
                     ]
                 pending.append((found.key, found.complaints, tasks))
                 while len(pending) > BEHIND:
@@ -176,7 +182,7 @@ def predict(
         complaints = sorted(message for part in done for message in part["complaints"])
         if dist.is_main():
             if records := [record for part in done for record in part["records"]]:
-                _write_records(records, out, kept)
+                _write_records(records, others, out, kept)
             for message in complaints if len(complaints) > 1 else ():
                 log.warn(message)
             if not complaints:  # else the good files need not be done again when the bad ones are mended
@@ -193,14 +199,14 @@ class _Read:
         key: tells its files and their contents.
         count: of its files, good and bad.
         part: what the journal knows of it, with all outputs in place; None if it must be done.
-        scans: the good files, and `squares`, (S, S) uint8, what the network sees of them.
+        scans: the good files with their sha256, and `squares`, (S, S) uint8, what the network sees of them.
         complaints: about the bad files.
     """
 
     key: str
     count: int
     part: dict[str, Any] | None
-    scans: Sequence[tuple[Given, Scan]] = ()
+    scans: Sequence[tuple[Given, Scan, str]] = ()
     squares: Sequence[np.ndarray] = ()
     complaints: Sequence[str] = ()
 
@@ -213,14 +219,14 @@ def _read(batch: Sequence[Given], image_size: int, journal: Journal, out: Path) 
     if part is not None and all(_length(out / name) == length for name, length in part["sizes"].items()):
         return _Read(key, len(batch), part)
     scans, squares, complaints = [], [], []
-    for one in batch:
+    for one, (*_, digest) in zip(batch, contents, strict=True):
         try:
             scan = images.read(one.path)
             _check_names(one, out)
         except DataError as error:
             complaints.append(str(error))
             continue
-        scans.append((one, scan))
+        scans.append((one, scan, digest))
         squares.append(pack_image(scan.pixels, image_size))
     return _Read(key, len(batch), None, scans, squares, complaints)
 
@@ -262,10 +268,45 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Sequence
         yield pending.popleft().result()
 
 
-def _write_records(records: list[dict[str, Any]], out: Path, kept: int) -> None:
-    """Write predictions.jsonl, and say what was found and what is odd about the files."""
+def _others(given: Sequence[Given], out: Path) -> list[dict[str, Any]]:
+    """Records in a folder of masks that are not about to be made, and are still there.
+
+    Raises:
+        UsageError: a mask is about to be overwritten by that of another file.
+    """
+    try:
+        records = log.read_jsonl(out / RECORDS)
+    except (OSError, DataError):  # none yet, or damaged: then nothing is known of what is there
+        return []
+    paths = {one.name + SUFFIXES[0]: one.path for one in given}
+    left = []
+    for record in records:
+        mask, file = record.get("mask"), record.get("file")
+        if not isinstance(mask, str) or not isinstance(file, str) or not (out / mask).is_file():
+            continue
+        path = paths.get(mask)
+        if path is None:
+            left.append(record)
+        elif os.path.abspath(path) != os.path.abspath(file) and record.get("sha256") != _content(path):
+            raise UsageError(
+                f"{out / mask} is the mask of {file} and would become that of {path}. Choose another folder, --out "
+                f"DIR, or name a folder that holds both"
+            )
+    return left
+
+
+def _keep_records(records: Sequence[dict[str, Any]], out: Path) -> None:
+    """Write predictions.jsonl, by file; without records, none."""
+    if records:
+        log.write_jsonl(out / RECORDS, sorted(records, key=lambda record: record["file"]))
+    else:
+        (out / RECORDS).unlink(missing_ok=True)
+
+
+def _write_records(records: list[dict[str, Any]], others: Sequence[dict[str, Any]], out: Path, kept: int) -> None:
+    """Write predictions.jsonl, with the records of other files in it, and say what was found and what is odd."""
+    _keep_records([*others, *records], out)
     records.sort(key=lambda record: record["file"])
-    log.write_jsonl(out / RECORDS, records)
     odd = [f"{record['file']}: {warning}" for record in records for warning in record["warnings"]]
     for warning in odd[:SHOWN]:
         log.warn(warning)
@@ -276,11 +317,18 @@ def _write_records(records: list[dict[str, Any]], out: Path, kept: int) -> None:
     log.say(f"{out}: {len(records)} files, {positive} with pneumothorax{there}. For research, not for diagnosis.")
 
 
+def _within(height: int, width: int, side: int) -> np.ndarray:
+    """(side, side) bool: which pixels of the annotation grid are of the image, and not of its padding to a square."""
+    square = images.to_square(np.ones((height, width), dtype=np.uint8))
+    return np.asarray(Image.fromarray(square).resize((side, side), Image.Resampling.NEAREST)) > 0
+
+
 def _write_file(
-    given: Given, scan: Scan, q: np.ndarray, agreement: np.ndarray, ruling: Ruling, out: Path
+    given: Given, scan: Scan, digest: str, q: np.ndarray, agreement: np.ndarray, ruling: Ruling, out: Path
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Write mask and overlay of one file; return its record, and the outputs' lengths in bytes by name."""
     height, width = scan.pixels.shape
+    q = np.where(_within(height, width, len(q)), q, 0) if height != width else q
     decided = runs_to_mask(decide(q, ruling.rule), *q.shape)
     longer = max(height, width)
     square = Image.fromarray(decided).resize((longer, longer), Image.Resampling.NEAREST)
@@ -290,6 +338,7 @@ def _write_file(
     names = [given.name + suffix for suffix in SUFFIXES]
     record = {
         "file": str(given.path),
+        "sha256": digest,
         "mask": names[0],
         **inference.describe(q, agreement, ruling),
         "pneumothorax": area > 0,  # in the file's own pixels, as its mask

@@ -17,7 +17,7 @@ import numpy as np
 import PIL
 import torch
 
-from pneumo import checkpoint, dataset, dist, ensemble, log, submission
+from pneumo import checkpoint, dataset, dist, ensemble, log, submission, tuning
 from pneumo.config import Recipe
 from pneumo.data import rle
 from pneumo.data.feed import Feed, cut
@@ -115,7 +115,7 @@ def _write_submission(
     _write_referrals([record for record, _ in written], recipe.folder / "referral.csv")
     log.say(
         f"{path}: {submission.summary(codes, size)}; networks: {len(models.models)}, rule of "
-        f"{'the recipe' if ruling.source == 'recipe' else ruling.source}"
+        f"{'the recipe' if ruling.source == 'recipe' else ruling.source}: {tuning.describe(ruling.rule)}"
     )
 
 

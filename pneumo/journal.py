@@ -36,6 +36,9 @@ def open_journal(folder: Path, basis: dict[str, Any], *, instead: str) -> Iterat
         journal = Journal(folder, basis)
         try:
             yield journal
+        except KeyboardInterrupt:
+            log.warn("stopped; the same command goes on from here")
+            raise
         finally:
             journal.close()
 

@@ -1,10 +1,11 @@
-"""A submission file scored against annotations, without images. Imports data, decision, errors."""
+"""A submission file scored against annotations, without images. Imports data, decision, log, errors."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pneumo import log
 from pneumo.data import cases
 from pneumo.data.cases import Problem
 from pneumo.decision import metrics
@@ -23,7 +24,7 @@ def score_files(
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Score a submission; its ids are the cases, and rows of the truth for other ids do not matter.
+    """Score a submission; its ids are the cases, and rows of the truth for other ids are not scored, which is said.
 
     Args:
         submission, truth: CSV files of codes, perhaps gzipped; several rows of one id are united.
@@ -46,6 +47,14 @@ def score_files(
     if missing := [image_id for image_id in decided if image_id not in annotated]:
         raise DataError(
             f"{truth}: no truth for {len(missing)} of {len(decided)} ids of {submission}, as {', '.join(missing[:5])}"
+        )
+    rows = sum(1 for _ in cases.read_rows(submission, ("ImageId",), []))
+    if rows > len(decided):
+        log.warn(f"{submission}: {rows:,} rows of {len(decided):,} ids; several of one id were united")
+    if more := [image_id for image_id in annotated if image_id not in decided]:
+        log.warn(
+            f"{submission}: no row for {len(more):,} of {len(annotated):,} ids of {truth}, as {', '.join(more[:5])}; "
+            f"they are not scored"
         )
     patient_of: dict[str, str] = {}
     if patients is not None:

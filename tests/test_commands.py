@@ -180,6 +180,8 @@ def test_report(place, options, trained):
         (["train.py", "--set", "data.root=nowhere"], 3, "nowhere: no such folder. Set data.root."),
         (["predict.py", "--folds", "0,7"], 2, "--folds 0,7"),
         (["predict.py", "--folds", "0"], 2, "Run: make cv FOLDS=0"),
+        (["predict.py", "--out", "masks"], 2, "--out is for the masks of given files, and no file is given"),
+        (["pneumo", "score"], 2, "name the annotations to score against"),
         (["pneumo", "report"], 3, "no log.jsonl yet"),
     ],
 )

@@ -19,7 +19,7 @@ ALLOWED = {
     "log": {"checkpoint", "dist", "errors"},
     "cli": {"config", "checkpoint", "dist", "start", "errors"},
     "jobs": {"dist", "log", "errors"},
-    "score": {"data", "decision", "kernels", "errors"},
+    "score": {"data", "decision", "kernels", "log", "errors"},
     "submission": {"data", "kernels", "checkpoint", "errors"},
     "journal": {"checkpoint", "dist", "log", "errors"},
     "measured": {"checkpoint", "dist", "log", "errors"},

@@ -36,6 +36,16 @@ def test_an_id_without_truth_is_an_error(tmp_path):
         score(tmp_path, "a,-1\nb,-1\n", "a,-1\n")
 
 
+def test_what_is_not_scored_or_united_is_said(tmp_path, capsys):
+    result = score(tmp_path, "a,0 4\na,10 2\nb,-1\n", "a,0 4\nb,-1\nc,-1\nd,0 1\n")
+    assert (result["cases"], result["dice"]) == (2, (2 * 4 / (4 + 6) + 1) / 2)
+    said = capsys.readouterr().err
+    assert "p.csv: 3 rows of 2 ids; several of one id were united" in said
+    assert "p.csv: no row for 2 of 4 ids of" in said and "as c, d; they are not scored" in said
+    score(tmp_path, "a,0 4\nb,-1\n", "a,0 4\nb,-1\n")
+    assert capsys.readouterr().err == ""
+
+
 def test_means_over_nothing(tmp_path):
     result = score(tmp_path, "a,-1\n", "a,-1\n")
     assert result["dice_positive"] is None

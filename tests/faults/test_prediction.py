@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from pneumo import checkpoint, cli, dataset, ensemble, given, inference, journal
+from pneumo.decision.rule import Rule
 from pneumo.errors import DataError, UsageError, WriteError
 from pneumo.tuning import Ruling
 
@@ -219,6 +220,7 @@ def test_another_kind_of_prediction_starts_anew_and_says_so(trained, predict, sc
     other = replace(ruling, rule=replace(ruling.rule, threshold=half))
     assert predict([scans], tmp_path / "out", other) == IMAGES
     said = capsys.readouterr().err
+    assert "stopped; the same command goes on from here" in said
     assert f"another kind (rule.threshold: {ruling.rule.threshold} -> {half}); it starts anew" in said
     predict([scans], tmp_path / "straight", other)
     assert outputs(tmp_path / "out") == outputs(tmp_path / "straight")
@@ -392,6 +394,45 @@ def test_a_folder_is_predicted_as_it_lies(predict, scans, tmp_path, figure):
     assert len(list(out.rglob("*.png"))) == 2 * len(records)
     assert given.find([Path("1.2.3"), Path("1.2.4")], out)[1].name == "1.2.4"
     figure(f"{len(records)} of {len(records)}, no junk, no name lost")
+
+
+def test_what_an_earlier_prediction_left_stays(predict, scans, tmp_path):
+    """One call a file, as in a loop of the shell, leaves what one call for all does; no mask becomes another file's."""
+    for path in sorted(scans.glob("*.png")):
+        predict([path], tmp_path / "out")
+    predict(sorted(scans.glob("*.png")), tmp_path / "straight")
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "straight")
+    (tmp_path / "b").mkdir()
+    shutil.copy(scans / "test-001.png", tmp_path / "b" / "test-000.png")
+    shutil.copy(scans / "test-001.png", tmp_path / "b" / "test-001.png")
+    with pytest.raises(
+        UsageError, match=r"test-000_mask.png is the mask of .*scans/test-000.png and would become .*/b/"
+    ):
+        predict([tmp_path / "b" / "test-000.png"], tmp_path / "out")
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "straight")
+    assert predict([tmp_path / "b" / "test-001.png"], tmp_path / "out") == 1  # the same picture from elsewhere
+    (tmp_path / "out" / "test-002_mask.png").unlink()
+    predict([scans / "test-000.png"], tmp_path / "out")
+    records = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert len(records) == IMAGES - 1 and all((tmp_path / "out" / record["mask"]).exists() for record in records)
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 39)])
+def test_nothing_is_found_in_the_padding(trained, predict, tmp_path, shape):
+    """At a threshold of zero all of the image is found, and all numbers of its record are of the image."""
+    _, _, ruling = trained
+    path = tmp_path / "flat.png"
+    Image.fromarray(np.full(shape, 90, np.uint8)).save(path)
+    everything = replace(ruling, rule=Rule(threshold=1 / 256, min_area=0))
+    assert predict([path], tmp_path / "out", everything) == 1
+    (record,) = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    mask = np.asarray(Image.open(tmp_path / "out" / "flat_mask.png")) > 0
+    assert mask.shape == shape and record["area_pixels"] == mask.sum() == mask.size
+    assert record["area_grid"] == 64 * min(shape)  # the grid is 64 x 64 over the padded square
+    corner = replace(ruling, rule=Rule(threshold=1 / 256, min_area=64 * min(shape)))  # only with the padding larger
+    predict([path], tmp_path / "out", corner)
+    (record,) = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert (record["area_grid"], record["area_pixels"], record["pneumothorax"]) == (0, 0, False)
 
 
 @pytest.mark.parametrize(

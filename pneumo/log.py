@@ -7,7 +7,8 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tqdm import tqdm
 
 from pneumo import checkpoint, dist
 from pneumo.errors import DataError, printable
+
+LINE_SECONDS = 60.0  # between two lines of a bar that is no bar
 
 tqdm.set_lock(threading.RLock())  # its own serves several processes and leaks a semaphore from one that is killed
 
@@ -32,8 +35,54 @@ def warn(message: str) -> None:
         tqdm.write(f"warning: {printable(message)}", file=sys.stderr)
 
 
-def bar(items: Iterable[Any] | None = None, *, total: int | None = None, title: str, start: int = 0) -> tqdm:
-    """A progress bar on process 0; silent elsewhere and where stderr is no terminal."""
+class Lines:
+    """A progress bar where stderr is no terminal, as in a batch job: a line every minute.
+
+    Args:
+        items, total, title, start: as of `bar`.
+    """
+
+    def __init__(self, items: Iterable[Any] | None, total: int | None, title: str, start: int) -> None:
+        self.items, self.title, self.start = items, title, start
+        self.total = len(items) if total is None and isinstance(items, Sized) else total
+        self.done, self.postfix = start, ""
+        self.began = self.said = time.monotonic()
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.items:
+            yield item
+            self.update()
+
+    def update(self, count: int = 1) -> None:
+        """Count, and print a line if the last was long ago."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.said < LINE_SECONDS:
+            return
+        self.said = now
+        line = tqdm.format_meter(
+            self.done,
+            self.total,
+            now - self.began,
+            prefix=self.title,
+            initial=self.start,
+            postfix=self.postfix,
+            bar_format="{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} left{postfix}",
+        )
+        print(printable(line), file=sys.stderr, flush=True)
+
+    def set_postfix(self, *, refresh: bool = True, **values: str) -> None:
+        """What the next line ends with."""
+        self.postfix = ", ".join(f"{name}={value}" for name, value in values.items())
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+
+def bar(items: Iterable[Any] | None = None, *, total: int | None = None, title: str, start: int = 0) -> tqdm | Lines:
+    """A progress bar on process 0, or a line every minute where stderr is no terminal; silent on other processes."""
+    if dist.is_main() and not sys.stderr.isatty():
+        return Lines(items, total, title, start)
     return tqdm(
         items,
         total=total,
@@ -41,7 +90,7 @@ def bar(items: Iterable[Any] | None = None, *, total: int | None = None, title: 
         initial=start,
         leave=False,
         dynamic_ncols=True,
-        disable=None if dist.is_main() else True,  # None: only on a terminal
+        disable=not dist.is_main(),
     )
 
 

@@ -188,8 +188,9 @@ def load_smp(model: UNet, state: Mapping[str, Tensor]) -> None:
     and this one's agree. Grey images stay three channels inside, so nothing is lost.
 
     Args:
-        state: a `state_dict` of smp.Unet(encoder, decoder_attention_type=None, classes=1); "module." prefixes and a
-            classifier's leftovers ("encoder.fc.", "classification_head.") are allowed.
+        state: a `state_dict` of smp.Unet(encoder, decoder_attention_type=None, classes=1), as `read_weights` gives it
+            of a file; "module." prefixes, a Lightning module around it as its `model`, and a classifier's leftovers
+            ("encoder.fc.", "classification_head.") are allowed.
 
     Raises:
         DataError: names the first keys that are missing, left over or of another shape.
@@ -200,9 +201,10 @@ def load_smp(model: UNet, state: Mapping[str, Tensor]) -> None:
         "segmentation_head.0.": "head.",
     }
     leftovers = ("encoder.fc.", "encoder.last_linear.", "encoder.classifier.", "classification_head.")
+    state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    inner = {key.removeprefix("model."): tensor for key, tensor in state.items() if key.startswith("model.")}
     renamed = {}
-    for key, tensor in state.items():
-        key = key.removeprefix("module.")
+    for key, tensor in (inner or state).items():
         if key.startswith(leftovers):
             continue
         old = next((part for part in parts if key.startswith(part)), None)

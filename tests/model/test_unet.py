@@ -176,11 +176,17 @@ def smp_state(model: UNet) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def test_a_checkpoint_of_segmentation_models_pytorch_gives_the_same_logits(resnet):
+@pytest.mark.parametrize("form", ["state dict", "file of Lightning"])
+def test_a_checkpoint_of_segmentation_models_pytorch_gives_the_same_logits(resnet, tmp_path, form):
     state = smp_state(resnet)
     mine = UNet("resnet34").eval()
     leftovers = {"encoder.fc.weight": torch.zeros(1000, 512), "encoder.fc.bias": torch.zeros(1000)}
-    unet.load_smp(mine, {f"module.{key}": tensor for key, tensor in {**state, **leftovers}.items()})
+    if form == "state dict":
+        unet.load_smp(mine, {f"module.{key}": tensor for key, tensor in {**state, **leftovers}.items()})
+    else:
+        module = {"mean": torch.zeros(1, 3, 1, 1), **{f"model.{key}": tensor for key, tensor in state.items()}}
+        torch.save({"epoch": 3, "state_dict": module}, tmp_path / "smp.ckpt")
+        unet.load_smp(mine, unet.read_weights(tmp_path / "smp.ckpt"))
     image = torch.rand(2, 1, 96, 64)
     with torch.inference_mode():
         torch.testing.assert_close(mine(image), smp_forward(state, image), atol=1e-4, rtol=0)

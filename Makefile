@@ -10,6 +10,13 @@ WORKERS ?= 3
 SET ?=
 FOLDS ?= all
 
+VARIABLES := RECIPE FOLD STAGE GPUS JOBS WORKERS FOLDS SET PYTHON SUBMISSION TRUTH SAMPLE BESIDE BENCH
+typed = $(foreach name,$(1),$(if $(findstring command line,$(origin $(name))),$(name)))
+ifneq (,$(filter-out $(VARIABLES),$(call typed,$(.VARIABLES))))
+$(error no variable $(filter-out $(VARIABLES),$(call typed,$(.VARIABLES))); there are $(VARIABLES))
+endif
+not = $(if $(call typed,$(1)),$(error $(1)= has no meaning for make $@: it is $(2) there))
+
 ifdef PYTHON
 READY :=
 RIVALS :=
@@ -99,10 +106,10 @@ phantom: $(READY)  ## write synthetic X-rays
 	$(PYTHON) -m pneumo phantom $(OPTIONS)
 
 train: $(READY)  ## one stage of one fold: FOLD=0 STAGE=2 [GPUS=2]
-	$(LAUNCH) train.py --fold $(FOLD) --stage $(STAGE) $(OPTIONS)
+	$(call not,FOLDS,FOLD=0)$(LAUNCH) train.py --fold $(FOLD) --stage $(STAGE) $(OPTIONS)
 
 cv: $(READY)  ## all folds, all stages; skips what is done [GPUS=2 | JOBS=5 folds side by side, a GPU each]
-	$(LAUNCH) -m pneumo cv --folds $(FOLDS) --jobs $(JOBS) $(OPTIONS)
+	$(call not,FOLD,FOLDS=0)$(LAUNCH) -m pneumo cv --folds $(FOLDS) --jobs $(JOBS) $(OPTIONS)
 
 oof: $(READY)  ## predict each fold's held-out images; cv does it as well [GPUS=2]
 	$(LAUNCH) -m pneumo oof $(OPTIONS)
@@ -111,7 +118,7 @@ tune: $(READY)  ## choose the decision rule on them, cross-fitted -> rule.toml
 	$(PYTHON) -m pneumo tune $(OPTIONS)
 
 submit: $(READY)  ## ensemble -> submission.csv [FOLDS=0,1] [GPUS=2]
-	$(LAUNCH) predict.py --folds $(FOLDS) $(OPTIONS)
+	$(call not,FOLD,FOLDS=0)$(LAUNCH) predict.py --folds $(FOLDS) $(OPTIONS)
 
 score: $(READY)  ## score any submission: SUBMISSION=a.csv TRUTH=train-rle.csv
 	$(PYTHON) -m pneumo score $(SUBMISSION) $(TRUTH) $(OPTIONS)

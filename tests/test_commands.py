@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -240,3 +241,21 @@ def test_where_many_images_have_one_fault_the_file_with_all_is_named(repo, tmp_p
     said = capsys.readouterr().err
     assert f"rows); they were united. All are listed in {report}.\n" in said
     assert f"note 3.txt, note 4.txt and 1 more. All are listed in {report}.\n" in said
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["cv", "FOLD=1"], "FOLD= has no meaning for make cv: it is FOLDS=0 there"),
+        (["submit", "FOLD=1"], "FOLD= has no meaning for make submit"),
+        (["train", "FOLDS=1"], "FOLDS= has no meaning for make train: it is FOLD=0 there"),
+        (["train", "RECIPES=demo"], "no variable RECIPES; there are RECIPE FOLD"),
+        (["train", "recipe=demo"], "no variable recipe;"),
+    ],
+)
+def test_make_starts_nothing_else_than_what_was_meant(repo, words, said):
+    done = subprocess.run(
+        ["make", "-n", "PYTHON=python3", *words], cwd=repo, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2 and said in done.stderr and "python3" not in done.stdout

@@ -214,7 +214,7 @@ def load(path: Path, image_ids: Sequence[str], count: int) -> np.ndarray:
         (N,) int64 in the order of `image_ids`.
 
     Raises:
-        DataError: not a fold file, or of other images; names the first that differ and what to do.
+        DataError: not a fold file, of other images, or of fewer folds; names the first that differ and what to do.
     """
     redo = f"Delete {path} and run `python -m pneumo folds` to split anew; earlier runs belong to the old split."
     folds: dict[str, int] = {}
@@ -234,6 +234,13 @@ def load(path: Path, image_ids: Sequence[str], count: int) -> np.ndarray:
     ):
         if odd:
             raise DataError(f"{path}: {len(odd)} {what}, as {', '.join(odd[:5])}. {redo}")
+    there = set(folds.values())
+    if len(there) < count:
+        empty = min(set(range(count)) - there)
+        keep = f"Set folds.count={empty} to keep them. Or: " if len(there) == empty > 1 else ""
+        raise DataError(
+            f"{path} has {len(there)} folds, but folds.count is {count}: fold {empty} has no image. {keep}{redo}"
+        )
     return np.array([folds[image_id] for image_id in image_ids], dtype=np.int64)
 
 

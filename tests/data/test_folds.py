@@ -150,6 +150,13 @@ def test_a_fold_file_reads_back(tmp_path):
         ("ImageId,fold\na,0\na,1\n", "line 3, ImageId a: it stands there twice"),
         ("id;fold\na;0\n", "separated by semicolons"),
         ("", "folds.csv: empty"),
+        (
+            "ImageId,fold\na,0\nb,1\n",
+            r"folds\.csv has 2 folds, but folds\.count is 5: fold 2 has no image\. Set folds\.count=2 to keep them\. "
+            r"Or: Delete .*folds\.csv and run `python -m pneumo folds` to split anew",
+        ),
+        ("ImageId,fold\na,0\nb,2\n", r"2 folds, but folds\.count is 5: fold 1 has no image\. Delete"),
+        ("ImageId,fold\na,0\nb,0\n", r"1 folds, but folds\.count is 5: fold 1 has no image\. Delete"),
     ],
 )
 def test_a_wrong_fold_file_is_refused(tmp_path, text, message):

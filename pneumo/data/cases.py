@@ -182,6 +182,8 @@ def load_test(
         ids, more = read_sample(source)
         problems += more
         there = set(_match(source, ids, dict.fromkeys(ids), root / test, files, allow_missing, problems))
+        if not there and not any(problem.fatal for problem in problems):
+            problems.append(_problem(source, f"not a single test image: none of its ids has one in {root / test}"))
     else:
         there = set(ids)
     nothing = np.zeros((0, 2), dtype=np.int64)

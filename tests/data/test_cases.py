@@ -314,6 +314,19 @@ def test_test_cases_stand_by_id_whatever_the_samples_order(tmp_path):
     assert "3 rows have 2 different ids" in problems[0].message and not problems[0].fatal
 
 
+@pytest.mark.fault("I6", "a sample none of whose ids has an image, with data.allow_missing: an error still")
+def test_a_sample_of_other_images_is_refused(tmp_path):
+    folder(tmp_path, PLAIN)
+    (tmp_path / "train").rename(tmp_path / "test")
+    (tmp_path / "sample_submission.csv").write_text("ImageId,EncodedPixels\nx,-1\ny,-1\n")
+    _, _, problems = cases.load_test(tmp_path, allow_missing=True)
+    (message,) = [problem.message for problem in problems if problem.fatal]
+    sample = tmp_path / "sample_submission.csv"
+    assert message == f"{sample}: not a single test image: none of its ids has one in {tmp_path / 'test'}"
+    _, _, problems = cases.load_test(tmp_path)
+    assert ["2 of 2 ids have no image" in problem.message for problem in problems if problem.fatal] == [True]
+
+
 def test_without_a_sample_all_images_count(tmp_path):
     folder(tmp_path, PLAIN)
     (tmp_path / "train").rename(tmp_path / "test")

@@ -41,18 +41,20 @@ def verify(options: argparse.Namespace) -> None:
         problems += more
     else:
         test = []
-        log.say(f"{root / data.test}: no such folder; only training images are verified")
+        if root.is_dir():
+            log.say(f"{root / data.test}: no such folder; only training images are verified")
     # of images whose annotation is bad the pixels are looked at as well: all problems in one go
     bad = {problem.image_id for problem in problems if problem.fatal}
     suspects = [cases.Case(image_id, path, ()) for image_id, path in cases.find_images(root / data.train)[0].items()]
     problems += cases.verify([*found, *test, *(case for case in suspects if case.image_id in bad)], progress=log.bar)
     report = recipe.folder / "data_report.csv"
-    for problem in problems:
-        log.say(f"{'ERROR' if problem.fatal else 'note '} {problem.message}")
-    positive = sum(case.positive for case in found)
+    for line in cases.listed(problems, report):
+        log.say(line)
+    positive, errors = sum(case.positive for case in found), sum(problem.fatal for problem in problems)
     log.say(
-        f"{len(found)} training images, {positive} with pneumothorax, {len(test)} test images; "
-        f"{sum(p.fatal for p in problems)} errors, {sum(not p.fatal for p in problems)} notes; all are in {report}"
+        f"{log.counted(len(found), 'training image', 'training images')}, {positive} with pneumothorax, "
+        f"{log.counted(len(test), 'test image', 'test images')}; {log.counted(errors, 'error', 'errors')}, "
+        f"{log.counted(len(problems) - errors, 'note', 'notes')}; all are in {report}"
     )
     cases.raise_fatal(problems, report)
 

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,8 +38,10 @@ MAX_BYTES = 256 * 2**20  # of a CSV, unpacked
 MAX_ROWS = 1_000_000  # of a CSV; a row that packs to a few bits takes hundreds of bytes of memory
 ENOUGH = 20  # masks that do not all lie in the leftmost quarter of their grid by chance
 SHOWN = 5  # ids in a message; data_report.csv has all
+LISTED = 20  # problems of one kind on a terminal; there may be one for each image
 
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+_VARIES = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|[\d.,]+""")
 _JUNK = {"thumbs.db", "desktop.ini"}
 _JUNK_FOLDERS = {"__MACOSX"}
 
@@ -321,6 +324,31 @@ def verify(cases: Sequence[Case], *, progress: Callable[..., Iterable] = log.bar
         return [Problem(str(case.path), None, case.image_id, f"{case.path}: {remark}", False) for remark in remarks]
 
     return [problem for found in _in_threads(check, cases, "verify", progress) for problem in found]
+
+
+def listed(problems: Sequence[Problem], report: Path) -> list[str]:
+    """Lines that tell the problems: of each kind the first `LISTED`, and how many more the report has."""
+    kinds = [_kind(problem) for problem in problems]
+    left = Counter(kinds)
+    seen: Counter[tuple[bool, str]] = Counter()
+    lines = []
+    for problem, kind in zip(problems, kinds, strict=True):
+        grade = "ERROR" if problem.fatal else "note "
+        seen[kind] += 1
+        left[kind] -= 1
+        if seen[kind] <= LISTED:
+            lines.append(f"{grade} {problem.message}")
+        if seen[kind] == LISTED and left[kind]:
+            lines.append(f"{grade} {left[kind]:,} more like this one; all are in {report}")
+    return lines
+
+
+def _kind(problem: Problem) -> tuple[bool, str]:
+    """Its message without what differs from case to case: names, numbers and values in quotes."""
+    text = problem.message.replace(problem.file, "") if problem.file else problem.message
+    if problem.image_id:
+        text = re.sub(rf"(?<![\w.-]){re.escape(problem.image_id)}(?!\w)", "", text)
+    return problem.fatal, _VARIES.sub("", text)
 
 
 def raise_fatal(problems: Sequence[Problem], report: Path | None) -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pneumo.data import cases
+from pneumo.data.cases import Problem
 from pneumo.errors import DataError
 from pneumo.kernels.runs import mask_to_runs, runs_to_mask
 
@@ -416,6 +417,26 @@ def test_a_shifted_row_never_becomes_an_id(tmp_path):
     messages = fatal(folder(tmp_path, "ImageId,EncodedPixels\na,b,3 2\nb,-1,\n"))
     assert "line 2: 3 fields, the header has 2" in messages[0]
     assert "line 3: 3 fields" in messages[1]
+
+
+@pytest.mark.fault("P1", "12,000 masks of another size than their images, in folders of their own: 20 lines, and one")
+def test_one_cause_for_all_images_is_not_told_of_each(tmp_path):
+    def problem(number, text, fatal=True):
+        image_id = f"ab{number:x}"
+        path = f"{tmp_path}/masks/of {number}/{image_id}.png"
+        return Problem(path, None, image_id, f"{path}, ImageId {image_id}: {text}", fatal)
+
+    small = [
+        problem(i, f"the mask is {i:,} x 9 pixels, its image /x/f{i:x}/ab{i:x}.png is 1,024 x 9") for i in range(12_000)
+    ]
+    others = [problem(7, "colours"), problem(7, 'token 7 is not whole: "x"'), problem(8, 'token 70 is not whole: "yz"')]
+    notes = [problem(i, "colours", fatal=False) for i in range(21)]
+    lines = cases.listed([*small, *others, *notes], tmp_path / "report.csv")
+    errors = [f"ERROR {one.message}" for one in [*small[:20], *others]]
+    errors.insert(20, f"ERROR 11,980 more like this one; all are in {tmp_path / 'report.csv'}")
+    assert lines[:24] == errors
+    assert lines[24:44] == [f"note  {one.message}" for one in notes[:20]] and len(lines) == 45
+    assert cases.listed(small[:20], tmp_path) == errors[:20] and cases.listed([], tmp_path) == []
 
 
 def test_other_columns_are_passed_over(tmp_path):

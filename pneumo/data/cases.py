@@ -615,7 +615,8 @@ def _read_masks(
             if mask.shape != shape:
                 text = (
                     f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, its image {files[image_id]} is "
-                    f"{shape[1]} x {shape[0]}. They must be of one size."
+                    f"{shape[1]} x {shape[0]}. They must be of one size: resize the mask to the image's, each pixel "
+                    f"taking its nearest (no smoothing), or give the image in full size."
                 )
                 return _problem(path, text, image_id=image_id)
         square = images.to_square(mask)

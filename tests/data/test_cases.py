@@ -115,21 +115,25 @@ def test_a_bad_code_is_named(tmp_path, figure):
     where = "line 2, ImageId a, EncodedPixels: "
     rows = [
         ("a,1 2 3", where + r'3 numbers; gap/length pairs need an even count \(last token "3"\)'),
-        ("a,1 x", where + 'token 2 is no whole number that can be meant: "x"'),
+        ("a,1 x", where + 'token 2 is not a whole number of up to 18 digits: "x"'),
         ("a,1 0", where + r'run 1 has length 0 \(token 2: "0"\); not pairs of gap and length'),
-        ("a,-4 2", where + 'token 1 is negative: "-4"; the runs do not fit'),
-        ("a,4 -2", where + 'token 2 is negative: "-2"; the runs do not fit'),
+        ("a,-4 2", where + 'token 1 is negative: "-4"'),
+        ("a,4 -2", where + 'token 2 is negative: "-2"'),
         (
             "a,4090 9",
             where + r"run 1 ends at pixel 4,099, past 64×64 = 4,096\. Was the mask made for another size\? "
             r"Set data\.annotation_size",
         ),
-        ("a," + "9" * 20 + " 1", where + f'token 1 is no whole number that can be meant: "{"9" * 20}"'),
+        ("a," + "9" * 20 + " 1", where + f'token 1 is not a whole number of up to 18 digits: "{"9" * 20}"'),
         ("a,", where + 'an empty code; an empty mask is "-1"'),
     ]
     each_bad_row_is_named(folder(tmp_path, ""), rows)
     longer = [
-        ("a,5000 1", where + 'token 1 is larger than 64×64 = 4,096 pixels: "5000"; the runs do not fit'),
+        (
+            "a,5000 1",
+            where + 'token 1 is larger than 64×64 = 4,096 pixels: "5000"'
+            r"\. Was the mask made for another size\? Set data\.annotation_size",
+        ),
         ("a," + "1 " * 10_000, where + r"19,999 characters, more than any mask of 64×64 needs\. Was .*"),
         ("a,1 2,3 4", "line 2: 3 fields, the header has 2: a comma too many or too few"),
     ]
@@ -269,7 +273,12 @@ def test_doubtful_mask_pictures_are_refused(tmp_path, figure):
     doubtful = [
         (smoothed, "nothing but 0 and 255, or 0 and 1; found 3 values: 0, 128, 255."),
         (np.stack([plain, 0 * plain, plain], axis=-1), "a mask must be grey, of 0 and 255; this one has colours"),
-        (plain[: GRID // 2], f"the mask is 64 x 32 pixels, its image {root / 'train' / 'a.png'} is 64 x 64."),
+        (
+            plain[: GRID // 2],
+            f"the mask is 64 x 32 pixels, its image {root / 'train' / 'a.png'} is 64 x 64. They must be "
+            "of one size: resize the mask to the image's, each pixel taking its nearest (no smoothing), or give the "
+            "image in full size.",
+        ),
     ]
     for pixels, message in doubtful:
         Image.fromarray(pixels).save(path)

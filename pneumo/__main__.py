@@ -52,9 +52,9 @@ def verify(options: argparse.Namespace) -> None:
         log.say(line)
     positive, errors = sum(case.positive for case in found), sum(problem.fatal for problem in problems)
     log.say(
-        f"{log.counted(len(found), 'training image', 'training images')}, {positive} with pneumothorax, "
-        f"{log.counted(len(test), 'test image', 'test images')}; {log.counted(errors, 'error', 'errors')}, "
-        f"{log.counted(len(problems) - errors, 'note', 'notes')}; all are in {report}"
+        f"{cases.counted(len(found), 'training image', 'training images')}, {positive} with pneumothorax, "
+        f"{cases.counted(len(test), 'test image', 'test images')}; {cases.counted(errors, 'error', 'errors')}, "
+        f"{cases.counted(len(problems) - errors, 'note', 'notes')}; all are in {report}"
     )
     cases.raise_fatal(problems, report)
 
@@ -174,9 +174,13 @@ def check_submission(options: argparse.Namespace) -> None:
     problems += checked.problems
     for problem in problems:
         log.say(f"{'ERROR' if problem.fatal else 'note '} {problem.message}")
-    what = submission.summary(checked.codes, data.annotation_size) if checked.codes else "no good one"
-    log.say(f"{path}: {checked.rows} rows, {checked.ids} ids; {what}")
-    log.say("no sample submission: ids were not compared" if sample is None else f"{sample}: {len(sample_ids)} ids")
+    what = submission.summary(checked.codes, data.annotation_size) if checked.codes else "no row is good"
+    counts = f"{cases.counted(checked.rows, 'row', 'rows')}, {cases.counted(checked.ids, 'id', 'ids')}"
+    log.say(f"{path}: {counts}; {what}")
+    if sample_ids is None:
+        log.say("no sample submission: ids were not compared")
+    else:
+        log.say(f"{sample}: {cases.counted(len(sample_ids), 'id', 'ids')}")
     empty = _empty(options.truth, recipe)
     log.say("no annotations" if empty is None else f"all masks empty: Dice {empty[0]:.4f} on {empty[1]}")
     origin = path.with_suffix(".json")
@@ -190,7 +194,7 @@ def check_submission(options: argparse.Namespace) -> None:
 
 
 def _empty(truth: Path | None, recipe: Recipe) -> tuple[float, str] | None:
-    """Mean Dice of empty masks on the training annotations, and which these are; None if there are none."""
+    """Mean Dice of empty masks on the given or the training annotations, and which these are; None without any."""
     from pneumo.data import cases
 
     data, root = recipe.data, Path(recipe.data.root)
@@ -204,9 +208,10 @@ def _empty(truth: Path | None, recipe: Recipe) -> tuple[float, str] | None:
             root, annotations=data.annotations, annotation_size=data.annotation_size, need_images=False
         )
         positive = [case.positive for case in found]
+    image = "image" if truth else "training image"
     if not positive or any(problem.fatal for problem in problems):
         return None
-    return 1 - sum(positive) / len(positive), f"{len(positive):,} training images of {truth or root}"
+    return 1 - sum(positive) / len(positive), f"{cases.counted(len(positive), image, f'{image}s')} of {truth or root}"
 
 
 def phantom(options: argparse.Namespace) -> None:

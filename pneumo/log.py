@@ -32,11 +32,6 @@ def warn(message: str) -> None:
         tqdm.write(f"warning: {printable(message)}", file=sys.stderr)
 
 
-def counted(number: int, one: str, many: str) -> str:
-    """A number and what it counts, as 1 image or 1,204 images."""
-    return f"{number:,} {one if number == 1 else many}"
-
-
 def bar(items: Iterable[Any] | None = None, *, total: int | None = None, title: str, start: int = 0) -> tqdm:
     """A progress bar on process 0; silent elsewhere and where stderr is no terminal."""
     return tqdm(

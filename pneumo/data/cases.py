@@ -126,7 +126,7 @@ def load_train(
     source = _find(root, annotations, ANNOTATION_NAMES, MASK_FOLDERS, "annotations", problems)
     if source is None:
         if not problems:
-            tables = _some(path.name for path in sorted(root.glob("*.csv*")))
+            tables = some(path.name for path in sorted(root.glob("*.csv*")))
             problems.append(
                 _problem(
                     root,
@@ -151,8 +151,9 @@ def load_train(
             _check_square(source, ids, lines, runs_of, files, problems)
     if table is not None:
         unknown = [image_id for image_id in ids if image_id not in patient_of]
-        if unknown:
-            text = f"{len(unknown):,} of {len(ids):,} images have no patient there, each is taken for a patient"
+        if unknown and (patient_of or not more):  # else the table could not be read
+            lack = "has no patient there, it is" if len(unknown) == 1 else "have no patient there, each is"
+            text = f"{len(unknown):,} of {len(ids):,} images {lack} taken for a patient"
             problems.append(_summary(table, text, unknown, "no patient_id", fatal=False))
     if not ids and not any(problem.fatal for problem in problems):
         problems.append(_problem(source, "not a single case"))
@@ -215,9 +216,10 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
         else:
             found[image_id] = path
     if others:
-        text = f"{len(others):,} files are no PNG, JPEG or DICOM and were left out"
+        no_image = "no PNG, JPEG or DICOM and"
+        text = counted(len(others), f"file is {no_image} was left out", f"files are {no_image} were left out")
         each = tuple(_problem(path, "not an image", fatal=False) for path in others)
-        message = f"{folder}: {text}: {_some(path.name for path in others)}"
+        message = f"{folder}: {text}: {some(path.name for path in others)}"
         problems.append(Problem(str(folder), None, "", message, False, each))
     return dict(sorted(found.items())), problems
 
@@ -297,7 +299,8 @@ def read_sample(path: Path) -> tuple[list[str], list[Problem]]:
             text = f"repeats line {lines[image_id]}"
             repeated.append(_problem(path, text, row=line, image_id=image_id, fatal=False))
     if repeated:
-        text = f"{path}: {count:,} rows have {len(lines):,} different ids; one row each is written"
+        ids = counted(len(lines), "different id", "different ids")
+        text = f"{path}: {count:,} rows have {ids}; one row each is written"
         problems.append(Problem(str(path), None, "", text, False, tuple(repeated)))
     if not lines and not problems:
         problems.append(_problem(path, "no rows"))
@@ -402,10 +405,16 @@ def _summary(
     """One problem for many ids."""
     lines = lines or {}
     single = tuple(_problem(file, each, row=lines.get(i), image_id=i, fatal=fatal) for i in ids)
-    return Problem(str(file), None, "", f"{file}: {text}: {_some(ids)}.", fatal, single)
+    return Problem(str(file), None, "", f"{file}: {text}: {some(ids)}.", fatal, single)
 
 
-def _some(names: Iterable[str]) -> str:
+def counted(number: int, one: str, many: str) -> str:
+    """A number and what it counts, as 1 image or 1,204 images."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def some(names: Iterable[str]) -> str:
+    """The first `SHOWN` names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
@@ -439,7 +448,7 @@ def _find_folder(root: Path, name: str, key: str, problems: list[Problem]) -> di
     """The images of a folder that must be there and have some."""
     folder = root / name
     if not folder.is_dir():
-        there = _some(path.name for path in sorted(root.iterdir()) if path.is_dir())
+        there = some(path.name for path in sorted(root.iterdir()) if path.is_dir())
         problems.append(_problem(folder, f"no such folder; {root} has: {there or 'none'}. Set {key}."))
         return {}
     found, more = find_images(folder)
@@ -486,15 +495,20 @@ def _match(
         return []  # said already
     missing = [image_id for image_id in annotated if image_id not in files]
     if missing:
-        text = f"{len(missing):,} of {len(annotated):,} ids have no image in {folder}"
+        one = len(missing) == 1
+        text = f"{len(missing):,} of {len(annotated):,} ids {'has' if one else 'have'} no image in {folder}"
         if len(missing) == len(annotated):
             text += f" (which has {len(files):,}, the first being {next(iter(files))})"
-        text += ", they are left out" if allow_missing else "; copy them, or set data.allow_missing"
+        if allow_missing:
+            text += ", it is left out" if one else ", they are left out"
+        else:
+            text += f"; copy {'it' if one else 'them'}, or set data.allow_missing"
         each = f"no image in {folder}"
         problems.append(_summary(source, text, missing, each, fatal=not allow_missing, lines=lines))
     extra = [image_id for image_id in files if image_id not in lines]
     if extra:
-        text = f"{len(extra):,} of {len(files):,} images are not in {source} and are left out"
+        verb = "is" if len(extra) == 1 else "are"
+        text = f"{len(extra):,} of {len(files):,} images {verb} not in {source} and {verb} left out"
         problems.append(_summary(folder, text, extra, f"not in {source}", fatal=False))
     return sorted(image_id for image_id in annotated if image_id in files)
 
@@ -566,12 +580,12 @@ def _read_codes(
         same = len(its) - len({code for _, code, _ in its})
         if pixels or same:
             twice, repeated = twice + pixels, repeated + same
-            text = f"{pixels:,} pixels in more than one row, {same} rows repeated; united"
+            text = f"{_pixels(pixels)} in more than one row, {_rows(same)} repeated; united"
             overlaps.append(_problem(path, text, row=its[0][0], image_id=image_id, fatal=False))
     if overlaps:
         message = (
-            f"{path}: {len(overlaps):,} images have rows that overlap ({twice:,} pixels) or repeat ({repeated:,} "
-            f"rows); they were united"
+            f"{path}: {counted(len(overlaps), 'image has', 'images have')} rows that overlap ({_pixels(twice)}) or "
+            f"repeat ({_rows(repeated)}); they were united"
         )
         problems.append(Problem(str(path), None, "", message, False, tuple(overlaps)))
     if not lines and not any(problem.fatal for problem in problems if problem.file == str(path)):
@@ -584,6 +598,14 @@ def _read_codes(
         )
         problems.append(_problem(path, text, fatal=False))
     return runs_of, lines
+
+
+def _pixels(number: int) -> str:
+    return counted(number, "pixel", "pixels")
+
+
+def _rows(number: int) -> str:
+    return counted(number, "row", "rows")
 
 
 def _read_masks(
@@ -670,7 +692,8 @@ def read_rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> It
                 places = _places(header, columns)
                 continue
             if len(fields) != len(header):
-                text = f"{len(fields)} fields, the header has {len(header)}: a comma too many or too few"
+                there = counted(len(fields), "field", "fields")
+                text = f"{there}, the header has {len(header)}: a comma too many or too few"
                 problems.append(_problem(path, text, row=reader.line_num))
                 continue
             values = tuple(fields[place] for place in places)

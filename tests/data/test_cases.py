@@ -294,9 +294,12 @@ def test_patients(tmp_path):
     (root / "patients.csv").write_text("ImageId,patient_id\na,0007\nz,1\n")
     found, problems = load(root)
     assert [case.patient for case in found] == ["0007", None]
-    assert "1 of 2 images have no patient" in problems[0].message
+    assert "1 of 2 images has no patient there, it is taken for a patient: b." in problems[0].message
     (root / "patients.csv").write_text("ImageId,patient_id\na,1\na,2\nb,\n")
     assert len(fatal(root)) == 2
+    (root / "patients.csv").write_text("image,patient_id\na,1\nb,2\n")
+    (problem,) = load(root)[1]
+    assert "column ImageId is missing" in problem.message
 
 
 @pytest.mark.fault("I8", "a sample of 1,484 rows and 1,372 ids, as the challenge's first one")
@@ -541,7 +544,7 @@ def test_sample_ids_without_image(tmp_path):
     (tmp_path / "stage_2_sample_submission.csv.gz").write_bytes(gzip.compress(b"ImageId,EncodedPixels\nc,-1\nb,-1\n"))
     _, _, problems = cases.load_test(tmp_path)
     assert [problem.fatal for problem in problems] == [True, False]
-    assert "1 of 2 ids have no image" in problems[0].message and "1 of 2 images are not in" in problems[1].message
+    assert "1 of 2 ids has no image" in problems[0].message and "1 of 2 images is not in" in problems[1].message
     found, ids, problems = cases.load_test(tmp_path, allow_missing=True)
     assert [case.image_id for case in found] == ["b"] and ids == ["c", "b"]
     assert not any(problem.fatal for problem in problems)

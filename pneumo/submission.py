@@ -82,7 +82,8 @@ def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) ->
         where += f", {field}" if field else ""
         problems.append(Problem(str(path), line, image_id, f"{where}: {text}", fatal))
 
-    for line, (image_id, code) in cases.read_rows(path, ("ImageId", "EncodedPixels"), problems):
+    found = cases.read_rows(path, ("ImageId", "EncodedPixels"), problems, blank_before_quote=False)
+    for line, (image_id, code) in found:
         rows += 1
         if lines.setdefault(image_id, line) != line:
             complain(f"a second row for this id, which has one on line {lines[image_id]}. Unite them.", line, image_id)

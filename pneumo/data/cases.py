@@ -672,14 +672,20 @@ def _in_threads(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> Iterator[tuple[int, tuple[str, ...]]]:
+def read_rows(
+    path: Path, columns: Sequence[str], problems: list[Problem], *, blank_before_quote: bool = True
+) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Line number and stripped values of the named columns of each row; the first is an id, and checked.
 
     Every value is text, and a row must have as many fields as the header: nothing is guessed, padded or
     shifted.
+
+    Args:
+        blank_before_quote: a value may be quoted after a blank; else the quotes are part of it, as others read it.
     """
     try:
-        reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+        content = io.StringIO(_text(path), newline="")
+        reader = csv.reader(content, strict=True, skipinitialspace=blank_before_quote)
         header: list[str] | None = None
         for count, fields in enumerate(reader):
             if count > MAX_ROWS:

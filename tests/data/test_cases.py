@@ -53,6 +53,7 @@ def test_spellings_in_circulation(tmp_path, figure):
         PLAIN.replace("\n", "\r\n"),
         PLAIN.replace("\n", "\r"),
         'ImageId,"EncodedPixels"\n"a","3 2"\nb," -1"\n',
+        'ImageId, "EncodedPixels"\na, "3 2"\n "b",  "-1"\n',  # a value quoted after a blank
         PLAIN + "\n \n,\n",
         PLAIN.replace("\n", ",,\n"),  # blank columns, as Excel leaves them
         "fname,mask\na,3 2\nb,-1\n",

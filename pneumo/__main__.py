@@ -41,18 +41,20 @@ def verify(options: argparse.Namespace) -> None:
         problems += more
     else:
         test = []
-        log.say(f"{root / data.test}: no such folder; only training images are verified")
+        if root.is_dir():
+            log.say(f"{root / data.test}: no such folder; only training images are verified")
     # of images whose annotation is bad the pixels are looked at as well: all problems in one go
     bad = {problem.image_id for problem in problems if problem.fatal}
     suspects = [cases.Case(image_id, path, ()) for image_id, path in cases.find_images(root / data.train)[0].items()]
     problems += cases.verify([*found, *test, *(case for case in suspects if case.image_id in bad)], progress=log.bar)
     report = recipe.folder / "data_report.csv"
-    for problem in problems:
-        log.say(f"{'ERROR' if problem.fatal else 'note '} {problem.message}")
-    positive = sum(case.positive for case in found)
+    for line in cases.listed(problems, report):
+        log.say(line)
+    positive, errors = sum(case.positive for case in found), sum(problem.fatal for problem in problems)
     log.say(
-        f"{len(found)} training images, {positive} with pneumothorax, {len(test)} test images; "
-        f"{sum(p.fatal for p in problems)} errors, {sum(not p.fatal for p in problems)} notes; all are in {report}"
+        f"{cases.counted(len(found), 'training image', 'training images')}, {positive} with pneumothorax, "
+        f"{cases.counted(len(test), 'test image', 'test images')}; {cases.counted(errors, 'error', 'errors')}, "
+        f"{cases.counted(len(problems) - errors, 'note', 'notes')}; all are in {report}"
     )
     cases.raise_fatal(problems, report)
 
@@ -175,9 +177,13 @@ def check_submission(options: argparse.Namespace) -> None:
     problems += checked.problems
     for problem in problems:
         log.say(f"{'ERROR' if problem.fatal else 'note '} {problem.message}")
-    what = submission.summary(checked.codes, data.annotation_size) if checked.codes else "no good one"
-    log.say(f"{path}: {checked.rows} rows, {checked.ids} ids; {what}")
-    log.say("no sample submission: ids were not compared" if sample is None else f"{sample}: {len(sample_ids)} ids")
+    what = submission.summary(checked.codes, data.annotation_size) if checked.codes else "no row is good"
+    counts = f"{cases.counted(checked.rows, 'row', 'rows')}, {cases.counted(checked.ids, 'id', 'ids')}"
+    log.say(f"{path}: {counts}; {what}")
+    if sample_ids is None:
+        log.say("no sample submission: ids were not compared")
+    else:
+        log.say(f"{sample}: {cases.counted(len(sample_ids), 'id', 'ids')}")
     empty = _empty(options.truth, recipe)
     log.say("no annotations" if empty is None else f"all masks empty: Dice {empty[0]:.4f} on {empty[1]}")
     origin = path.with_suffix(".json")
@@ -191,7 +197,7 @@ def check_submission(options: argparse.Namespace) -> None:
 
 
 def _empty(truth: Path | None, recipe: Recipe) -> tuple[float, str] | None:
-    """Mean Dice of empty masks on the training annotations, and which these are; None if there are none."""
+    """Mean Dice of empty masks on the given or the training annotations, and which these are; None without any."""
     from pneumo.data import cases
 
     data, root = recipe.data, Path(recipe.data.root)
@@ -205,9 +211,10 @@ def _empty(truth: Path | None, recipe: Recipe) -> tuple[float, str] | None:
             root, annotations=data.annotations, annotation_size=data.annotation_size, need_images=False
         )
         positive = [case.positive for case in found]
+    image = "image" if truth else "training image"
     if not positive or any(problem.fatal for problem in problems):
         return None
-    return 1 - sum(positive) / len(positive), f"{len(positive):,} training images of {truth or root}"
+    return 1 - sum(positive) / len(positive), f"{cases.counted(len(positive), image, f'{image}s')} of {truth or root}"
 
 
 def phantom(options: argparse.Namespace) -> None:

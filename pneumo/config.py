@@ -5,6 +5,7 @@ the nearest known one. Imports errors.
 """
 
 import difflib
+import os
 import re
 import tomllib
 import types
@@ -19,6 +20,8 @@ Positive = "[1, inf)"
 Batch = "[1, 65536]"
 Share = "[0, 1]"
 NotNegative = "[0, inf)"
+
+_SHOWN = 5  # keys in a message
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")  # of a recipe: it becomes a folder's
 
@@ -281,6 +284,7 @@ def _load(path: Path, name: str, overrides: Sequence[str]) -> Recipe:
         table = _merge(table, own)
     for override in overrides:
         _override(name, table, override)
+    _expand_home(table)
     try:
         return _build(Recipe, {"name": name, **table}, "")
     except _Mistake as mistake:
@@ -373,10 +377,16 @@ def _lineage(document: Mapping[str, Any], name: str) -> list[tuple[str, dict[str
     found: list[tuple[str, dict[str, Any]]] = []
     while True:
         if name not in document:
-            where = f"[{found[-1][0]}] base: " if found else ""
-            raise UsageError(
-                f"{where}no recipe {name!r}.{_near(name, document)} There are: {', '.join(document) or 'none'}"
-            )
+            above = [above for above, _ in found]
+            near = _near(name, [other for other in document if other not in above])
+            where = f"[{above[-1]}] base: " if found else ""
+            text = f"{where}no recipe {name!r}.{near} There are: {', '.join(document) or 'none'}"
+            if found and not near:
+                text += (
+                    f". A base must be in the same file: copy [{name}] and its sections into it, or add [{above[0]}] "
+                    f"to configs.toml"
+                )
+            raise UsageError(text)
         if name in [above for above, _ in found]:
             circle = " -> ".join([above for above, _ in found] + [name])
             raise UsageError(f"[{found[-1][0]}] base: a circle, {circle}")
@@ -416,14 +426,33 @@ def _override(name: str, table: dict[str, Any], override: str) -> None:
     key, text = key.strip(), text.strip()
     if not equals:
         raise UsageError(f"{where}: expected key=value")
-    *parts, last = key.split(".")
-    for part in [*parts, last]:
-        if not isinstance(table, dict) or part not in table:
-            raise UsageError(f"{where}: unknown key {key}.{_near(part, table if isinstance(table, dict) else ())}")
-        inside, table = table, table[part]
-    if isinstance(table, dict):
-        raise UsageError(f"{where}: {key} is a table; set one of its keys: {', '.join(table)}")
-    inside[last] = _typed(text, table, last)
+    parts = key.split(".")
+    found: Any = table
+    for at, part in enumerate(parts):
+        if not isinstance(found, dict) or part not in found:
+            raise UsageError(f"{where}: unknown key {key}.{_meant(table, parts, at, found)}")
+        inside, found = found, found[part]
+    if isinstance(found, dict):
+        raise UsageError(f"{where}: {key} is a table; set one of its keys: {', '.join(found)}")
+    inside[parts[-1]] = _typed(text, found, parts[-1])
+
+
+def _meant(table: Mapping[str, Any], parts: Sequence[str], at: int, found: Any) -> str:
+    """What an unknown key may stand for, `parts[at]` of which is not in `found`, a value of `table`."""
+    known = list(found) if isinstance(found, dict) else []
+    if known and all(map(str.isdecimal, known)):
+        return f" There are: {', '.join('.'.join([*parts[:at], number]) for number in known[:_SHOWN])}"
+    whole = [key for key, _ in _flatten(table, "") if key.rpartition(".")[2] == parts[-1]]
+    if whole:
+        return f" Did you mean {' or '.join(whole[:_SHOWN])}?"
+    return _near(parts[at], known)
+
+
+def _expand_home(table: Mapping[str, Any]) -> None:
+    """Put the user's home folder for ~ in place, which no shell does behind a key and in a file."""
+    for inside, key in ((table.get("data"), "root"), (table, "runs")):
+        if isinstance(inside, dict) and isinstance(path := inside.get(key), str) and f"{path}/".startswith("~/"):
+            inside[key] = os.path.expanduser(path)
 
 
 def _typed(text: str, old: Any, key: str) -> Any:

@@ -82,7 +82,8 @@ def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) ->
         where += f", {field}" if field else ""
         problems.append(Problem(str(path), line, image_id, f"{where}: {text}", fatal))
 
-    for line, (image_id, code) in cases.read_rows(path, ("ImageId", "EncodedPixels"), problems):
+    found = cases.read_rows(path, ("ImageId", "EncodedPixels"), problems, blank_before_quote=False)
+    for line, (image_id, code) in found:
         rows += 1
         if lines.setdefault(image_id, line) != line:
             complain(f"a second row for this id, which has one on line {lines[image_id]}. Unite them.", line, image_id)
@@ -104,11 +105,14 @@ def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) ->
     if sample_ids is not None and lines:
         wanted = set(sample_ids)
         for what, odd in (
-            ("ids of the sample are missing", [i for i in sample_ids if i not in lines]),
-            ("ids are not in the sample", [i for i in lines if i not in wanted]),
+            (
+                ("id of the sample is missing", "ids of the sample are missing"),
+                [i for i in sample_ids if i not in lines],
+            ),
+            (("id is not in the sample", "ids are not in the sample"), [i for i in lines if i not in wanted]),
         ):
             if odd:
-                complain(f"{len(odd):,} {what}: {', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}")
+                complain(f"{cases.counted(len(odd), *what)}: {cases.some(odd)}")
         if list(lines) != list(sample_ids) and set(lines) == wanted:
             complain("its rows are not in the sample's order", fatal=False)
     return Checked(rows, len(lines), codes, problems)
@@ -119,7 +123,8 @@ def summary(codes: Mapping[str, str], annotation_size: int) -> str:
     areas = np.array([_area(code, annotation_size) for code in codes.values()])
     found = areas[areas > 0]
     median = f"{int(np.median(found)):,} px" if found.size else "-"
-    return f"{len(areas)} images, {(areas == 0).mean():.1%} empty, median area of the others {median}"
+    there = cases.counted(len(areas), "image", "images")
+    return f"{there}, {(areas == 0).mean():.1%} empty, median area of the others {median}"
 
 
 def _area(code: str, size: int) -> int:

@@ -89,7 +89,11 @@ def test_overrides_take_the_type_of_what_they_replace(repo, figure):
 OVERRIDES = {
     "C1": [
         ("stage.2.epoch=1", r'unknown key stage\.2\.epoch\. Did you mean "epochs"\?$'),
-        ("stage.9.epochs=1", r"unknown key stage\.9\.epochs\.$"),
+        ("stage.9.epochs=1", r"unknown key stage\.9\.epochs\. There are: stage\.1, stage\.2, stage\.3$"),
+        ("stage.epochs=1", r"unknown key stage\.epochs\. There are: stage\.1, stage\.2, stage\.3$"),
+        ("epochs=1", r"unknown key epochs\. Did you mean stage\.1\.epochs or stage\.2\.epochs or stage\.3\.epochs\?$"),
+        ("root=x", r"unknown key root\. Did you mean data\.root\?$"),
+        ("train.root=x", r"unknown key train\.root\. Did you mean data\.root\?$"),
         ("wokers=8", r"unknown key wokers\.$"),
         ("seed.x=8", r"unknown key seed\.x\.$"),
         ("seed", "expected key=value$"),
@@ -172,6 +176,12 @@ FILES = {
             '[demo]\nbase = "seed"',
             '[demo]\nbase = "sed"',
             "[demo] base: no recipe 'sed'. Did you mean \"seed\"? There are: seed, ",
+        ),
+        (
+            "demo",
+            '[demo]\nbase = "seed"',
+            '[demo]\nbase = "dem"',
+            "[demo] base: no recipe 'dem'. There are: seed, ",
         ),
         ("demo", '[demo]\nbase = "seed"', "[demo]\nbase = 3", "[demo] base: expected a recipe's name, got 3"),
         (
@@ -258,6 +268,11 @@ def test_mistakes_in_the_file_are_named(repo, tmp_path, figure, row):
         (None, "no such file"),
         ("[seed]".encode("utf-16"), "not UTF-8 at byte 0"),
         (b"", ": no recipe 'seed'. There are: none"),
+        (
+            b'[seed]\nbase = "first"',
+            "[seed] base: no recipe 'first'. There are: seed. A base must be in the same file: copy [first] and its "
+            "sections into it, or add [seed] to configs.toml",
+        ),
         (b"<!DOCTYPE html>", "not valid TOML"),
     ],
 )
@@ -268,6 +283,17 @@ def test_an_unreadable_file_is_named(tmp_path, content, message):
     with pytest.raises(UsageError) as caught:
         config.load(path, "seed")
     assert "other.toml" in str(caught.value) and message in str(caught.value)
+
+
+@pytest.mark.fault("R24", "data.root and runs that begin with ~, in the file and in --set")
+def test_home_is_expanded(repo, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/anna")
+    text = (repo / "configs.toml").read_text().replace('root = "data"', 'root = "~/x rays"')
+    (tmp_path / "configs.toml").write_text(text)
+    recipe = config.load(tmp_path / "configs.toml", "seed", ["runs=~"])
+    assert (recipe.data.root, recipe.runs) == ("/home/anna/x rays", "/home/anna")
+    recipe = config.load(repo / "configs.toml", "seed", ["data.root=~anna/x", "runs=a/~"])
+    assert (recipe.data.root, recipe.runs) == ("~anna/x", "a/~")
 
 
 def test_a_byte_order_mark_is_passed_over(repo, tmp_path):

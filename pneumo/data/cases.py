@@ -10,6 +10,7 @@ import io
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,8 +38,10 @@ MAX_BYTES = 256 * 2**20  # of a CSV, unpacked
 MAX_ROWS = 1_000_000  # of a CSV; a row that packs to a few bits takes hundreds of bytes of memory
 ENOUGH = 20  # masks that do not all lie in the leftmost quarter of their grid by chance
 SHOWN = 5  # ids in a message; data_report.csv has all
+LISTED = 20  # problems of one kind on a terminal; there may be one for each image
 
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+_VARIES = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|[\d.,]+""")
 _JUNK = {"thumbs.db", "desktop.ini"}
 _JUNK_FOLDERS = {"__MACOSX"}
 
@@ -123,7 +126,7 @@ def load_train(
     source = _find(root, annotations, ANNOTATION_NAMES, MASK_FOLDERS, "annotations", problems)
     if source is None:
         if not problems:
-            tables = _some(path.name for path in sorted(root.glob("*.csv*")))
+            tables = some(path.name for path in sorted(root.glob("*.csv*")))
             problems.append(
                 _problem(
                     root,
@@ -148,8 +151,9 @@ def load_train(
             _check_square(source, ids, lines, runs_of, files, problems)
     if table is not None:
         unknown = [image_id for image_id in ids if image_id not in patient_of]
-        if unknown:
-            text = f"{len(unknown):,} of {len(ids):,} images have no patient there, each is taken for a patient"
+        if unknown and (patient_of or not more):  # else the table could not be read
+            lack = "has no patient there, it is" if len(unknown) == 1 else "have no patient there, each is"
+            text = f"{len(unknown):,} of {len(ids):,} images {lack} taken for a patient"
             problems.append(_summary(table, text, unknown, "no patient_id", fatal=False))
     if not ids and not any(problem.fatal for problem in problems):
         problems.append(_problem(source, "not a single case"))
@@ -182,6 +186,8 @@ def load_test(
         ids, more = read_sample(source)
         problems += more
         there = set(_match(source, ids, dict.fromkeys(ids), root / test, files, allow_missing, problems))
+        if not there and not any(problem.fatal for problem in problems):
+            problems.append(_problem(source, f"not a single test image: none of its ids has one in {root / test}"))
     else:
         there = set(ids)
     nothing = np.zeros((0, 2), dtype=np.int64)
@@ -210,9 +216,10 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
         else:
             found[image_id] = path
     if others:
-        text = f"{len(others):,} files are no PNG, JPEG or DICOM and were left out"
+        no_image = "no PNG, JPEG or DICOM and"
+        text = counted(len(others), f"file is {no_image} was left out", f"files are {no_image} were left out")
         each = tuple(_problem(path, "not an image", fatal=False) for path in others)
-        message = f"{folder}: {text}: {_some(path.name for path in others)}"
+        message = f"{folder}: {text}: {some(path.name for path in others)}"
         problems.append(Problem(str(folder), None, "", message, False, each))
     return dict(sorted(found.items())), problems
 
@@ -292,7 +299,8 @@ def read_sample(path: Path) -> tuple[list[str], list[Problem]]:
             text = f"repeats line {lines[image_id]}"
             repeated.append(_problem(path, text, row=line, image_id=image_id, fatal=False))
     if repeated:
-        text = f"{path}: {count:,} rows have {len(lines):,} different ids; one row each is written"
+        ids = counted(len(lines), "different id", "different ids")
+        text = f"{path}: {count:,} rows have {ids}; one row each is written"
         problems.append(Problem(str(path), None, "", text, False, tuple(repeated)))
     if not lines and not problems:
         problems.append(_problem(path, "no rows"))
@@ -319,6 +327,31 @@ def verify(cases: Sequence[Case], *, progress: Callable[..., Iterable] = log.bar
         return [Problem(str(case.path), None, case.image_id, f"{case.path}: {remark}", False) for remark in remarks]
 
     return [problem for found in _in_threads(check, cases, "verify", progress) for problem in found]
+
+
+def listed(problems: Sequence[Problem], report: Path) -> list[str]:
+    """Lines that tell the problems: of each kind the first `LISTED`, and how many more the report has."""
+    kinds = [_kind(problem) for problem in problems]
+    left = Counter(kinds)
+    seen: Counter[tuple[bool, str]] = Counter()
+    lines = []
+    for problem, kind in zip(problems, kinds, strict=True):
+        grade = "ERROR" if problem.fatal else "note "
+        seen[kind] += 1
+        left[kind] -= 1
+        if seen[kind] <= LISTED:
+            lines.append(f"{grade} {problem.message}")
+        if seen[kind] == LISTED and left[kind]:
+            lines.append(f"{grade} {left[kind]:,} more like this one; all are in {report}")
+    return lines
+
+
+def _kind(problem: Problem) -> tuple[bool, str]:
+    """Its message without what differs from case to case: names, numbers and values in quotes."""
+    text = problem.message.replace(problem.file, "") if problem.file else problem.message
+    if problem.image_id:
+        text = re.sub(rf"(?<![\w.-]){re.escape(problem.image_id)}(?!\w)", "", text)
+    return problem.fatal, _VARIES.sub("", text)
 
 
 def raise_fatal(problems: Sequence[Problem], report: Path | None) -> None:
@@ -372,10 +405,16 @@ def _summary(
     """One problem for many ids."""
     lines = lines or {}
     single = tuple(_problem(file, each, row=lines.get(i), image_id=i, fatal=fatal) for i in ids)
-    return Problem(str(file), None, "", f"{file}: {text}: {_some(ids)}.", fatal, single)
+    return Problem(str(file), None, "", f"{file}: {text}: {some(ids)}.", fatal, single)
 
 
-def _some(names: Iterable[str]) -> str:
+def counted(number: int, one: str, many: str) -> str:
+    """A number and what it counts, as 1 image or 1,204 images."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def some(names: Iterable[str]) -> str:
+    """The first `SHOWN` names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
@@ -409,7 +448,7 @@ def _find_folder(root: Path, name: str, key: str, problems: list[Problem]) -> di
     """The images of a folder that must be there and have some."""
     folder = root / name
     if not folder.is_dir():
-        there = _some(path.name for path in sorted(root.iterdir()) if path.is_dir())
+        there = some(path.name for path in sorted(root.iterdir()) if path.is_dir())
         problems.append(_problem(folder, f"no such folder; {root} has: {there or 'none'}. Set {key}."))
         return {}
     found, more = find_images(folder)
@@ -456,15 +495,20 @@ def _match(
         return []  # said already
     missing = [image_id for image_id in annotated if image_id not in files]
     if missing:
-        text = f"{len(missing):,} of {len(annotated):,} ids have no image in {folder}"
+        one = len(missing) == 1
+        text = f"{len(missing):,} of {len(annotated):,} ids {'has' if one else 'have'} no image in {folder}"
         if len(missing) == len(annotated):
             text += f" (which has {len(files):,}, the first being {next(iter(files))})"
-        text += ", they are left out" if allow_missing else "; copy them, or set data.allow_missing"
+        if allow_missing:
+            text += ", it is left out" if one else ", they are left out"
+        else:
+            text += f"; copy {'it' if one else 'them'}, or set data.allow_missing"
         each = f"no image in {folder}"
         problems.append(_summary(source, text, missing, each, fatal=not allow_missing, lines=lines))
     extra = [image_id for image_id in files if image_id not in lines]
     if extra:
-        text = f"{len(extra):,} of {len(files):,} images are not in {source} and are left out"
+        verb = "is" if len(extra) == 1 else "are"
+        text = f"{len(extra):,} of {len(files):,} images {verb} not in {source} and {verb} left out"
         problems.append(_summary(folder, text, extra, f"not in {source}", fatal=False))
     return sorted(image_id for image_id in annotated if image_id in files)
 
@@ -536,12 +580,12 @@ def _read_codes(
         same = len(its) - len({code for _, code, _ in its})
         if pixels or same:
             twice, repeated = twice + pixels, repeated + same
-            text = f"{pixels:,} pixels in more than one row, {same} rows repeated; united"
+            text = f"{_pixels(pixels)} in more than one row, {_rows(same)} repeated; united"
             overlaps.append(_problem(path, text, row=its[0][0], image_id=image_id, fatal=False))
     if overlaps:
         message = (
-            f"{path}: {len(overlaps):,} images have rows that overlap ({twice:,} pixels) or repeat ({repeated:,} "
-            f"rows); they were united"
+            f"{path}: {counted(len(overlaps), 'image has', 'images have')} rows that overlap ({_pixels(twice)}) or "
+            f"repeat ({_rows(repeated)}); they were united"
         )
         problems.append(Problem(str(path), None, "", message, False, tuple(overlaps)))
     if not lines and not any(problem.fatal for problem in problems if problem.file == str(path)):
@@ -554,6 +598,14 @@ def _read_codes(
         )
         problems.append(_problem(path, text, fatal=False))
     return runs_of, lines
+
+
+def _pixels(number: int) -> str:
+    return counted(number, "pixel", "pixels")
+
+
+def _rows(number: int) -> str:
+    return counted(number, "row", "rows")
 
 
 def _read_masks(
@@ -585,7 +637,8 @@ def _read_masks(
             if mask.shape != shape:
                 text = (
                     f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, its image {files[image_id]} is "
-                    f"{shape[1]} x {shape[0]}. They must be of one size."
+                    f"{shape[1]} x {shape[0]}. They must be of one size: resize the mask to the image's, each pixel "
+                    f"taking its nearest (no smoothing), or give the image in full size."
                 )
                 return _problem(path, text, image_id=image_id)
         square = images.to_square(mask)
@@ -619,14 +672,20 @@ def _in_threads(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> Iterator[tuple[int, tuple[str, ...]]]:
+def read_rows(
+    path: Path, columns: Sequence[str], problems: list[Problem], *, blank_before_quote: bool = True
+) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Line number and stripped values of the named columns of each row; the first is an id, and checked.
 
     Every value is text, and a row must have as many fields as the header: nothing is guessed, padded or
     shifted.
+
+    Args:
+        blank_before_quote: a value may be quoted after a blank; else the quotes are part of it, as others read it.
     """
     try:
-        reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+        content = io.StringIO(_text(path), newline="")
+        reader = csv.reader(content, strict=True, skipinitialspace=blank_before_quote)
         header: list[str] | None = None
         for count, fields in enumerate(reader):
             if count > MAX_ROWS:
@@ -639,7 +698,8 @@ def read_rows(path: Path, columns: Sequence[str], problems: list[Problem]) -> It
                 places = _places(header, columns)
                 continue
             if len(fields) != len(header):
-                text = f"{len(fields)} fields, the header has {len(header)}: a comma too many or too few"
+                there = counted(len(fields), "field", "fields")
+                text = f"{there}, the header has {len(header)}: a comma too many or too few"
                 problems.append(_problem(path, text, row=reader.line_num))
                 continue
             values = tuple(fields[place] for place in places)

@@ -116,7 +116,7 @@ def decode(data: bytes, known: Outline) -> tuple[np.ndarray, tuple[float, float]
     with _pydicom() as pydicom:
         header = pydicom.dcmread(io.BytesIO(data))
         _check_header(header)
-        spacing, remarks = _spacing(header), _odd_view(header)
+        spacing, remarks = _spacing(header), [*_odd_view(header), *_drop_empty_window(header)]
         with_pillow = known.syntax == JPEG_BASELINE or (known.syntax == JPEG_EXTENDED and header.BitsStored == 8)
         if with_pillow:
             frame = pydicom.encaps.get_frame(header.PixelData, 0, number_of_frames=1)
@@ -309,6 +309,38 @@ def _unpack(pydicom: ModuleType, header: Any, known: Outline) -> np.ndarray:
     return stored.astype(stored.dtype.newbyteorder("="), copy=False)
 
 
+def _drop_empty_window(header: Any) -> list[str]:
+    """Take a window out of the header that shows nothing, and say so; some devices write a width of 0 for none.
+
+    Source:
+        DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3: a linear one is at least 1 wide, others are wider than 0.
+    """
+    if header.get("VOILUTSequence") or None in (header.get("WindowCenter"), header.get("WindowWidth")):
+        return []
+    width = float(np.atleast_1d(header.WindowWidth)[0])
+    linear = header.get("VOILUTFunction") not in ("LINEAR_EXACT", "SIGMOID")
+    if not (width < 1 if linear else width <= 0):
+        return []
+    del header.WindowWidth
+    return [f"its window is {width:g} wide, which shows nothing; it was read as if there were none"]
+
+
+def _padding(header: Any, stored: np.ndarray) -> tuple[int, int] | None:
+    """The smallest and largest stored value that stand for no pixel, outside the collimator as a rule; None: none do.
+
+    Source:
+        DICOM PS3.3 C.7.5.1.1.2 (Pixel Padding Value and Range Limit, of which either may be the larger).
+    """
+    first, last = header.get("PixelPaddingValue"), header.get("PixelPaddingRangeLimit")
+    if not isinstance(first, int):
+        return None
+    # through the bits: some files give a signed value as an unsigned one
+    ends = [first, last if isinstance(last, int) else first]
+    bits = np.array([end % (1 << 8 * stored.itemsize) for end in ends], dtype=f"u{stored.itemsize}")
+    low, high = sorted(bits.view(stored.dtype).tolist())
+    return low, high
+
+
 def _decode_jpeg(frame: bytes, known: Outline, *, signed: bool) -> np.ndarray:
     """Decode an 8-bit JPEG with Pillow: (H, W) integers of 8 bits."""
     check_scans(frame)
@@ -334,6 +366,8 @@ def _decode_jpeg(frame: bytes, known: Outline, *, signed: bool) -> np.ndarray:
 def _render(pydicom: ModuleType, header: Any, stored: np.ndarray, order: str) -> np.ndarray:
     """Map stored values to (H, W) uint8 as the file asks, by a table over all values there can be.
 
+    Where values are stretched, those that pad the image are left out, and black.
+
     Source:
         DICOM PS3.3 C.11.1 (rescale, modality table), C.11.2 (window, VOI table), C.7.6.3.1.2 (MONOCHROME1).
     """
@@ -350,7 +384,7 @@ def _render(pydicom: ModuleType, header: Any, stored: np.ndarray, order: str) ->
     index = stored.view(f"u{stored.itemsize}")
     count = high + 1 if low >= 0 else 1 << 8 * stored.itemsize
     values = np.arange(count, dtype=index.dtype).view(stored.dtype).astype(np.int64)
-    grey = values
+    grey, padded = values, np.zeros(count, dtype=np.bool_)
     if modality:
         grey, _ = _look_up(modality[0], values, order)
     elif rescaled:
@@ -364,13 +398,20 @@ def _render(pydicom: ModuleType, header: Any, stored: np.ndarray, order: str) ->
             grey = pydicom.pixels.apply_windowing(np.append(grey, ends), header)
         grey, black, white = grey[:-2], grey[-2], grey[-1]
     else:
-        present = grey[(values >= low) & (values <= high)]
+        if ends := _padding(header, stored):
+            inside = stored[(stored < ends[0]) | (stored > ends[1])]
+            if inside.size:
+                low, high = int(inside.min()), int(inside.max())
+                padded = (values >= ends[0]) & (values <= ends[1])
+        present = grey[(values >= low) & (values <= high) & ~padded]
         black, white = present.min(), present.max()
     if not (np.isfinite(grey).all() and np.isfinite([black, white]).all()):
         raise DataError("a DICOM whose window or rescale values are not finite")
     share = (grey - black) / ((white - black) or 1)
     table = np.rint(np.clip(share, 0, 1) * 255).astype(np.uint8)
-    return (255 - table if inverted else table)[index]
+    table = 255 - table if inverted else table
+    table[padded] = 0
+    return table[index]
 
 
 def _look_up(item: Any, values: np.ndarray, order: str) -> tuple[np.ndarray, int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pneumo.data.cases import Problem, raise_fatal, read_rows
+from pneumo.data.cases import Problem, counted, raise_fatal, read_rows, some
 from pneumo.errors import DataError, UsageError
 
 
@@ -214,7 +214,7 @@ def load(path: Path, image_ids: Sequence[str], count: int) -> np.ndarray:
         (N,) int64 in the order of `image_ids`.
 
     Raises:
-        DataError: not a fold file, or of other images; names the first that differ and what to do.
+        DataError: not a fold file, of other images, or of fewer folds; names the first that differ and what to do.
     """
     redo = f"Delete {path} and run `python -m pneumo folds` to split anew; earlier runs belong to the old split."
     folds: dict[str, int] = {}
@@ -228,12 +228,20 @@ def load(path: Path, image_ids: Sequence[str], count: int) -> np.ndarray:
             raise DataError(f"{path} line {line}, ImageId {image_id}: it stands there twice. {redo}")
         folds[image_id] = int(fold)
     raise_fatal(problems, None)
-    for what, odd in (
-        ("images without a fold", [i for i in image_ids if i not in folds]),
-        ("folds of unknown images", sorted(folds.keys() - set(image_ids))),
+    for one, many, odd in (
+        ("image has no fold", "images have no fold", [i for i in image_ids if i not in folds]),
+        ("fold is of an unknown image", "folds are of unknown images", sorted(folds.keys() - set(image_ids))),
     ):
         if odd:
-            raise DataError(f"{path}: {len(odd)} {what}, as {', '.join(odd[:5])}. {redo}")
+            raise DataError(f"{path}: {counted(len(odd), one, many)}: {some(odd)}. {redo}")
+    there = set(folds.values())
+    if len(there) < count:
+        empty = min(set(range(count)) - there)
+        keep = f"Set folds.count={empty} to keep them. Or: " if len(there) == empty > 1 else ""
+        raise DataError(
+            f"{path} has {counted(len(there), 'fold', 'folds')}, but folds.count is {count}: fold {empty} has no "
+            f"image. {keep}{redo}"
+        )
     return np.array([folds[image_id] for image_id in image_ids], dtype=np.int64)
 
 
@@ -254,9 +262,9 @@ def check_patients(path: Path, image_ids: Sequence[str], folds: np.ndarray, pati
             parted.append((image_ids[other], image_ids[index]))
     if parted:
         raise DataError(
-            f"{path}: {len(parted)} images are in another fold than one of the same patient, as "
-            f"{' and '.join(parted[0])}. Delete it and run `python -m pneumo folds` to split anew; earlier runs belong "
-            f"to the old split. Or, if that is meant: --set folds.group=image"
+            f"{path}: {counted(len(parted), 'image is', 'images are')} in another fold than one of the same patient, "
+            f"as {' and '.join(parted[0])}. Delete it and run `python -m pneumo folds` to split anew; earlier runs "
+            f"belong to the old split. Or, if that is meant: --set folds.group=image"
         )
 
 

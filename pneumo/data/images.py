@@ -30,6 +30,8 @@ SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".dcm": "DICOM", ".d
 
 _PNG_GREY, _PNG_RGB, _PNG_GREY_ALPHA = 0, 2, 4  # colour types; the other of 16 bits is RGB and alpha
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+_PNG_LOOKED_AT = 1000  # chunks before the pixels; encoders write ten
+_ORIENTATION, _SHORT = 0x0112, 3  # EXIF: the tag, and its type, of 16 bits
 _LUMA = (19595, 38470, 7471)  # ITU-R 601, in 65536ths, as Pillow has it
 _COLOURS = "the red, green and blue channels differ: a colour photograph, or something drawn on it?"
 
@@ -69,6 +71,7 @@ def read(path: str | Path) -> Scan:
 
     PNG and JPEG: 16 bits are shifted down, so that the smallest of 8, 10, 12, 14 and 16 bits that holds the
     largest value, of colours the largest of their luma, becomes 8. Transparency is dropped, colours become luma.
+    They are turned as their EXIF orientation says, as viewers do, with a warning.
     DICOM: rescaled, then seen through the first window or lookup table. Where there is none, 8 unsigned bits
     stay as they are, and others are stretched from their smallest to their largest value. MONOCHROME1 is
     inverted last.
@@ -108,28 +111,31 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def size(path: str | Path) -> tuple[int, int]:
-    """Read the height and width of an image without decoding it.
+    """Read the height and width of an image, turned as `read` does, without decoding it.
 
     Raises:
         DataError: as `read`, as far as that shows.
     """
     with opened(path) as file:
         start = file.read(1024)
-        kind = _kind(start)
+        kind, exif = _kind(start), b""
         file.seek(0)
         if kind == "DICOM":
             known = dicom.outline(_read(file))
             height, width = known.height, known.width
         elif kind == "PNG":
             height, width = _png_size(start)
+            exif = _png_exif(file)
         else:
-            width, height = Image.open(file, formats=(kind,)).size
+            image = Image.open(file, formats=(kind,))
+            width, height = image.size
+            exif = image.info.get("exif", b"")
         _check_size(height, width)
-        return height, width
+        return (width, height) if _orientation(exif) >= 5 else (height, width)
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """Read a mask: PNG or JPEG, of 0 and 255 or of 0 and 1.
+    """Read a mask: PNG or JPEG, of 0 and 255 or of 0 and 1; turned as an image is.
 
     Returns:
         (H, W) bool.
@@ -269,8 +275,10 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _decode(data: bytes, kind: str) -> tuple[np.ndarray, list[str]]:
-    """Decode a PNG or JPEG of acceptable size: (H, W) uint8 or uint16 as stored; and what is odd about it."""
+    """Decode a PNG or JPEG of acceptable size: (H, W) uint8 or uint16 as stored, upright; and what is odd about it."""
+    exif = b""
     if kind == "PNG":
+        exif = _png_exif(io.BytesIO(data))
         data = _essence(data)
         _check_size(*_png_size(data))
     else:
@@ -279,9 +287,50 @@ def _decode(data: bytes, kind: str) -> tuple[np.ndarray, list[str]]:
     width, height = image.size
     _check_size(height, width)
     if kind == "PNG" and data[24] == 16 and data[25] != _PNG_GREY:
-        return _one_channel(np.moveaxis(_sixteen_bits(data, data[25]), -1, 0), alpha=data[25] != _PNG_RGB)
-    image.load()
-    return _to_grey(image)
+        channels = np.moveaxis(_sixteen_bits(data, data[25]), -1, 0)
+        pixels, remarks = _one_channel(channels, alpha=data[25] != _PNG_RGB)
+    else:
+        image.load()
+        pixels, remarks = _to_grey(image)
+    orientation = _orientation(exif or image.info.get("exif", b""))
+    if orientation != 1:
+        remarks.append(f"turned or mirrored as its EXIF orientation {orientation} asks, as viewers do")
+    return _upright(pixels, orientation), remarks
+
+
+def _orientation(exif: bytes) -> int:
+    """The orientation of an EXIF block, 1 to 8; 1, upright, where it gives none or is damaged, as viewers have it.
+
+    Not by Pillow, which unpacks all of the block.
+
+    Source:
+        TIFF 6.0, pages 13 to 16 and 36.
+    """
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "little", b"MM\0*": "big"}.get(tiff[:4])
+    if order is None:
+        return 1
+
+    def number(start: int, length: int) -> int:
+        return int.from_bytes(tiff[start : start + length], order)
+
+    first = number(4, 4)
+    for entry in range(first + 2, min(first + 2 + 12 * number(first, 2), len(tiff)), 12):
+        if number(entry, 2) == _ORIENTATION:
+            value = number(entry + 8, 2)
+            return value if number(entry + 2, 2) == _SHORT and number(entry + 4, 4) == 1 and 1 <= value <= 8 else 1
+    return 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn (H, W) pixels as stored into those to be seen: (W, H) where `orientation` is 5 or more."""
+    if orientation >= 5:
+        pixels = pixels.T
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _sixteen_bits(data: bytes, colours: int) -> np.ndarray:
@@ -310,6 +359,20 @@ def _png_size(data: bytes) -> tuple[int, int]:
     if data[12:16] != b"IHDR" or len(data) < 24:
         raise DataError("the header is damaged. Copy it again.")
     return int.from_bytes(data[20:24]), int.from_bytes(data[16:20])
+
+
+def _png_exif(file: BinaryIO) -> bytes:
+    """The EXIF block of a PNG, as much of it as a JPEG can hold; empty if none stands before the pixels."""
+    file.seek(8)
+    for _ in range(_PNG_LOOKED_AT):
+        head = file.read(8)
+        length, name = int.from_bytes(head[:4]), head[4:]
+        if name == b"eXIf":
+            return file.read(min(length, 2**16))
+        if len(name) < 4 or name == b"IDAT":
+            break
+        file.seek(length + 4, os.SEEK_CUR)
+    return b""
 
 
 def _essence(data: bytes) -> bytes:

@@ -24,7 +24,7 @@ from pneumo.data.cases import Case, Problem, raise_fatal
 from pneumo.errors import DataError, WriteError
 from pneumo.kernels.runs import runs_to_mask
 
-FORMAT = 2  # change it when the same files would give other pixels
+FORMAT = 3  # change it when the same files would give other pixels
 UNDONE = 0  # as a new file is
 FLUSH_EVERY = 256  # rows between two moments at which finished rows are made durable
 

@@ -12,6 +12,7 @@ import numpy as np
 from pneumo.kernels.runs import mask_to_runs, runs_to_mask
 
 EMPTY = "-1"
+_OTHER_SIZE = ". Was the mask made for another size? Set data.annotation_size"
 _PLAIN = re.compile(r"[-0-9\s]*", re.ASCII)
 
 
@@ -76,10 +77,7 @@ def decode_runs(code: str, height: int, width: int) -> np.ndarray:
         return np.empty((0, 2), dtype=np.int64)
     size = height * width
     if len(code) > 4 * size + 64:  # "0 1 " for every pixel: before memory is spent on it
-        raise ValueError(
-            f"{len(code):,} characters, more than any mask of {height}×{width} needs. "
-            f"Was the mask made for another size? Set data.annotation_size"
-        )
+        raise ValueError(f"{len(code):,} characters, more than any mask of {height}×{width} needs{_OTHER_SIZE}")
     tokens = code.split()
     if not _PLAIN.fullmatch(code):  # int() would take 1_0, +3 and the digits of other scripts
         raise ValueError(_not_whole(tokens))
@@ -90,10 +88,12 @@ def decode_runs(code: str, height: int, width: int) -> np.ndarray:
     if counts.size == 0:
         raise ValueError(f'an empty code; an empty mask is "{EMPTY}"')
     if counts.size % 2:
-        raise ValueError(f'{counts.size} numbers; gap/length pairs need an even count (last token "{tokens[-1]}")')
+        numbers = "1 number" if counts.size == 1 else f"{counts.size} numbers"
+        raise ValueError(f'{numbers}; gap/length pairs need an even count (last token "{tokens[-1]}")')
     if (bad := np.flatnonzero((counts < 0) | (counts > size))).size:
-        what = "negative" if counts[bad[0]] < 0 else f"larger than {height}×{width} = {size:,} pixels"
-        raise ValueError(f'token {bad[0] + 1} is {what}: "{tokens[bad[0]]}"; the runs do not fit')
+        negative = counts[bad[0]] < 0
+        what = "negative" if negative else f"larger than {height}×{width} = {size:,} pixels"
+        raise ValueError(f'token {bad[0] + 1} is {what}: "{tokens[bad[0]]}"{"" if negative else _OTHER_SIZE}')
     if (bad := np.flatnonzero(counts[1::2] == 0)).size:
         raise ValueError(
             f'run {bad[0] + 1} has length 0 (token {2 * bad[0] + 2}: "{tokens[2 * bad[0] + 1]}"); '
@@ -103,8 +103,7 @@ def decode_runs(code: str, height: int, width: int) -> np.ndarray:
     if edges[-1] > size:
         run = int(np.flatnonzero(edges[1::2] > size)[0])
         raise ValueError(
-            f"run {run + 1} ends at pixel {edges[2 * run + 1]:,}, past {height}×{width} = {size:,}. "
-            f"Was the mask made for another size? Set data.annotation_size"
+            f"run {run + 1} ends at pixel {edges[2 * run + 1]:,}, past {height}×{width} = {size:,}{_OTHER_SIZE}"
         )
     return edges.reshape(-1, 2)
 
@@ -114,5 +113,5 @@ def _not_whole(tokens: list[str]) -> str:
     for number, token in enumerate(tokens, start=1):
         if re.fullmatch(r"-?[0-9]{1,18}", token):
             continue
-        return f'token {number} is no whole number that can be meant: "{token[:40]}"'
+        return f'token {number} is not a whole number of up to 18 digits: "{token[:40]}"'
     return "a character that is neither a digit nor a plain blank is between the numbers"

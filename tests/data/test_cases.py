@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pneumo.data import cases
+from pneumo.data.cases import Problem
 from pneumo.errors import DataError
 from pneumo.kernels.runs import mask_to_runs, runs_to_mask
 
@@ -52,6 +53,7 @@ def test_spellings_in_circulation(tmp_path, figure):
         PLAIN.replace("\n", "\r\n"),
         PLAIN.replace("\n", "\r"),
         'ImageId,"EncodedPixels"\n"a","3 2"\nb," -1"\n',
+        'ImageId, "EncodedPixels"\na, "3 2"\n "b",  "-1"\n',  # a value quoted after a blank
         PLAIN + "\n \n,\n",
         PLAIN.replace("\n", ",,\n"),  # blank columns, as Excel leaves them
         "fname,mask\na,3 2\nb,-1\n",
@@ -114,21 +116,25 @@ def test_a_bad_code_is_named(tmp_path, figure):
     where = "line 2, ImageId a, EncodedPixels: "
     rows = [
         ("a,1 2 3", where + r'3 numbers; gap/length pairs need an even count \(last token "3"\)'),
-        ("a,1 x", where + 'token 2 is no whole number that can be meant: "x"'),
+        ("a,1 x", where + 'token 2 is not a whole number of up to 18 digits: "x"'),
         ("a,1 0", where + r'run 1 has length 0 \(token 2: "0"\); not pairs of gap and length'),
-        ("a,-4 2", where + 'token 1 is negative: "-4"; the runs do not fit'),
-        ("a,4 -2", where + 'token 2 is negative: "-2"; the runs do not fit'),
+        ("a,-4 2", where + 'token 1 is negative: "-4"'),
+        ("a,4 -2", where + 'token 2 is negative: "-2"'),
         (
             "a,4090 9",
             where + r"run 1 ends at pixel 4,099, past 64×64 = 4,096\. Was the mask made for another size\? "
             r"Set data\.annotation_size",
         ),
-        ("a," + "9" * 20 + " 1", where + f'token 1 is no whole number that can be meant: "{"9" * 20}"'),
+        ("a," + "9" * 20 + " 1", where + f'token 1 is not a whole number of up to 18 digits: "{"9" * 20}"'),
         ("a,", where + 'an empty code; an empty mask is "-1"'),
     ]
     each_bad_row_is_named(folder(tmp_path, ""), rows)
     longer = [
-        ("a,5000 1", where + 'token 1 is larger than 64×64 = 4,096 pixels: "5000"; the runs do not fit'),
+        (
+            "a,5000 1",
+            where + 'token 1 is larger than 64×64 = 4,096 pixels: "5000"'
+            r"\. Was the mask made for another size\? Set data\.annotation_size",
+        ),
         ("a," + "1 " * 10_000, where + r"19,999 characters, more than any mask of 64×64 needs\. Was .*"),
         ("a,1 2,3 4", "line 2: 3 fields, the header has 2: a comma too many or too few"),
     ]
@@ -268,7 +274,12 @@ def test_doubtful_mask_pictures_are_refused(tmp_path, figure):
     doubtful = [
         (smoothed, "nothing but 0 and 255, or 0 and 1; found 3 values: 0, 128, 255."),
         (np.stack([plain, 0 * plain, plain], axis=-1), "a mask must be grey, of 0 and 255; this one has colours"),
-        (plain[: GRID // 2], f"the mask is 64 x 32 pixels, its image {root / 'train' / 'a.png'} is 64 x 64."),
+        (
+            plain[: GRID // 2],
+            f"the mask is 64 x 32 pixels, its image {root / 'train' / 'a.png'} is 64 x 64. They must be "
+            "of one size: resize the mask to the image's, each pixel taking its nearest (no smoothing), or give the "
+            "image in full size.",
+        ),
     ]
     for pixels, message in doubtful:
         Image.fromarray(pixels).save(path)
@@ -284,9 +295,12 @@ def test_patients(tmp_path):
     (root / "patients.csv").write_text("ImageId,patient_id\na,0007\nz,1\n")
     found, problems = load(root)
     assert [case.patient for case in found] == ["0007", None]
-    assert "1 of 2 images have no patient" in problems[0].message
+    assert "1 of 2 images has no patient there, it is taken for a patient: b." in problems[0].message
     (root / "patients.csv").write_text("ImageId,patient_id\na,1\na,2\nb,\n")
     assert len(fatal(root)) == 2
+    (root / "patients.csv").write_text("image,patient_id\na,1\nb,2\n")
+    (problem,) = load(root)[1]
+    assert "column ImageId is missing" in problem.message
 
 
 @pytest.mark.fault("I8", "a sample of 1,484 rows and 1,372 ids, as the challenge's first one")
@@ -312,6 +326,19 @@ def test_test_cases_stand_by_id_whatever_the_samples_order(tmp_path):
     assert ids == ["b", "a"]
     assert [case.image_id for case in found] == ["a", "b"]  # whatever the sample's order: packs rely on it
     assert "3 rows have 2 different ids" in problems[0].message and not problems[0].fatal
+
+
+@pytest.mark.fault("I6", "a sample none of whose ids has an image, with data.allow_missing: an error still")
+def test_a_sample_of_other_images_is_refused(tmp_path):
+    folder(tmp_path, PLAIN)
+    (tmp_path / "train").rename(tmp_path / "test")
+    (tmp_path / "sample_submission.csv").write_text("ImageId,EncodedPixels\nx,-1\ny,-1\n")
+    _, _, problems = cases.load_test(tmp_path, allow_missing=True)
+    (message,) = [problem.message for problem in problems if problem.fatal]
+    sample = tmp_path / "sample_submission.csv"
+    assert message == f"{sample}: not a single test image: none of its ids has one in {tmp_path / 'test'}"
+    _, _, problems = cases.load_test(tmp_path)
+    assert ["2 of 2 ids have no image" in problem.message for problem in problems if problem.fatal] == [True]
 
 
 def test_without_a_sample_all_images_count(tmp_path):
@@ -403,6 +430,26 @@ def test_a_shifted_row_never_becomes_an_id(tmp_path):
     messages = fatal(folder(tmp_path, "ImageId,EncodedPixels\na,b,3 2\nb,-1,\n"))
     assert "line 2: 3 fields, the header has 2" in messages[0]
     assert "line 3: 3 fields" in messages[1]
+
+
+@pytest.mark.fault("P1", "12,000 masks of another size than their images, in folders of their own: 20 lines, and one")
+def test_one_cause_for_all_images_is_not_told_of_each(tmp_path):
+    def problem(number, text, fatal=True):
+        image_id = f"ab{number:x}"
+        path = f"{tmp_path}/masks/of {number}/{image_id}.png"
+        return Problem(path, None, image_id, f"{path}, ImageId {image_id}: {text}", fatal)
+
+    small = [
+        problem(i, f"the mask is {i:,} x 9 pixels, its image /x/f{i:x}/ab{i:x}.png is 1,024 x 9") for i in range(12_000)
+    ]
+    others = [problem(7, "colours"), problem(7, 'token 7 is not whole: "x"'), problem(8, 'token 70 is not whole: "yz"')]
+    notes = [problem(i, "colours", fatal=False) for i in range(21)]
+    lines = cases.listed([*small, *others, *notes], tmp_path / "report.csv")
+    errors = [f"ERROR {one.message}" for one in [*small[:20], *others]]
+    errors.insert(20, f"ERROR 11,980 more like this one; all are in {tmp_path / 'report.csv'}")
+    assert lines[:24] == errors
+    assert lines[24:44] == [f"note  {one.message}" for one in notes[:20]] and len(lines) == 45
+    assert cases.listed(small[:20], tmp_path) == errors[:20] and cases.listed([], tmp_path) == []
 
 
 def test_other_columns_are_passed_over(tmp_path):
@@ -498,7 +545,7 @@ def test_sample_ids_without_image(tmp_path):
     (tmp_path / "stage_2_sample_submission.csv.gz").write_bytes(gzip.compress(b"ImageId,EncodedPixels\nc,-1\nb,-1\n"))
     _, _, problems = cases.load_test(tmp_path)
     assert [problem.fatal for problem in problems] == [True, False]
-    assert "1 of 2 ids have no image" in problems[0].message and "1 of 2 images are not in" in problems[1].message
+    assert "1 of 2 ids has no image" in problems[0].message and "1 of 2 images is not in" in problems[1].message
     found, ids, problems = cases.load_test(tmp_path, allow_missing=True)
     assert [case.image_id for case in found] == ["b"] and ids == ["c", "b"]
     assert not any(problem.fatal for problem in problems)

@@ -37,7 +37,7 @@ def bomb(side):
     return content[:at] + side.to_bytes(2) * 2 + content[at + 4 :]
 
 
-def make(pixels, syntax=dicom.EXPLICIT_LITTLE, *, frame=None, drop=(), **elements):
+def make(pixels, syntax=dicom.EXPLICIT_LITTLE, *, frame=None, drop=(), vrs=None, **elements):
     """A DICOM file as bytes; `frame` is an encoded image to put in place of the pixels."""
     header = pydicom.Dataset()
     header.file_meta = pydicom.dataset.FileMetaDataset()
@@ -53,6 +53,10 @@ def make(pixels, syntax=dicom.EXPLICIT_LITTLE, *, frame=None, drop=(), **element
     header.PixelRepresentation = int(pixels.dtype.kind == "i")
     for keyword, value in elements.items():
         setattr(header, keyword, value)
+    for element in header:
+        for keyword, vr in (vrs or {}).items():
+            if element.keyword.startswith(keyword):
+                element.VR = vr
     header.HighBit = elements.get("HighBit", header.BitsStored - 1)
     if frame is not None:
         header.PixelData = pydicom.encaps.encapsulate([frame])
@@ -180,6 +184,58 @@ def test_without_a_window_the_values_are_stretched(read, dtype, low):
     stored = (ramp(high=1000, dtype=np.int32) + low).astype(dtype)
     expected = np.rint(ramp(high=1000, dtype=np.int32) * 255 / 1000)
     np.testing.assert_array_equal(read(make(stored, BitsStored=12)).pixels, expected)
+
+
+@pytest.mark.fault("D2", "padding of 65535, signed -32768, said as unsigned, a range, in MONOCHROME1: left out, black")
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+@pytest.mark.parametrize(
+    ("dtype", "padding", "said", "limit"),
+    [
+        (np.uint16, [65535], 65535, None),
+        (np.uint16, [0], 0, None),
+        (np.uint16, [1200], 1200, None),  # between the others
+        (np.int16, [-32768], -32768, None),
+        (np.int16, [-32768], 32768, None),  # the same bits
+        (np.uint16, [60000, 65535], 65535, 60000),
+        (np.uint16, [60000, 65535], 60000, 65535),
+    ],
+)
+def test_padding_is_left_out_of_the_stretch(read, dtype, padding, said, limit, photometric):
+    stored = (ramp(high=1000, dtype=np.int32) + 300).astype(dtype)
+    expected = np.rint(ramp(high=1000, dtype=np.int32) * 255 / 1000)
+    expected = 255 - expected if photometric == "MONOCHROME1" else expected
+    for number, value in enumerate(padding):
+        stored[:, number + 1] = value
+        expected[:, number + 1] = 0
+    expected[stored == padding[0]] = 0
+    elements = {"PhotometricInterpretation": photometric, "PixelPaddingValue": said}
+    if limit is not None:
+        elements["PixelPaddingRangeLimit"] = limit
+    vr = "SS" if said < 0 else "US"
+    for syntax in (dicom.EXPLICIT_LITTLE, dicom.EXPLICIT_BIG, dicom.IMPLICIT_LITTLE):
+        if syntax == dicom.IMPLICIT_LITTLE and said == 32768 and dtype is np.int16:
+            continue  # cannot be written: the pixels' type decides
+        np.testing.assert_array_equal(read(make(stored, syntax, vrs={"PixelPadding": vr}, **elements)).pixels, expected)
+
+
+def test_padding_alone_or_of_another_type_is_nothing_to_leave_out(read):
+    stored = np.full((40, 40), 900, np.uint16)
+    scan = read(make(stored, PixelPaddingValue=900))
+    assert not scan.pixels.any() and "constant" in scan.warnings[0]
+    odd = make(ramp(high=1000, dtype=np.uint16), PixelPaddingValue=[1, 2])
+    np.testing.assert_array_equal(read(odd).pixels, np.rint(ramp(high=1000, dtype=np.int32) * 255 / 1000))
+
+
+@pytest.mark.fault("D2", "a window 0 or 0.5 wide, of 8 and 16 bits: as if there were none, with a warning")
+@pytest.mark.parametrize("width", [0, 0.5, -3, [0, 100]])
+def test_a_window_that_shows_nothing_is_passed_over(read, width):
+    for stored in (ramp(), ramp(high=1000, dtype=np.uint16)):
+        scan = read(make(stored, WindowCenter=100, WindowWidth=width))
+        np.testing.assert_array_equal(scan.pixels, read(make(stored)).pixels)
+        (remark,) = scan.warnings
+        assert f"its window is {np.atleast_1d(width)[0]:g} wide, which shows nothing" in remark
+    exact = read(make(ramp(high=1000, dtype=np.uint16), WindowCenter=100, WindowWidth=0.5, VOILUTFunction="SIGMOID"))
+    assert exact.warnings == () or width != 0.5
 
 
 def test_constant_without_a_window(read):
@@ -326,7 +382,7 @@ def test_pydicom_says_nothing_itself(read, caplog):
         (ramp(), {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.11.1"}, "a presentation state"),
         (ramp(), {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.11"}, "a structured report"),
         (ramp(), {"SOPClassUID": "1.2.840.10008.1.3.10"}, "a DICOMDIR"),
-        (ramp(), {"WindowCenter": 100, "WindowWidth": 0}, "in pydicom"),
+        (ramp(), {"WindowCenter": 100, "WindowWidth": 9, "VOILUTFunction": "ODD"}, "in pydicom"),
         (ramp(), {"syntax": dicom.DEFLATED}, "dcmconv"),
         (
             ramp(),

@@ -144,12 +144,19 @@ def test_a_fold_file_reads_back(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ImageId,fold\na,0\n", "1 images without a fold, as b"),
-        ("ImageId,fold\na,0\nb,1\nc,1\n", "1 folds of unknown images, as c"),
+        ("ImageId,fold\na,0\n", "1 image has no fold: b"),
+        ("ImageId,fold\na,0\nb,1\nc,1\n", "1 fold is of an unknown image: c"),
         ("ImageId,fold\na,0\nb,5\n", 'line 3, ImageId b, fold: "5" is none below 5'),
         ("ImageId,fold\na,0\na,1\n", "line 3, ImageId a: it stands there twice"),
         ("id;fold\na;0\n", "separated by semicolons"),
         ("", "folds.csv: empty"),
+        (
+            "ImageId,fold\na,0\nb,1\n",
+            r"folds\.csv has 2 folds, but folds\.count is 5: fold 2 has no image\. Set folds\.count=2 to keep them\. "
+            r"Or: Delete .*folds\.csv and run `python -m pneumo folds` to split anew",
+        ),
+        ("ImageId,fold\na,0\nb,2\n", r"2 folds, but folds\.count is 5: fold 1 has no image\. Delete"),
+        ("ImageId,fold\na,0\nb,0\n", r"1 fold, but folds\.count is 5: fold 1 has no image\. Delete"),
     ],
 )
 def test_a_wrong_fold_file_is_refused(tmp_path, text, message):

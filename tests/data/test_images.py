@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pneumo.data import images
 from pneumo.errors import DataError, OutOfMemory
@@ -153,6 +153,70 @@ def test_content_decides_and_a_wrong_suffix_warns(write):
     np.testing.assert_array_equal(right.pixels, wrong.pixels)
     assert right.warnings == ()
     assert wrong.warnings == ("named .png, but its content is JPEG",)
+
+
+def exif_of(orientation):
+    exif = Image.Exif()
+    exif[0x013B] = "ROENTGEN"  # artist
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+@pytest.mark.fault(
+    "P4", "EXIF orientations 1 to 8 of PNG and JPEG, big and little endian: as Pillow turns, with a warning"
+)
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_picture_is_turned_as_its_exif_says(write, kind, orientation):
+    content = encode(ramp(), kind, exif=exif_of(orientation))
+    turned = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+    scan = images.read(write(content))
+    np.testing.assert_array_equal(scan.pixels, turned)
+    assert scan.pixels.flags.writeable and scan.pixels.flags.c_contiguous
+    assert images.size(write(content)) == turned.shape
+    said = [] if orientation == 1 else [f"turned or mirrored as its EXIF orientation {orientation} asks, as viewers do"]
+    assert [remark for remark in scan.warnings if "named" not in remark] == said
+    motorola = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0" + bytes([orientation]) + bytes(6)
+    np.testing.assert_array_equal(images.read(write(encode(ramp(), kind, exif=motorola))).pixels, turned)
+
+
+@pytest.mark.fault("P4", "masks of EXIF orientations 1 to 8 are turned alike, and PNGs of several channels of 16 bits")
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_turned_as_its_image(write, orientation):
+    mask = np.where(ramp() > 99, 255, 0).astype(np.uint8)
+    content = encode(mask, exif=exif_of(orientation))
+    turned = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(content)))) > 0
+    np.testing.assert_array_equal(images.read_mask(write(content)), turned)
+    content = sixteen_bit_png(*[mask // 255] * 3)
+    block = chunk(b"eXIf", exif_of(orientation).removeprefix(b"Exif\0\0"))
+    texts = chunk(b"tEXt", b"Comment\0" + bytes(2000))  # `size` must look beyond the first bytes
+    path = write(content[:33] + texts + block + content[33:])
+    np.testing.assert_array_equal(images.read_mask(path), turned)
+    assert images.size(path) == turned.shape
+
+
+@pytest.mark.fault("P4", "an EXIF block cut at every byte, of random bytes, and of odd values: read, upright")
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # it looks there for the resolution
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_damaged_exif_block_does_no_harm(write, kind):
+    upright = images.read(write(encode(ramp(), kind))).pixels
+    whole, rng = exif_of(6), random.Random(0)
+    for end in range(6, len(whole)):
+        images.read(write(encode(ramp(), kind, exif=whole[:end])))
+    for _ in range(100):
+        spoiled = bytearray(whole)
+        for _ in range(3):
+            spoiled[rng.randrange(6, len(whole))] = rng.randrange(256)
+        pixels = images.read(write(encode(ramp(), kind, exif=bytes(spoiled)))).pixels
+        assert sorted(pixels.shape) == sorted(upright.shape)
+    tail = b"\0\x01\x01\x12\0\x03\0\0\0\x01"
+    for odd in (b"\0\0", b"\0\x09", b"\xff\xff"):  # no orientations
+        block = b"Exif\0\0MM\0*\0\0\0\x08" + tail + odd + bytes(6)
+        scan = images.read(write(encode(ramp(), kind, exif=block)))
+        np.testing.assert_array_equal(scan.pixels, upright)
+        assert not any("EXIF" in remark for remark in scan.warnings)
+    far = b"Exif\0\0MM\0*\xff\xff\xff\xff"  # the table lies beyond the block
+    np.testing.assert_array_equal(images.read(write(encode(ramp(), kind, exif=far))).pixels, upright)
 
 
 @pytest.mark.fault("P6", "a constant image: a warning")

@@ -36,7 +36,7 @@ def test_the_union_is_exact(tmp_path, figure):
         np.testing.assert_array_equal(runs_to_mask(found["a"], 16, 16), expected)
         (problem,) = problems
         twice = sum(mask.sum() for mask in masks) - expected.sum()
-        assert f"1 images have rows that overlap ({twice:,} pixels) or repeat (1 rows)" in problem.message
+        assert f"1 image has rows that overlap ({twice:,} pixels) or repeat (1 row)" in problem.message
         pixels += expected.sum()
         overlapping += twice
     figure(f"{pixels:,} pixels exact in 200 of 200 images, {overlapping:,} overlapping ones counted, one warning each")

@@ -115,17 +115,20 @@ def test_verify_lists_all_in_one_go(repo, tmp_path, figure):
     assert code == 3 and "Traceback" not in shown
     assert re.search(rf"verify: +\d+%.*/{count + 1} ", shown)
     named = [line for line in printed.splitlines() if line.startswith("ERROR")]
-    with open(tmp_path / "runs" / "seed" / "data_report.csv", newline="") as file:
+    report = tmp_path / "runs" / "seed" / "data_report.csv"
+    with open(report, newline="") as file:
         listed = {row["image_id"]: row["message"] for row in csv.DictReader(file) if row["file"].endswith(".png")}
     assert listed.keys() == bad.keys()
     for image_id, message in bad.items():
         path = tmp_path / "data" / "train" / f"{image_id}.png"
         assert listed[image_id].startswith(f"{path}: {message}")
-        assert f"ERROR {listed[image_id]}" in named
+    over = [image_id for image_id, message in listed.items() if f"ERROR {message}" not in named]
+    assert over == [f"case-{count:05d}"]  # the 21st of its kind
+    assert f"ERROR 1 more like this one; all are in {report}" in named
     assert f"line {count + 2}, ImageId case-{count:05d}, EncodedPixels: 3 numbers" in printed
     assert len(named) == len(bad) + 1
     last = shown.strip().splitlines()[-1]
-    assert f"{len(bad)} more problems are listed in {tmp_path / 'runs' / 'seed' / 'data_report.csv'}." in last
+    assert f"{len(bad)} more problems are listed in {report}." in last
     figure(
         f"{count:,} files: {len(named)} of {len(bad) + 1} problems listed in {seconds - own_seconds:.0f} s and "
         f"{peak - own_peak:.0f} MB besides the program's own start"

@@ -192,8 +192,14 @@ def test_a_submission_is_checked(recipe, tmp_path, capsys, figure):
             rest + "test-000,1 2\ntest-000,2 9\n",
             "line 11, ImageId test-000: a second row for this id, which has one on",
         ),
-        (rest, "1 ids of the sample are missing: test-000"),
-        (rest + "test-000,-1\nb,-1\n", "1 ids are not in the sample: b"),
+        (rest, "1 id of the sample is missing: test-000"),
+        (rest + "test-000,-1\nb,-1\n", "1 id is not in the sample: b"),
+        (
+            "test-000,-1\n",
+            "8 ids of the sample are missing: test-004, test-001, test-008, test-007, test-006 and 3 more.",
+        ),
+        ("test-000,x\n", f"{bad}: 1 row, 1 id; no row is good"),
+        (rest + 'test-000, "-1"\n', "line 10, ImageId test-000, EncodedPixels: token 1 is not"),  # to others no code
         (rest + "test-000,-1,\n", "line 10: 3 fields, the header has 2"),
     ):
         bad.write_text(head + text)
@@ -206,7 +212,9 @@ def test_a_submission_is_checked(recipe, tmp_path, capsys, figure):
     path = recipe.folder / "submission.csv"
     path.write_text(head + rest + "test-000,-1\n")
     assert "tells of another file" in check(recipe, capsys, code=0)
-    figure("10 of 10 faults named by line and id, exit 3")
+    said = check(recipe, capsys, str(path), f"--truth={path}", code=0)
+    assert f"all masks empty: Dice 1.0000 on 9 images of {path}" in said
+    figure("13 of 13 faults named by line and id, exit 3")
 
 
 @pytest.mark.fault("S9", "the Dice of empty masks on the challenge's real annotations")

@@ -1,12 +1,12 @@
 """What a recipe's runs show: figures with their numbers as CSV, report.json, and one self-contained report.html.
 
-Imports figures, page, results, config, dataset, data, decision, ensemble, kernels, oof, training, tuning, checkpoint,
-dist, log, errors.
+Imports figures, galleries, page, results, config, dataset, data, decision, oof, training, tuning, checkpoint, log,
+errors.
 """
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,21 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pneumo import checkpoint, dataset, dist, ensemble, log, oof, training, tuning
+from pneumo import checkpoint, dataset, log, oof, training, tuning
 from pneumo.config import Recipe
 from pneumo.data.feed import Feed, key
 from pneumo.dataset import Dataset
 from pneumo.decision import metrics, tables, trust
 from pneumo.decision.metrics import Interval, Scores
-from pneumo.decision.rule import Rule, decide
+from pneumo.decision.rule import Rule
 from pneumo.decision.tune import Tuned
-from pneumo.errors import DataError, PneumoError
-from pneumo.kernels.runs import runs_to_mask
+from pneumo.errors import DataError
 from pneumo.oof import OutOfFold
-from pneumo.report import figures, page, results
+from pneumo.report import figures, galleries, page, results
 from pneumo.report.page import Figure
 from pneumo.report.results import Decided
 
 ROWS, COLUMNS = 4, 6  # of the picture of augmentations
-SHOWN = 12  # images of one gallery
-THUMBNAIL = 320  # their side, pixels
 
 
 def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
@@ -86,13 +83,13 @@ def _add_out_of_fold(
     )
     expected = None if tuned is None else trust.cross_fitted(shown.signals, shown.dice, found.folds)
 
-    title = f"{recipe.name}, out of fold, {shown.name}{note}"
     drawn = [_min_area(recipe, found, note, folder)]
     if tuned is not None:
         drawn.insert(0, _surface(recipe, tuned, note, folder))
-    drawn += _score_figures(shown, scores[shown.name], sizes, title, folder)
+    drawn += _score_figures(recipe, shown, scores[shown.name], sizes, note, folder)
     if expected is not None:
         curve = trust.risk_coverage(expected, shown.dice)
+        title = f"{recipe.name}, out of fold, {shown.name}{note}"
         figures.risk_coverage(curve, title, folder / "risk_coverage.png")
         drawn.append(Figure(folder / "risk_coverage.png", _worth(curve)))
         _write_queue(shown, expected, folder / "referral.csv")
@@ -109,7 +106,7 @@ def _add_out_of_fold(
         summary=_summary(recipe, data, shown, scores[shown.name], tuned, note),
         results=_result_rows(ways, scores, gains),
         sizes=_size_rows(sizes),
-        figures=[("Out of fold", drawn), *_galleries(recipe, data, shown, tuned, folder), *content.figures],
+        figures=[("Out of fold", drawn), *galleries.draw(recipe, data, shown, tuned, folder), *content.figures],
         explorer=None if tuned is None else page.explorer(tuned, tuning.recipe_rule(recipe)),
         case_columns=("image", "fold", "outcome", "Dice", "expected Dice", "score", "agreement", "true px", "found px"),
         cases=_case_rows(shown, expected),
@@ -193,37 +190,56 @@ def _min_area(recipe: Recipe, found: OutOfFold, note: str, folder: Path) -> Figu
     )
     title = f"{recipe.name}: out-of-fold Dice against minimum component area{note}"
     figures.min_area(table, rule.min_area, title, folder / "min_area.png")
-    return Figure(folder / "min_area.png", f"Dice against the minimum component area, at threshold {rule.threshold:g}.")
+    caption = f"Dice against the minimum component area, at the recipe's threshold {rule.threshold:g} and top rule: "
+    return Figure(folder / "min_area.png", f"{caption}{_top(rule)}.")
 
 
 def _surface(recipe: Recipe, tuned: Tuned, note: str, folder: Path) -> Figure:
-    """Dice against threshold and minimum area, at the chosen top rule."""
+    """Dice against threshold and minimum area, at the chosen top rule; the recipe's is marked if it has the same."""
     *_, top, top_area = tuned.choice.index
     own = tuning.recipe_rule(recipe)
+    marks = {"chosen": (tuned.rule.threshold, tuned.rule.min_area)}
+    away = f" The recipe's rule is not marked: its top rule is another ({_top(own)})."
+    if _same_top(own, tuned.rule):
+        marks["recipe"], away = (own.threshold, own.min_area), ""
     figures.surface(
         tuned.sums.without(-1).dice[:, :, top, top_area],
         tuned.grid.thresholds,
         tuned.grid.min_areas,
-        {"chosen": (tuned.rule.threshold, tuned.rule.min_area), "recipe": (own.threshold, own.min_area)},
+        marks,
         tuned.choice.plateau[:, :, top, top_area],
         f"{recipe.name}: out-of-fold Dice against threshold and minimum area{note}",
         folder / "surface.png",
     )
     return Figure(
         folder / "surface.png",
-        "Mean Dice against threshold and minimum area, in-sample, at the chosen top rule: an image is positive only "
-        f"if more than {tuned.rule.top_area:,} px exceed {tuned.rule.top_threshold:g}.",
+        f"Mean Dice against threshold and minimum area, in-sample, at the chosen top rule: {_top(tuned.rule)}.{away}",
     )
 
 
+def _same_top(one: Rule, other: Rule) -> bool:
+    """Whether two rules let the same images through; at a top threshold of 0 that is all, whatever the top area."""
+    if one.top_threshold != other.top_threshold:
+        return False
+    return one.top_threshold == 0 or one.top_area == other.top_area
+
+
+def _top(rule: Rule) -> str:
+    """A rule's top rule in words."""
+    if not rule.top_threshold:
+        return "none, so that any component makes an image positive"
+    return f"an image is positive only if more than {rule.top_area:,} px exceed {rule.top_threshold:g}"
+
+
 def _score_figures(
-    shown: Decided, scores: Scores, sizes: Sequence[dict[str, Any]], title: str, folder: Path
+    recipe: Recipe, shown: Decided, scores: Scores, sizes: Sequence[dict[str, Any]], note: str, folder: Path
 ) -> list[Figure]:
-    """By size, by image score, calibration."""
+    """By size, under the rule shown; by image score and its calibration, which no rule changes."""
     positive, score = shown.found.tables.positive, shown.signals.score
+    title = f"{recipe.name}, out of fold, image score{note}"
     drawn = []
     if sizes:
-        figures.sizes(sizes, title, folder / "sizes.png")
+        figures.sizes(sizes, f"{recipe.name}, out of fold, {shown.name}{note}", folder / "sizes.png")
         drawn.append(Figure(folder / "sizes.png", "Dice and sensitivity by size of the pneumothorax."))
     if scores.roc_auc is not None:
         curve = metrics.ranking_curves(score, positive)
@@ -257,84 +273,6 @@ def _write_queue(shown: Decided, expected: np.ndarray, path: Path) -> None:
         area = int(shown.signals.area[i])
         writer.writerow([place, shown.found.image_ids[i], *(f"{value:.6f}" for value in values), area])
     checkpoint.write_atomic(path, text.getvalue().encode())
-
-
-def _outcomes(shown: Decided) -> np.ndarray:
-    """(N,) str."""
-    positive, decided = shown.found.tables.positive, shown.signals.decided
-    return np.where(
-        positive,
-        np.where(decided, "true positive", "missed"),
-        np.where(decided, "false positive", "true negative"),
-    )
-
-
-def _galleries(
-    recipe: Recipe, data: Dataset, shown: Decided, tuned: Tuned | None, folder: Path
-) -> list[tuple[str, list[Figure]]]:
-    """Pictures of the best, median and worst found, the false positives and the missed."""
-    outcome, dice, area = _outcomes(shown), shown.dice, shown.signals.area
-    hit = np.flatnonzero(outcome == "true positive")
-    hit = hit[np.argsort(-dice[hit], kind="stable")]
-    middle = max(len(hit) // 2 - SHOWN // 2, 0)
-    false, missed = (np.flatnonzero(outcome == kind) for kind in ("false positive", "missed"))
-    chosen = {
-        "best": (hit[:SHOWN], "The best outlines"),
-        "median": (hit[middle : middle + SHOWN], "Outlines around the median"),
-        "worst": (hit[::-1][:SHOWN], "The worst outlines"),
-        "false_positives": (false[np.argsort(-area[false], kind="stable")][:SHOWN], "The largest false positives"),
-        "missed": (
-            missed[np.argsort(-shown.found.tables.true_area[missed], kind="stable")][:SHOWN],
-            "The largest that were missed",
-        ),
-    }
-    wanted = np.unique(np.concatenate([places for places, _ in chosen.values()]))
-    try:
-        pictures = dict(_predict_again(recipe, data, shown, tuned, wanted))
-    except PneumoError as error:
-        log.warn(f"no galleries: {error}")
-        return []
-    drawn = []
-    for name, (places, title) in chosen.items():
-        if not len(places):
-            continue
-        captions = [
-            f"{figures.shorten(shown.found.image_ids[i])}\nDice {dice[i]:.3f}, score {shown.signals.score[i]:.2f}"
-            for i in places.tolist()
-        ]
-        images, truths, masks = zip(*(pictures[i] for i in places.tolist()), strict=True)
-        figures.gallery(images, truths, masks, captions, f"{recipe.name}: {title}", folder / f"gallery_{name}.png")
-        drawn.append(Figure(folder / f"gallery_{name}.png", f"{title}. Green: annotation, red: prediction."))
-    return [("Galleries", drawn)] if drawn else []
-
-
-def _predict_again(
-    recipe: Recipe, data: Dataset, shown: Decided, tuned: Tuned | None, places: np.ndarray
-) -> Iterable[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    """Image, annotation and decided mask of some cases, small; each by the fold that did not see it.
-
-    Args:
-        places: of the cases in `shown`.
-    """
-    size, found = recipe.data.annotation_size, shown.found
-    fold_rules = None if tuned is None else dict(zip(np.unique(found.folds).tolist(), tuned.fold_rules, strict=True))
-    pick = np.arange(THUMBNAIL) * size // THUMBNAIL if size > THUMBNAIL else np.arange(size)
-    with dist.launch(recipe.train.timeout_seconds) as device:
-        for fold in np.unique(found.folds[places]).tolist():
-            models = ensemble.load(recipe, [fold], device)
-            pack = dataset.open_pack(recipe, "train", data.cases, models.image_size)
-            inside = places[found.folds[places] == fold]
-            rule: Rule = tuning.recipe_rule(recipe) if fold_rules is None else fold_rules[fold]
-            batches = [found.rows[[place]] for place in inside]
-            feed = Feed(pack, device, found.rows[inside])
-            shown_bar = log.bar(inside.tolist(), title=f"galleries, fold {fold}")
-            for place, (image, _) in zip(shown_bar, feed.batches(batches), strict=True):
-                predicted = ensemble.predict(models, image, size, [found.image_ids[place]])
-                mask = runs_to_mask(decide(predicted.q[0], rule), size, size)
-                truth = runs_to_mask(data.cases[found.rows[place]].runs, size, size)
-                pixels = image[0, 0].cpu().numpy()
-                near = (np.arange(len(pick)) * len(pixels)) // len(pick)
-                yield place, (pixels[np.ix_(near, near)], truth[np.ix_(pick, pick)], mask[np.ix_(pick, pick)])
 
 
 def _summary(
@@ -404,7 +342,7 @@ def _case_rows(shown: Decided, expected: np.ndarray | None) -> list[list[Any]]:
     columns = [
         list(found.image_ids),
         found.folds.tolist(),
-        _outcomes(shown).tolist(),
+        shown.outcome.tolist(),
         shown.dice.round(4).tolist(),
         [None] * len(shown.dice) if expected is None else expected.round(4).tolist(),
         signals.score.round(4).tolist(),

@@ -35,6 +35,16 @@ class Decided:
     dice: np.ndarray
     signals: Signals
 
+    @property
+    def outcome(self) -> np.ndarray:
+        """(N,) str: true positive, missed, false positive or true negative."""
+        positive, decided = self.found.tables.positive, self.signals.decided
+        return np.where(
+            positive,
+            np.where(decided, "true positive", "missed"),
+            np.where(decided, "false positive", "true negative"),
+        )
+
     def scores(self, *, draws: int, seed: int) -> Scores:
         """Its aggregate."""
         return metrics.summarise(

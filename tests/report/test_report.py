@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import browser
 import maps
@@ -14,10 +15,10 @@ import torch
 from PIL import Image
 
 from pneumo import config, log, oof, report, tuning
-from pneumo.decision import tune
+from pneumo.decision import metrics, tune
 from pneumo.decision.rule import Rule
 from pneumo.errors import DataError
-from pneumo.report import page
+from pneumo.report import galleries, page, results
 
 SETTINGS = ("tune.thresholds=12", "tune.min_areas=9", "tune.top_thresholds=4", "tune.top_areas=5", "tune.draws=100")
 READY = "document.querySelector('#explorer').dataset.ready === 'yes'"
@@ -72,6 +73,102 @@ def test_results_are_those_of_tuning(place):
     assert {"seed-image, its recipe's rule", "seed-image, tuned rule, cross-fitted"} <= rows.keys()
     assert rows["recipe's rule"]["gain"] is None
     assert numbers["rule"] == tuning.asdict(tuned.rule)
+
+
+@pytest.fixture
+def titles(monkeypatch):
+    """The titles and captions of a report's figures, by name, as they are drawn; and the figures' arguments."""
+    kept = {}
+
+    def note(name):
+        original = getattr(report.figures, name)
+
+        def drawing(*arguments):
+            kept[name] = arguments
+            return original(*arguments)
+
+        monkeypatch.setattr(report.figures, name, drawing)
+
+    for name in ("surface", "min_area", "sizes", "ranking", "reliability", "risk_coverage"):
+        note(name)
+    return kept
+
+
+def test_a_mark_stands_on_its_rules_own_dice(repo, place, titles, tmp_path):
+    recipe, data, _ = place
+    found = oof.load(recipe, data)
+    tuned = tuning.search(recipe, found)
+    grid, dice = tuned.grid, tuned.sums.without(-1).dice
+    assert tuned.grid.top_areas[0] == tuning.recipe_rule(recipe).top_area == 0
+    captions = {}
+    for top, top_area in ((0, 0), (0, 2), (2, 2)):
+        index = (1, 1, top, top_area)
+        moved = replace(tuned, rule=grid.rule(index), choice=replace(tuned.choice, index=index))
+        captions[top, top_area] = report._surface(recipe, moved, "", tmp_path).caption
+        plane, thresholds, areas, marks, *_ = titles["surface"]
+        assert marks["chosen"] == (grid.thresholds[1], grid.min_areas[1])
+        assert ("recipe" in marks) == (top == 0)  # any top area lets all images through there
+        own = {"chosen": dice[index], "recipe": tuned.baseline.mean()}
+        for name, (threshold, area) in marks.items():
+            assert plane[thresholds.index(threshold), areas.index(area)] == pytest.approx(own[name], abs=1e-12)
+    assert plane[thresholds.index(0.5), areas.index(20)] != pytest.approx(own["recipe"])  # where it stood
+    assert "recipe's rule is not marked: its top rule is another" in captions[2, 2]
+    assert "not marked" not in captions[0, 0] + captions[0, 2]
+
+
+def test_captions_and_titles_name_the_rule_that_was_used(repo, place, titles, tmp_path):
+    recipe, data, _ = place
+    found = oof.load(recipe, data)
+    shown = results.cross_fitted("tuned rule, cross-fitted", found, tuning.search(recipe, found))
+    scores = shown.scores(draws=100, seed=0)
+    report._score_figures(
+        recipe,
+        shown,
+        scores,
+        metrics.by_size(
+            shown.dice,
+            found.tables.true_area,
+            shown.signals.decided,
+            shown.signals.score,
+            found.groups,
+            draws=100,
+            seed=0,
+        ),
+        " (note)",
+        tmp_path,
+    )
+    title = {name: arguments[-2] for name, arguments in titles.items()}
+    assert title["ranking"] == title["reliability"] == "seed, out of fold, image score (note)"  # no rule changes it
+    assert title["sizes"] == "seed, out of fold, tuned rule, cross-fitted (note)"
+    assert "top rule: none" in report._min_area(recipe, found, "", tmp_path).caption
+    strict = small_run.recipe(repo, recipe.data.root, tmp_path, "rule.top_threshold=0.75", "rule.top_area=1500")
+    caption = report._min_area(strict, found, "", tmp_path).caption
+    assert "an image is positive only if more than 1,500 px exceed 0.75" in caption
+
+
+@pytest.mark.parametrize("hits", [0, 1, 5, 12, 13, 24, 25, 40, 100])
+def test_an_image_is_in_one_gallery(hits):
+    rng = np.random.default_rng(0)
+    count = hits + 20
+    positive = np.arange(count) < hits + 10
+    decided = (np.arange(count) < hits) | (np.arange(count) >= count - 5)
+    true_area = rng.permutation(count) + 1
+    found = SimpleNamespace(tables=SimpleNamespace(positive=positive, true_area=true_area))
+    dice = rng.permutation(count) / count
+    shown = results.Decided("x", found, dice, SimpleNamespace(decided=decided, area=rng.permutation(count)))
+    chosen = {name: places.tolist() for name, (_, places) in galleries.chosen(shown).items()}
+    everything = [place for places in chosen.values() for place in places]
+    assert len(everything) == len(set(everything))
+    assert len(chosen["best"] + chosen["median"] + chosen["worst"]) == min(hits, 3 * galleries.SHOWN)
+    by_dice = sorted(range(hits), key=lambda i: -dice[i])
+    assert chosen["best"] == by_dice[:12]
+    if hits <= galleries.SHOWN:
+        assert not chosen["median"] + chosen["worst"]
+    if hits == 100:
+        assert chosen["worst"] == by_dice[::-1][:12]
+        assert chosen["median"] == by_dice[44:56]
+    assert set(chosen["false_positives"]) == set(range(count - 5, count))
+    assert chosen["missed"] == sorted(range(hits, hits + 10), key=lambda i: -true_area[i])
 
 
 def test_the_queue_begins_with_the_doubtful(place):

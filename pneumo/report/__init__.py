@@ -8,6 +8,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
     note = " (SYNTHETIC X-rays)" if (Path(recipe.data.root) / "SYNTHETIC.txt").exists() else ""
     content = page.Content(
         title=f"{recipe.name}{note}",
+        origin=_origin(recipe, data),
         audit=dataset.audit(recipe, data.cases, data.folds, packed),
         figures=[("Training", _training_figures(recipe, data, logs, note, folder))],
     )
@@ -292,6 +294,15 @@ def _summary(
         )
     sentences.append("For research. Not a medical device: nothing here may decide about a patient.")
     return tuple(sentences)
+
+
+def _origin(recipe: Recipe, data: Dataset) -> str:
+    """When, on what and by which networks."""
+    sides = ", ".join(str(recipe.stage[number].image_size) for number in range(1, recipe.stages + 1))
+    return (
+        f"Report of {date.today().isoformat()}. Data: {Path(recipe.data.root).resolve().name}, {len(data.cases):,} "
+        f"training images. Encoder: {recipe.model.encoder}. Image sizes of the stages: {sides} px."
+    )
 
 
 def _split_by(recipe: Recipe, data: Dataset) -> str:

@@ -187,12 +187,20 @@ def test_nothing_is_fetched(place):
 
 
 def test_text_cannot_break_out():
-    evil = "</script><b>x"
+    evil = "</script><i>x"
     content = page.Content(
-        evil, (evil,), [[evil], [evil, evil]], audit=evil, sources={evil: "0"}, case_columns=[evil], cases=[[evil]]
+        title=evil,
+        origin=evil,
+        summary=(evil,),
+        results=[[evil], [evil, evil]],
+        sizes=[[evil], [evil, evil]],
+        audit=evil,
+        sources={evil: "0"},
+        case_columns=[evil],
+        cases=[[evil]],
     )
     text = page.render(content)
-    assert "<b>" not in text
+    assert "<i>" not in text
     assert text.count("</script>") == 3
 
 
@@ -292,6 +300,62 @@ def test_it_fits_a_phone_and_the_dark(opened):
     opened.resize(390, 844, phone=True, dark=True)
     assert opened.run("document.documentElement.scrollWidth") <= 390
     assert opened.run(ground) == "rgb(13, 17, 23)"
+
+
+@pytest.mark.parametrize("width", [500, 1300, 1920])
+def test_the_result_table_is_cut_by_narrow_windows_only(opened, width):
+    opened.resize(width, 900)
+    inside, window = opened.run("(box => [box.scrollWidth, box.clientWidth])(document.querySelector('#results .wide'))")
+    assert opened.run("document.documentElement.scrollWidth") <= width
+    assert (inside > window) == (width == 500)
+
+
+def frames(opened) -> dict[str, int]:
+    """Pixels of each frame's colour in the explorer's map."""
+    return opened.run(
+        """(map => {
+            const count = { "0,224,255": 0, "255,48,96": 0, "255,255,255": 0 };
+            const bytes = map.getContext("2d").getImageData(0, 0, map.width, map.height).data;
+            for (let i = 0; i < bytes.length; i += 4) count[bytes.slice(i, i + 3).join()]++;
+            return { blue: count["0,224,255"], red: count["255,48,96"], white: count["255,255,255"] };
+        })(document.querySelector("#map"))"""
+    )
+
+
+def test_frames_are_seen_on_the_plane_of_their_top_rule_only(place, opened):
+    recipe, data, _ = place
+    tuned = tuning.search(recipe, oof.load(recipe, data))
+    said = "document.querySelector('#map-text').textContent"
+    t, m, top, top_area = tuned.choice.index
+    assert tuning.recipe_rule(recipe).top_threshold == 0
+    at_first = frames(opened)  # blue and red in one place
+    assert min(at_first["blue"], at_first["red"]) > 20
+    assert "red the chosen one" in opened.run(said)
+    last = len(tuned.grid.top_thresholds) - 1
+    for p, a in ((0, 0), (0, 3), (top, top_area), (last, 3), (1, 1)):
+        move(opened, (t, m, p, a))
+        found = frames(opened)
+        red = p == top and (p == 0 or a == top_area)
+        assert found["blue"] > 20 and (found["red"] > 20) == red and (found["white"] > 20) == (p == 0)
+        assert ("red the chosen one" in opened.run(said)) == red
+        assert ("white the recipe's" in opened.run(said)) == (p == 0)
+        assert ("Of another top rule, so not marked" in opened.run(said)) == (not red or p != 0)
+
+
+def test_it_says_what_it_is_of_and_what_its_numbers_are(opened):
+    origin = opened.run("document.querySelector('#origin').textContent")
+    assert re.fullmatch(
+        r"Report of \d{4}-\d\d-\d\d\. Data: data, 18 training images\. Encoder: test_resnet\. "
+        r"Image sizes of the stages: 64, 64, 64 px\.",
+        origin,
+    )
+    for section, words in (
+        ("results", ("are by image", "Calibration error: ")),
+        ("by-size", ("Calibration gap: ",)),
+        ("cases-section", ("Score of the image: ", "Agreement: ")),
+    ):
+        text = opened.run(f"document.querySelector('#{section} > p').textContent")
+        assert all(word in text for word in words), text
 
 
 @pytest.mark.slow

@@ -24,24 +24,47 @@ from pneumo.decision import metrics, tables, trust
 from pneumo.decision.metrics import Interval, Scores
 from pneumo.decision.rule import Rule
 from pneumo.decision.tune import Tuned
-from pneumo.errors import DataError
+from pneumo.errors import DataError, UsageError
 from pneumo.oof import OutOfFold
 from pneumo.report import figures, galleries, page, results
 from pneumo.report.page import Figure
 from pneumo.report.results import Decided
 
 ROWS, COLUMNS = 4, 6  # of the picture of augmentations
+PICTURES = (
+    "augmentations",
+    "curves",
+    "loss_comparison",
+    "min_area",
+    "ranking",
+    "reliability",
+    "risk_coverage",
+    "sizes",
+    "surface",
+    *galleries.NAMES,
+)
+# all that a report may write beside its page
+OWN = {"report.json", "referral.csv", *(f"{name}{end}" for name in PICTURES for end in (".png", ".csv"))}
 
 
 def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
     """Write <runs>/<recipe>/report/: what can be shown of what has been trained.
+
+    What an earlier report wrote there and this one does not is removed.
 
     Args:
         beside: other recipes whose out-of-fold scores stand in the same table.
 
     Raises:
         DataError: nothing has been trained yet.
+        UsageError: a recipe beside has no out-of-fold predictions; nothing has been written then.
     """
+    for other in beside:
+        if not results.predicted(other):
+            raise UsageError(
+                f"{other.folder}: no out-of-fold predictions to set beside those of {recipe.name}. "
+                f"Run: make cv RECIPE={other.name}"
+            )
     folder = recipe.folder / "report"
     logs = _logs(recipe)
     if logs.empty:
@@ -55,20 +78,33 @@ def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
         audit=dataset.audit(recipe, data.cases, data.folds, packed),
         figures=[("Training", _training_figures(recipe, data, logs, note, folder))],
     )
-    if any(oof.path_of(recipe, fold).exists() for fold in range(recipe.folds.count)):
-        content = _add_out_of_fold(recipe, data, beside, note, folder, content)
+    numbers: set[str] = set()
+    if results.predicted(recipe):
+        content, numbers = _add_out_of_fold(recipe, data, beside, note, folder, content)
     else:
         log.warn(f"{recipe.folder}: no out-of-fold predictions, so the report shows training only. Run: make oof")
     text = page.render(content)
     checkpoint.write_atomic(folder / "report.html", text.encode())
-    names = ", ".join(sorted(path.name for path in folder.glob("*.png")))
+    pictures = sorted(figure.path for _, drawn in content.figures for figure in drawn)
+    _remove_others(folder, numbers | {path.with_suffix(end).name for path in pictures for end in (".png", ".csv")})
+    names = ", ".join(path.name for path in pictures)
     log.say(f"{folder / 'report.html'}: {len(text) / 1e6:.1f} MB; figures: {names}")
+
+
+def _remove_others(folder: Path, written: set[str]) -> None:
+    """Remove what only an earlier report wrote: it is of another state than the page."""
+    assert written <= OWN, written - OWN
+    stale = sorted(name for name in OWN - written if (folder / name).is_file())
+    for name in stale:
+        (folder / name).unlink()
+    if stale:
+        log.say(f"{folder}: removed of an earlier report: {', '.join(stale)}")
 
 
 def _add_out_of_fold(
     recipe: Recipe, data: Dataset, beside: Sequence[Recipe], note: str, folder: Path, content: page.Content
-) -> page.Content:
-    """Everything that needs out-of-fold predictions."""
+) -> tuple[page.Content, set[str]]:
+    """Everything that needs out-of-fold predictions, and the names of the files of numbers that were written."""
     found = oof.load(recipe, data)
     tuned = tuning.search(recipe, found) if len(np.unique(found.folds)) > 1 else None
     baseline = results.by_rule("recipe's rule", found, tuning.recipe_rule(recipe))
@@ -77,12 +113,16 @@ def _add_out_of_fold(
         ways.append(results.cross_fitted("tuned rule, cross-fitted", found, tuned))
     shown = ways[-1]
     ways += results.other_ways(recipe, data, found.folds, beside)
+    warnings = _warnings(recipe, found, tuned, ways)
+    for warning in warnings:
+        log.warn(warning)
     options = {"draws": recipe.tune.draws, "seed": recipe.seed}
     scores = {way.name: way.scores(**options) for way in ways}
     gains = {way.name: way.gain_over(baseline, **options) for way in ways[1:]}
     sizes = metrics.by_size(
         shown.dice, found.tables.true_area, shown.signals.decided, shown.signals.score, found.groups, **options
     )
+    files = {"report.json"}
     expected = None if tuned is None else trust.cross_fitted(shown.signals, shown.dice, found.folds)
 
     drawn = [_min_area(recipe, found, note, folder)]
@@ -95,6 +135,7 @@ def _add_out_of_fold(
         figures.risk_coverage(curve, title, folder / "risk_coverage.png")
         drawn.append(Figure(folder / "risk_coverage.png", _worth(curve)))
         _write_queue(shown, expected, folder / "referral.csv")
+        files.add("referral.csv")
     numbers = {
         "rows": [{"name": way.name, **asdict(scores[way.name]), "gain": _plain(gains.get(way.name))} for way in ways],
         "sizes": [{name: _plain(value) for name, value in row.items()} for row in sizes],
@@ -103,8 +144,9 @@ def _add_out_of_fold(
         "checkpoints": found.sources,
     }
     checkpoint.write_atomic(folder / "report.json", log.dumps(numbers, indent=1).encode() + b"\n")
-    return replace(
+    content = replace(
         content,
+        warnings=warnings,
         summary=_summary(recipe, data, shown, scores[shown.name], tuned, note),
         results=_result_rows(ways, scores, gains),
         sizes=_size_rows(sizes),
@@ -114,6 +156,32 @@ def _add_out_of_fold(
         cases=_case_rows(shown, expected),
         sources=found.sources,
     )
+    return content, files
+
+
+def _warnings(recipe: Recipe, found: OutOfFold, tuned: Tuned | None, ways: Sequence[Decided]) -> list[str]:
+    """What a reader of the page could take wrongly: predict.py's other rule, and rows of other images."""
+    said = []
+    path = recipe.folder / "rule.toml"
+    used = tuning.recipe_rule(recipe) if tuned is None else tuned.rule
+    try:
+        ruling, sources = tuning.read(path) if path.exists() else (None, {})
+    except DataError as error:
+        said.append(f"{error}. predict.py will stop at it; run: make tune")
+    else:
+        if ruling is not None and not _same_rule(ruling.rule, used):
+            why = (
+                "This report was given other settings of tune or rule than make tune was"
+                if set(sources.values()) == set(found.sources.values())
+                else "It was chosen on other out-of-fold predictions than this report is of"
+            )
+            said.append(
+                f"predict.py uses another rule than this report, that of {path}: {tuning.describe(ruling.rule)}. {why}."
+            )
+    for way in ways[1:]:
+        if images := way.images_beside(ways[0]):
+            said.append(f"{way.name}: {images}. Its row cannot be compared with the recipe's own.")
+    return said
 
 
 def _training_figures(recipe: Recipe, data: Dataset, logs: pd.DataFrame, note: str, folder: Path) -> list[Figure]:
@@ -217,6 +285,11 @@ def _surface(recipe: Recipe, tuned: Tuned, note: str, folder: Path) -> Figure:
         folder / "surface.png",
         f"Mean Dice against threshold and minimum area, in-sample, at the chosen top rule: {_top(tuned.rule)}.{away}",
     )
+
+
+def _same_rule(one: Rule, other: Rule) -> bool:
+    """Whether two rules decide alike."""
+    return (one.threshold, one.min_area) == (other.threshold, other.min_area) and _same_top(one, other)
 
 
 def _same_top(one: Rule, other: Rule) -> bool:
@@ -326,7 +399,9 @@ def _result_rows(
         change = "" if gain is None else f"{gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
         values = (found.dice, change, found.dice_positive, found.sensitivity, found.specificity)
         values += (found.roc_auc, found.average_precision, f"{found.calibration_error:.3f}")
-        rows.append([way.name, *("" if value is None else str(value) for value in values)])
+        images = way.images_beside(ways[0])
+        name = f"{way.name} ({images})" if images else way.name
+        rows.append([name, *("" if value is None else str(value) for value in values)])
     return rows
 
 

@@ -20,6 +20,7 @@ from pneumo.report import figures
 from pneumo.report.page import Figure
 from pneumo.report.results import Decided
 
+NAMES = [f"gallery_{kind}" for kind in ("best", "median", "worst", "false_positives", "missed")]
 SHOWN = 12  # images of one gallery
 THUMBNAIL = 320  # their side, pixels
 
@@ -29,14 +30,14 @@ def draw(
 ) -> list[tuple[str, list[Figure]]]:
     """Draw the best, median and worst found, the false positives and the missed; an image is in one gallery only."""
     pictured = chosen(shown)
-    wanted = np.unique(np.concatenate([places for _, places in pictured.values()]))
+    wanted = np.unique(np.concatenate([places for _, places in pictured]))
     try:
         pictures = dict(_predict_again(recipe, data, shown, tuned, wanted))
     except PneumoError as error:
         log.warn(f"no galleries: {error}")
         return []
     drawn = []
-    for name, (title, places) in pictured.items():
+    for name, (title, places) in zip(NAMES, pictured, strict=True):
         if not len(places):
             continue
         captions = [
@@ -44,17 +45,17 @@ def draw(
             for i in places.tolist()
         ]
         images, truths, masks = zip(*(pictures[i] for i in places.tolist()), strict=True)
-        figures.gallery(images, truths, masks, captions, f"{recipe.name}: {title}", folder / f"gallery_{name}.png")
-        drawn.append(Figure(folder / f"gallery_{name}.png", f"{title}. Green: annotation, red: prediction."))
+        figures.gallery(images, truths, masks, captions, f"{recipe.name}: {title}", folder / f"{name}.png")
+        drawn.append(Figure(folder / f"{name}.png", f"{title}. Green: annotation, red: prediction."))
     return [("Galleries", drawn)] if drawn else []
 
 
-def chosen(shown: Decided) -> dict[str, tuple[str, np.ndarray]]:
+def chosen(shown: Decided) -> list[tuple[str, np.ndarray]]:
     """Which cases to show.
 
     Returns:
-        For each gallery its title and the places of up to `SHOWN` cases, perhaps of none. The best take theirs first,
-        then the worst, and the median has the middle of what is left.
+        For each of `NAMES` its title and the places of up to `SHOWN` cases, perhaps of none. The best take theirs
+        first, then the worst, and the median has the middle of what is left.
     """
     outcome, dice, area, true_area = shown.outcome, shown.dice, shown.signals.area, shown.found.tables.true_area
 
@@ -65,16 +66,13 @@ def chosen(shown: Decided) -> dict[str, tuple[str, np.ndarray]]:
     hit = ordered("true positive", dice)
     rest = hit[SHOWN:-SHOWN]
     middle = max(len(rest) // 2 - SHOWN // 2, 0)
-    return {
-        "best": (
-            "The best outlines" if len(hit) > SHOWN else "All outlines found, the best first",
-            hit[:SHOWN],
-        ),
-        "median": ("Outlines around the median", rest[middle : middle + SHOWN]),
-        "worst": ("The worst outlines", hit[SHOWN:][::-1][:SHOWN]),
-        "false_positives": ("The largest false positives", ordered("false positive", area)[:SHOWN]),
-        "missed": ("The largest that were missed", ordered("missed", true_area)[:SHOWN]),
-    }
+    return [
+        ("The best outlines" if len(hit) > SHOWN else "All outlines found, the best first", hit[:SHOWN]),
+        ("Outlines around the median", rest[middle : middle + SHOWN]),
+        ("The worst outlines", hit[SHOWN:][::-1][:SHOWN]),
+        ("The largest false positives", ordered("false positive", area)[:SHOWN]),
+        ("The largest that were missed", ordered("missed", true_area)[:SHOWN]),
+    ]
 
 
 def _predict_again(

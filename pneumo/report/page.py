@@ -51,6 +51,7 @@ class Content:
 
     Attributes:
         origin: what was trained when on what, in one line below the title.
+        warnings: sentences that stand out, above all others.
         summary: sentences at the top.
         results, sizes: tables, each a row of column names and rows of text.
         explorer: from `explorer`.
@@ -61,6 +62,7 @@ class Content:
 
     title: str
     origin: str = ""
+    warnings: Sequence[str] = ()
     summary: tuple[str, ...] = ()
     results: Sequence[Sequence[str]] = ()
     sizes: Sequence[Sequence[str]] = ()
@@ -77,6 +79,9 @@ def render(content: Content) -> str:
     parts = {
         "TITLE": html.escape(content.title),
         "ORIGIN": html.escape(content.origin),
+        "WARNINGS": "".join(
+            f'<p class="warning" role="note">{html.escape(sentence)}</p>' for sentence in content.warnings
+        ),
         "SUMMARY": "".join(f"<p>{html.escape(sentence)}</p>" for sentence in content.summary),
         "RESULTS": _table("results", "Result", content.results, RESULTS_NOTE),
         "SIZES": _table("by-size", "By size of the pneumothorax", content.sizes, SIZES_NOTE),

@@ -1,8 +1,10 @@
 """The report of a run, as files and as a page in a browser."""
 
 import csv
+import html
 import json
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,10 +16,10 @@ import small_run
 import torch
 from PIL import Image
 
-from pneumo import config, log, oof, report, tuning
-from pneumo.decision import metrics, tune
+from pneumo import config, dataset, log, oof, report, tuning
+from pneumo.decision import metrics, tables, trust, tune
 from pneumo.decision.rule import Rule
-from pneumo.errors import DataError
+from pneumo.errors import DataError, UsageError
 from pneumo.report import galleries, page, results
 
 SETTINGS = ("tune.thresholds=12", "tune.min_areas=9", "tune.top_thresholds=4", "tune.top_areas=5", "tune.draws=100")
@@ -156,7 +158,8 @@ def test_an_image_is_in_one_gallery(hits):
     found = SimpleNamespace(tables=SimpleNamespace(positive=positive, true_area=true_area))
     dice = rng.permutation(count) / count
     shown = results.Decided("x", found, dice, SimpleNamespace(decided=decided, area=rng.permutation(count)))
-    chosen = {name: places.tolist() for name, (_, places) in galleries.chosen(shown).items()}
+    pairs = zip(galleries.NAMES, galleries.chosen(shown), strict=True)
+    chosen = {name.removeprefix("gallery_"): places.tolist() for name, (_, places) in pairs}
     everything = [place for places in chosen.values() for place in places]
     assert len(everything) == len(set(everything))
     assert len(chosen["best"] + chosen["median"] + chosen["worst"]) == min(hits, 3 * galleries.SHOWN)
@@ -191,6 +194,7 @@ def test_text_cannot_break_out():
     content = page.Content(
         title=evil,
         origin=evil,
+        warnings=[evil],
         summary=(evil,),
         results=[[evil], [evil, evil]],
         sizes=[[evil], [evil, evil]],
@@ -356,6 +360,100 @@ def test_it_says_what_it_is_of_and_what_its_numbers_are(opened):
     ):
         text = opened.run(f"document.querySelector('#{section} > p').textContent")
         assert all(word in text for word in words), text
+
+
+def test_it_warns_of_another_rule_of_predict(place, capsys, tmp_path):
+    recipe, data, folder = place
+    found = oof.load(recipe, data)
+    tuned = tuning.search(recipe, found)
+    ways = [results.by_rule("recipe's rule", found, tuning.recipe_rule(recipe))]
+    path = recipe.folder / "rule.toml"
+
+    def warnings(rule: Rule, sources: dict[str, str]) -> list[str]:
+        learned = trust.fit(trust.signals(found.tables, rule), tables.dice(found.tables, rule))
+        tuning.write(path, tuning.Ruling(rule, "", learned), {}, sources)
+        return report._warnings(recipe, found, tuned, ways)
+
+    other = replace(tuned.rule, min_area=4321)
+    try:
+        assert report._warnings(recipe, found, tuned, ways) == []
+        assert warnings(tuned.rule, found.sources) == []
+        open_to_all = replace(tuned.rule, top_threshold=0.0, top_area=1)
+        assert len(warnings(open_to_all, found.sources)) == (tuned.rule.top_threshold != 0)
+        assert "chosen on other out-of-fold predictions" in warnings(other, {"a": "0"})[0]
+        said = warnings(other, found.sources)[0]
+        assert f"that of {path}: {tuning.describe(other)}. This report was given other settings of tune" in said
+        report.write(recipe)
+        assert f"warning: {said}" in capsys.readouterr().err
+        assert html.escape(said) in (folder / "report.html").read_text()
+        path.write_text("[rule")
+        assert "rule.toml: not a rule file" in report._warnings(recipe, found, tuned, ways)[0]
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def own(repo, place, tmp_path):
+    """A recipe with the data and folds of `place`, of which two folds have predictions."""
+    recipe, _, _ = place
+    shutil.copytree(recipe.runs, tmp_path / "runs")
+    copied = small_run.recipe(repo, recipe.data.root, tmp_path / "runs", *SETTINGS)
+    oof.path_of(copied, 2).unlink()
+    return copied
+
+
+def test_a_recipe_beside_without_predictions_is_named_before_anything_is_written(repo, place, tmp_path):
+    recipe, _, _ = place
+    other = small_run.recipe(repo, tmp_path / "nowhere", tmp_path / "runs", *SETTINGS, name="seed-focal")
+    before = {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*")}
+    with pytest.raises(UsageError, match=r"seed-focal: no out-of-fold predictions .*Run: make cv RECIPE=seed-focal"):
+        report.write(recipe, [other])
+    assert not (tmp_path / "runs").exists()
+    assert before == {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*")}
+
+
+def test_a_row_of_other_images_says_so(repo, own, capsys):
+    whole = small_run.recipe(repo, own.data.root, own.runs, *SETTINGS, name="seed-image")
+    report.write(own, [whole])
+    text = (own.folder / "report" / "report.html").read_text()
+    count = len(oof.load(own, dataset.load(own)).image_ids)
+    images = f"on 18 images, {count} of them among the recipe's {count}; all masks empty: 0.6667"
+    assert count < 18
+    said = capsys.readouterr().err
+    for name in ("seed-image, its recipe's rule", "seed-image, tuned rule, cross-fitted"):
+        assert f"{html.escape(name)}<br><small>({html.escape(images)})</small>" in text
+        assert f"warning: {name}: {images}. Its row cannot be compared" in said
+    assert "weights ema, recipe&#x27;s rule<br>" in text  # all of its folds are read
+    oof.path_of(replace(own, predict=replace(own.predict, weights="ema")), 2).unlink()
+    report.write(own)
+    assert "Its row cannot" not in capsys.readouterr().err
+
+
+def test_what_only_an_earlier_report_wrote_goes(own, capsys):
+    folder = own.folder / "report"
+    foreign = {"curves.pdf", "my.png", "my.csv", "gallery_mine.png", "notes.txt"}
+    for name in (*foreign, "gallery_median.png", "gallery_median.csv", "loss_comparison.png"):
+        (folder / name).write_text("x")
+    report.write(own)
+    said = capsys.readouterr().out
+    names = {path.name for path in folder.iterdir()}
+    assert foreign < names and not {"gallery_median.png", "gallery_median.csv", "loss_comparison.png"} & names
+    drawn = said.split("figures: ")[1].strip().split(", ")
+    assert {f"{name}.png" for name in ("surface", "curves", "ranking")} < set(drawn)
+    made = {"report.html", "report.json", "referral.csv", *drawn, *(name.replace(".png", ".csv") for name in drawn)}
+    assert names == foreign | made
+    oof.path_of(own, 1).unlink()  # one fold: nothing to tune on
+    report.write(own)
+    assert "removed of an earlier report: referral.csv, " in capsys.readouterr().out
+    names = {path.name for path in folder.iterdir()}
+    assert "report.json" in names and not {"referral.csv", "surface.png", "surface.csv", "risk_coverage.csv"} & names
+    oof.path_of(own, 0).unlink()
+    report.write(own)
+    names = {path.name for path in folder.iterdir()}
+    assert names == foreign | {
+        "report.html",
+        *(f"{name}.{end}" for name in ("augmentations", "curves") for end in ("png", "csv")),
+    }
 
 
 @pytest.mark.slow

@@ -1,14 +1,13 @@
 """What a recipe's runs show: figures with their numbers as CSV, report.json, and one self-contained report.html.
 
-Imports figures, galleries, page, results, config, dataset, data, decision, oof, training, tuning, checkpoint, log,
-errors.
+Imports figures, galleries, page, results, words, config, dataset, data, decision, oof, training, tuning, checkpoint,
+log, errors.
 """
 
 import csv
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ from pneumo.data.feed import Feed, key
 from pneumo.dataset import Dataset
 from pneumo.decision import metrics, tables, trust
 from pneumo.decision.metrics import Interval, Scores
-from pneumo.decision.rule import Rule
 from pneumo.decision.tune import Tuned
 from pneumo.errors import DataError, UsageError
 from pneumo.oof import OutOfFold
-from pneumo.report import figures, galleries, page, results
+from pneumo.report import figures, galleries, page, results, words
 from pneumo.report.page import Figure
 from pneumo.report.results import Decided
 
@@ -74,7 +72,7 @@ def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
     note = " (SYNTHETIC X-rays)" if (Path(recipe.data.root) / "SYNTHETIC.txt").exists() else ""
     content = page.Content(
         title=f"{recipe.name}{note}",
-        origin=_origin(recipe, data),
+        origin=words.origin(recipe, data),
         audit=dataset.audit(recipe, data.cases, data.folds, packed),
         figures=[("Training", _training_figures(recipe, data, logs, note, folder))],
     )
@@ -113,7 +111,7 @@ def _add_out_of_fold(
         ways.append(results.cross_fitted("tuned rule, cross-fitted", found, tuned))
     shown = ways[-1]
     ways += results.other_ways(recipe, data, found.folds, beside)
-    warnings = _warnings(recipe, found, tuned, ways)
+    warnings = words.warnings(recipe, found, tuned, ways)
     for warning in warnings:
         log.warn(warning)
     options = {"draws": recipe.tune.draws, "seed": recipe.seed}
@@ -133,7 +131,7 @@ def _add_out_of_fold(
         curve = trust.risk_coverage(expected, shown.dice)
         title = f"{recipe.name}, out of fold, {shown.name}{note}"
         figures.risk_coverage(curve, title, folder / "risk_coverage.png")
-        drawn.append(Figure(folder / "risk_coverage.png", _worth(curve)))
+        drawn.append(Figure(folder / "risk_coverage.png", words.worth(curve)))
         _write_queue(shown, expected, folder / "referral.csv")
         files.add("referral.csv")
     numbers = {
@@ -147,41 +145,16 @@ def _add_out_of_fold(
     content = replace(
         content,
         warnings=warnings,
-        summary=_summary(recipe, data, shown, scores[shown.name], tuned, note),
-        results=_result_rows(ways, scores, gains),
-        sizes=_size_rows(sizes),
+        summary=words.summary(recipe, data, shown, scores[shown.name], tuned, note),
+        results=words.result_rows(ways, scores, gains),
+        sizes=words.size_rows(sizes),
         figures=[("Out of fold", drawn), *galleries.draw(recipe, data, shown, tuned, folder), *content.figures],
         explorer=None if tuned is None else page.explorer(tuned, tuning.recipe_rule(recipe)),
         case_columns=("image", "fold", "outcome", "Dice", "expected Dice", "score", "agreement", "true px", "found px"),
-        cases=_case_rows(shown, expected),
+        cases=words.case_rows(shown, expected),
         sources=found.sources,
     )
     return content, files
-
-
-def _warnings(recipe: Recipe, found: OutOfFold, tuned: Tuned | None, ways: Sequence[Decided]) -> list[str]:
-    """What a reader of the page could take wrongly: predict.py's other rule, and rows of other images."""
-    said = []
-    path = recipe.folder / "rule.toml"
-    used = tuning.recipe_rule(recipe) if tuned is None else tuned.rule
-    try:
-        ruling, sources = tuning.read(path) if path.exists() else (None, {})
-    except DataError as error:
-        said.append(f"{error}. predict.py will stop at it; run: make tune")
-    else:
-        if ruling is not None and not _same_rule(ruling.rule, used):
-            why = (
-                "This report was given other settings of tune or rule than make tune was"
-                if set(sources.values()) == set(found.sources.values())
-                else "It was chosen on other out-of-fold predictions than this report is of"
-            )
-            said.append(
-                f"predict.py uses another rule than this report, that of {path}: {tuning.describe(ruling.rule)}. {why}."
-            )
-    for way in ways[1:]:
-        if images := way.images_beside(ways[0]):
-            said.append(f"{way.name}: {images}. Its row cannot be compared with the recipe's own.")
-    return said
 
 
 def _training_figures(recipe: Recipe, data: Dataset, logs: pd.DataFrame, note: str, folder: Path) -> list[Figure]:
@@ -261,7 +234,7 @@ def _min_area(recipe: Recipe, found: OutOfFold, note: str, folder: Path) -> Figu
     title = f"{recipe.name}: out-of-fold Dice against minimum component area{note}"
     figures.min_area(table, rule.min_area, title, folder / "min_area.png")
     caption = f"Dice against the minimum component area, at the recipe's threshold {rule.threshold:g} and top rule: "
-    return Figure(folder / "min_area.png", f"{caption}{_top(rule)}.")
+    return Figure(folder / "min_area.png", f"{caption}{words.top(rule)}.")
 
 
 def _surface(recipe: Recipe, tuned: Tuned, note: str, folder: Path) -> Figure:
@@ -269,8 +242,8 @@ def _surface(recipe: Recipe, tuned: Tuned, note: str, folder: Path) -> Figure:
     *_, top, top_area = tuned.choice.index
     own = tuning.recipe_rule(recipe)
     marks = {"chosen": (tuned.rule.threshold, tuned.rule.min_area)}
-    away = f" The recipe's rule is not marked: its top rule is another ({_top(own)})."
-    if _same_top(own, tuned.rule):
+    away = f" The recipe's rule is not marked: its top rule is another ({words.top(own)})."
+    if words.same_top(own, tuned.rule):
         marks["recipe"], away = (own.threshold, own.min_area), ""
     figures.surface(
         tuned.sums.without(-1).dice[:, :, top, top_area],
@@ -281,29 +254,8 @@ def _surface(recipe: Recipe, tuned: Tuned, note: str, folder: Path) -> Figure:
         f"{recipe.name}: out-of-fold Dice against threshold and minimum area{note}",
         folder / "surface.png",
     )
-    return Figure(
-        folder / "surface.png",
-        f"Mean Dice against threshold and minimum area, in-sample, at the chosen top rule: {_top(tuned.rule)}.{away}",
-    )
-
-
-def _same_rule(one: Rule, other: Rule) -> bool:
-    """Whether two rules decide alike."""
-    return (one.threshold, one.min_area) == (other.threshold, other.min_area) and _same_top(one, other)
-
-
-def _same_top(one: Rule, other: Rule) -> bool:
-    """Whether two rules let the same images through; at a top threshold of 0 that is all, whatever the top area."""
-    if one.top_threshold != other.top_threshold:
-        return False
-    return one.top_threshold == 0 or one.top_area == other.top_area
-
-
-def _top(rule: Rule) -> str:
-    """A rule's top rule in words."""
-    if not rule.top_threshold:
-        return "none, so that any component makes an image positive"
-    return f"an image is positive only if more than {rule.top_area:,} px exceed {rule.top_threshold:g}"
+    caption = "Mean Dice against threshold and minimum area, in-sample, at the chosen top rule: "
+    return Figure(folder / "surface.png", f"{caption}{words.top(tuned.rule)}.{away}")
 
 
 def _score_figures(
@@ -327,16 +279,6 @@ def _score_figures(
     return drawn
 
 
-def _worth(curve: dict[str, np.ndarray]) -> str:
-    """What referring a tenth and a fifth of the images gains."""
-    whole = curve["dice"][-1]
-    kept = [curve["dice"][max(round(len(curve["dice"]) * share) - 1, 0)] for share in (0.9, 0.8)]
-    return (
-        f"Referring the 10 % of lowest expected Dice leaves a mean Dice of {kept[0]:.4f}, 20 % {kept[1]:.4f}, none "
-        f"{whole:.4f}."
-    )
-
-
 def _write_queue(shown: Decided, expected: np.ndarray, path: Path) -> None:
     """The referral queue of the training images: lowest expected Dice first."""
     text = io.StringIO()
@@ -348,95 +290,6 @@ def _write_queue(shown: Decided, expected: np.ndarray, path: Path) -> None:
         area = int(shown.signals.area[i])
         writer.writerow([place, shown.found.image_ids[i], *(f"{value:.6f}" for value in values), area])
     checkpoint.write_atomic(path, text.getvalue().encode())
-
-
-def _summary(
-    recipe: Recipe, data: Dataset, shown: Decided, scores: Scores, tuned: Tuned | None, note: str
-) -> tuple[str, ...]:
-    sentences = [
-        f"{scores.cases:,} images, {scores.positives:,} with pneumothorax{note}, each predicted by the networks that "
-        f"did not train on it, in {len(np.unique(shown.found.folds))} folds "
-        f"({_split_by(recipe, data)}; see the audit).",
-        f"Mean Dice {scores.dice}, {shown.name}; with all masks empty it would be {scores.all_empty:.4f}. Intervals "
-        f"are 95 % bootstrap intervals, patients resampled as a whole where they are known.",
-    ]
-    if tuned is not None:
-        sentences.append(
-            f"Chosen rule: {tuning.describe(tuned.rule)}. On the data that chose it its mean Dice is "
-            f"{tuned.in_sample:.4f}: an optimism of {tuned.optimism:+.4f}."
-        )
-    sentences.append("For research. Not a medical device: nothing here may decide about a patient.")
-    return tuple(sentences)
-
-
-def _origin(recipe: Recipe, data: Dataset) -> str:
-    """When, on what and by which networks."""
-    sides = ", ".join(str(recipe.stage[number].image_size) for number in range(1, recipe.stages + 1))
-    return (
-        f"Report of {date.today().isoformat()}. Data: {Path(recipe.data.root).resolve().name}, {len(data.cases):,} "
-        f"training images. Encoder: {recipe.model.encoder}. Image sizes of the stages: {sides} px."
-    )
-
-
-def _split_by(recipe: Recipe, data: Dataset) -> str:
-    if recipe.folds.group == "image":
-        return "split by image, so that a patient may be on both sides"
-    known = sum(case.patient is not None for case in data.cases)
-    if not known:
-        return "split by image: no patients are known, so one may be on both sides"
-    return "a patient stays in one fold" + ("" if known == len(data.cases) else f", known for {known:,} images")
-
-
-def _result_rows(
-    ways: Sequence[Decided], scores: dict[str, Scores], gains: dict[str, Interval | None]
-) -> list[list[str]]:
-    head = "mean Dice|gain, paired|Dice on positives|sensitivity|true-negative rate|ROC AUC|average precision"
-    rows = [["out of fold", *head.split("|"), "calibration error"]]
-    first = scores[ways[0].name]
-    rows.append(["all masks empty", f"{first.all_empty:.4f}", "", "0", "0", "1", "", "", ""])
-    for way in ways:
-        found, gain = scores[way.name], gains.get(way.name)
-        change = "" if gain is None else f"{gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
-        values = (found.dice, change, found.dice_positive, found.sensitivity, found.specificity)
-        values += (found.roc_auc, found.average_precision, f"{found.calibration_error:.3f}")
-        images = way.images_beside(ways[0])
-        name = f"{way.name} ({images})" if images else way.name
-        rows.append([name, *("" if value is None else str(value) for value in values)])
-    return rows
-
-
-def _size_rows(sizes: Sequence[dict[str, Any]]) -> list[list[str]]:
-    if not sizes:
-        return []
-    rows = [["pixels", "images", "Dice", "sensitivity", "ROC AUC", "average precision", "calibration gap"]]
-    for row in sizes:
-        ranked = [row["roc_auc"], row["average_precision"], row["calibration_gap"]]
-        rows.append(
-            [
-                f"{row['smallest']:,} to {row['largest']:,}",
-                f"{row['cases']:,}",
-                str(row["dice"]),
-                str(row["sensitivity"]),
-                *("" if value is None else f"{value:.3f}" for value in ranked),
-            ]
-        )
-    return rows
-
-
-def _case_rows(shown: Decided, expected: np.ndarray | None) -> list[list[Any]]:
-    signals, found = shown.signals, shown.found
-    columns = [
-        list(found.image_ids),
-        found.folds.tolist(),
-        shown.outcome.tolist(),
-        shown.dice.round(4).tolist(),
-        [None] * len(shown.dice) if expected is None else expected.round(4).tolist(),
-        signals.score.round(4).tolist(),
-        signals.agreement.round(4).tolist(),
-        found.tables.true_area.tolist(),
-        signals.area.tolist(),
-    ]
-    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _plain(value: Any) -> Any:

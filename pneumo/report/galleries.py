@@ -67,7 +67,7 @@ def chosen(shown: Decided) -> list[tuple[str, np.ndarray]]:
     rest = hit[SHOWN:-SHOWN]
     middle = max(len(rest) // 2 - SHOWN // 2, 0)
     return [
-        ("The best outlines" if len(hit) > SHOWN else "All outlines found, the best first", hit[:SHOWN]),
+        ("The best outlines" if len(hit) > SHOWN else "All true positives, the best outlines first", hit[:SHOWN]),
         ("Outlines around the median", rest[middle : middle + SHOWN]),
         ("The worst outlines", hit[SHOWN:][::-1][:SHOWN]),
         ("The largest false positives", ordered("false positive", area)[:SHOWN]),

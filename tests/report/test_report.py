@@ -20,7 +20,7 @@ from pneumo import config, dataset, log, oof, report, tuning
 from pneumo.decision import metrics, tables, trust, tune
 from pneumo.decision.rule import Rule
 from pneumo.errors import DataError, UsageError
-from pneumo.report import galleries, page, results
+from pneumo.report import galleries, page, results, words
 
 SETTINGS = ("tune.thresholds=12", "tune.min_areas=9", "tune.top_thresholds=4", "tune.top_areas=5", "tune.draws=100")
 READY = "document.querySelector('#explorer').dataset.ready === 'yes'"
@@ -353,13 +353,13 @@ def test_it_says_what_it_is_of_and_what_its_numbers_are(opened):
         r"Image sizes of the stages: 64, 64, 64 px\.",
         origin,
     )
-    for section, words in (
+    for section, said in (
         ("results", ("are by image", "Calibration error: ")),
         ("by-size", ("Calibration gap: ",)),
         ("cases-section", ("Score of the image: ", "Agreement: ")),
     ):
         text = opened.run(f"document.querySelector('#{section} > p').textContent")
-        assert all(word in text for word in words), text
+        assert all(word in text for word in said), text
 
 
 def test_it_warns_of_another_rule_of_predict(place, capsys, tmp_path):
@@ -372,11 +372,11 @@ def test_it_warns_of_another_rule_of_predict(place, capsys, tmp_path):
     def warnings(rule: Rule, sources: dict[str, str]) -> list[str]:
         learned = trust.fit(trust.signals(found.tables, rule), tables.dice(found.tables, rule))
         tuning.write(path, tuning.Ruling(rule, "", learned), {}, sources)
-        return report._warnings(recipe, found, tuned, ways)
+        return words.warnings(recipe, found, tuned, ways)
 
     other = replace(tuned.rule, min_area=4321)
     try:
-        assert report._warnings(recipe, found, tuned, ways) == []
+        assert words.warnings(recipe, found, tuned, ways) == []
         assert warnings(tuned.rule, found.sources) == []
         open_to_all = replace(tuned.rule, top_threshold=0.0, top_area=1)
         assert len(warnings(open_to_all, found.sources)) == (tuned.rule.top_threshold != 0)
@@ -387,7 +387,7 @@ def test_it_warns_of_another_rule_of_predict(place, capsys, tmp_path):
         assert f"warning: {said}" in capsys.readouterr().err
         assert html.escape(said) in (folder / "report.html").read_text()
         path.write_text("[rule")
-        assert "rule.toml: not a rule file" in report._warnings(recipe, found, tuned, ways)[0]
+        assert "rule.toml: not a rule file" in words.warnings(recipe, found, tuned, ways)[0]
     finally:
         path.unlink(missing_ok=True)
 

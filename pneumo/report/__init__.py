@@ -1,12 +1,12 @@
 """What a recipe's runs show: figures with their numbers as CSV, report.json, and one self-contained report.html.
 
-Imports figures, page, results, config, dataset, data, decision, ensemble, kernels, oof, training, tuning, checkpoint,
-dist, log, errors.
+Imports figures, galleries, page, results, words, config, dataset, data, decision, oof, training, tuning, checkpoint,
+log, errors.
 """
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,35 +15,54 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pneumo import checkpoint, dataset, dist, ensemble, log, oof, training, tuning
+from pneumo import checkpoint, dataset, log, oof, training, tuning
 from pneumo.config import Recipe
 from pneumo.data.feed import Feed, key
 from pneumo.dataset import Dataset
 from pneumo.decision import metrics, tables, trust
 from pneumo.decision.metrics import Interval, Scores
-from pneumo.decision.rule import Rule, decide
 from pneumo.decision.tune import Tuned
-from pneumo.errors import DataError, PneumoError
-from pneumo.kernels.runs import runs_to_mask
+from pneumo.errors import DataError, UsageError
 from pneumo.oof import OutOfFold
-from pneumo.report import figures, page, results
+from pneumo.report import figures, galleries, page, results, words
 from pneumo.report.page import Figure
 from pneumo.report.results import Decided
 
 ROWS, COLUMNS = 4, 6  # of the picture of augmentations
-SHOWN = 12  # images of one gallery
-THUMBNAIL = 320  # their side, pixels
+PICTURES = (
+    "augmentations",
+    "curves",
+    "loss_comparison",
+    "min_area",
+    "ranking",
+    "reliability",
+    "risk_coverage",
+    "sizes",
+    "surface",
+    *galleries.NAMES,
+)
+# all that a report may write beside its page
+OWN = {"report.json", "referral.csv", *(f"{name}{end}" for name in PICTURES for end in (".png", ".csv"))}
 
 
 def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
     """Write <runs>/<recipe>/report/: what can be shown of what has been trained.
+
+    What an earlier report wrote there and this one does not is removed.
 
     Args:
         beside: other recipes whose out-of-fold scores stand in the same table.
 
     Raises:
         DataError: nothing has been trained yet.
+        UsageError: a recipe beside has no out-of-fold predictions; nothing has been written then.
     """
+    for other in beside:
+        if not results.predicted(other):
+            raise UsageError(
+                f"{other.folder}: no out-of-fold predictions to set beside those of {recipe.name}. "
+                f"Run: make cv RECIPE={other.name}"
+            )
     folder = recipe.folder / "report"
     logs = _logs(recipe)
     if logs.empty:
@@ -53,23 +72,37 @@ def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
     note = " (SYNTHETIC X-rays)" if (Path(recipe.data.root) / "SYNTHETIC.txt").exists() else ""
     content = page.Content(
         title=f"{recipe.name}{note}",
+        origin=words.origin(recipe, data),
         audit=dataset.audit(recipe, data.cases, data.folds, packed),
         figures=[("Training", _training_figures(recipe, data, logs, note, folder))],
     )
-    if any(oof.path_of(recipe, fold).exists() for fold in range(recipe.folds.count)):
-        content = _add_out_of_fold(recipe, data, beside, note, folder, content)
+    numbers: set[str] = set()
+    if results.predicted(recipe):
+        content, numbers = _add_out_of_fold(recipe, data, beside, note, folder, content)
     else:
         log.warn(f"{recipe.folder}: no out-of-fold predictions, so the report shows training only. Run: make oof")
     text = page.render(content)
     checkpoint.write_atomic(folder / "report.html", text.encode())
-    names = ", ".join(sorted(path.name for path in folder.glob("*.png")))
+    pictures = sorted(figure.path for _, drawn in content.figures for figure in drawn)
+    _remove_others(folder, numbers | {path.with_suffix(end).name for path in pictures for end in (".png", ".csv")})
+    names = ", ".join(path.name for path in pictures)
     log.say(f"{folder / 'report.html'}: {len(text) / 1e6:.1f} MB; figures: {names}")
+
+
+def _remove_others(folder: Path, written: set[str]) -> None:
+    """Remove what only an earlier report wrote: it is of another state than the page."""
+    assert written <= OWN, written - OWN
+    stale = sorted(name for name in OWN - written if (folder / name).is_file())
+    for name in stale:
+        (folder / name).unlink()
+    if stale:
+        log.say(f"{folder}: removed of an earlier report: {', '.join(stale)}")
 
 
 def _add_out_of_fold(
     recipe: Recipe, data: Dataset, beside: Sequence[Recipe], note: str, folder: Path, content: page.Content
-) -> page.Content:
-    """Everything that needs out-of-fold predictions."""
+) -> tuple[page.Content, set[str]]:
+    """Everything that needs out-of-fold predictions, and the names of the files of numbers that were written."""
     found = oof.load(recipe, data)
     tuned = tuning.search(recipe, found) if len(np.unique(found.folds)) > 1 else None
     baseline = results.by_rule("recipe's rule", found, tuning.recipe_rule(recipe))
@@ -78,24 +111,29 @@ def _add_out_of_fold(
         ways.append(results.cross_fitted("tuned rule, cross-fitted", found, tuned))
     shown = ways[-1]
     ways += results.other_ways(recipe, data, found.folds, beside)
+    warnings = words.warnings(recipe, found, tuned, ways)
+    for warning in warnings:
+        log.warn(warning)
     options = {"draws": recipe.tune.draws, "seed": recipe.seed}
     scores = {way.name: way.scores(**options) for way in ways}
     gains = {way.name: way.gain_over(baseline, **options) for way in ways[1:]}
     sizes = metrics.by_size(
         shown.dice, found.tables.true_area, shown.signals.decided, shown.signals.score, found.groups, **options
     )
+    files = {"report.json"}
     expected = None if tuned is None else trust.cross_fitted(shown.signals, shown.dice, found.folds)
 
-    title = f"{recipe.name}, out of fold, {shown.name}{note}"
     drawn = [_min_area(recipe, found, note, folder)]
     if tuned is not None:
         drawn.insert(0, _surface(recipe, tuned, note, folder))
-    drawn += _score_figures(shown, scores[shown.name], sizes, title, folder)
+    drawn += _score_figures(recipe, shown, scores[shown.name], sizes, note, folder)
     if expected is not None:
         curve = trust.risk_coverage(expected, shown.dice)
+        title = f"{recipe.name}, out of fold, {shown.name}{note}"
         figures.risk_coverage(curve, title, folder / "risk_coverage.png")
-        drawn.append(Figure(folder / "risk_coverage.png", _worth(curve)))
+        drawn.append(Figure(folder / "risk_coverage.png", words.worth(curve)))
         _write_queue(shown, expected, folder / "referral.csv")
+        files.add("referral.csv")
     numbers = {
         "rows": [{"name": way.name, **asdict(scores[way.name]), "gain": _plain(gains.get(way.name))} for way in ways],
         "sizes": [{name: _plain(value) for name, value in row.items()} for row in sizes],
@@ -104,17 +142,19 @@ def _add_out_of_fold(
         "checkpoints": found.sources,
     }
     checkpoint.write_atomic(folder / "report.json", log.dumps(numbers, indent=1).encode() + b"\n")
-    return replace(
+    content = replace(
         content,
-        summary=_summary(recipe, data, shown, scores[shown.name], tuned, note),
-        results=_result_rows(ways, scores, gains),
-        sizes=_size_rows(sizes),
-        figures=[("Out of fold", drawn), *_galleries(recipe, data, shown, tuned, folder), *content.figures],
+        warnings=warnings,
+        summary=words.summary(recipe, data, shown, scores[shown.name], tuned, note),
+        results=words.result_rows(ways, scores, gains),
+        sizes=words.size_rows(sizes),
+        figures=[("Out of fold", drawn), *galleries.draw(recipe, data, shown, tuned, folder), *content.figures],
         explorer=None if tuned is None else page.explorer(tuned, tuning.recipe_rule(recipe)),
         case_columns=("image", "fold", "outcome", "Dice", "expected Dice", "score", "agreement", "true px", "found px"),
-        cases=_case_rows(shown, expected),
+        cases=words.case_rows(shown, expected),
         sources=found.sources,
     )
+    return content, files
 
 
 def _training_figures(recipe: Recipe, data: Dataset, logs: pd.DataFrame, note: str, folder: Path) -> list[Figure]:
@@ -193,37 +233,40 @@ def _min_area(recipe: Recipe, found: OutOfFold, note: str, folder: Path) -> Figu
     )
     title = f"{recipe.name}: out-of-fold Dice against minimum component area{note}"
     figures.min_area(table, rule.min_area, title, folder / "min_area.png")
-    return Figure(folder / "min_area.png", f"Dice against the minimum component area, at threshold {rule.threshold:g}.")
+    caption = f"Dice against the minimum component area, at the recipe's threshold {rule.threshold:g} and top rule: "
+    return Figure(folder / "min_area.png", f"{caption}{words.top(rule)}.")
 
 
 def _surface(recipe: Recipe, tuned: Tuned, note: str, folder: Path) -> Figure:
-    """Dice against threshold and minimum area, at the chosen top rule."""
+    """Dice against threshold and minimum area, at the chosen top rule; the recipe's is marked if it has the same."""
     *_, top, top_area = tuned.choice.index
     own = tuning.recipe_rule(recipe)
+    marks = {"chosen": (tuned.rule.threshold, tuned.rule.min_area)}
+    away = f" The recipe's rule is not marked: its top rule is another ({words.top(own)})."
+    if words.same_top(own, tuned.rule):
+        marks["recipe"], away = (own.threshold, own.min_area), ""
     figures.surface(
         tuned.sums.without(-1).dice[:, :, top, top_area],
         tuned.grid.thresholds,
         tuned.grid.min_areas,
-        {"chosen": (tuned.rule.threshold, tuned.rule.min_area), "recipe": (own.threshold, own.min_area)},
+        marks,
         tuned.choice.plateau[:, :, top, top_area],
         f"{recipe.name}: out-of-fold Dice against threshold and minimum area{note}",
         folder / "surface.png",
     )
-    return Figure(
-        folder / "surface.png",
-        "Mean Dice against threshold and minimum area, in-sample, at the chosen top rule: an image is positive only "
-        f"if more than {tuned.rule.top_area:,} px exceed {tuned.rule.top_threshold:g}.",
-    )
+    caption = "Mean Dice against threshold and minimum area, in-sample, at the chosen top rule: "
+    return Figure(folder / "surface.png", f"{caption}{words.top(tuned.rule)}.{away}")
 
 
 def _score_figures(
-    shown: Decided, scores: Scores, sizes: Sequence[dict[str, Any]], title: str, folder: Path
+    recipe: Recipe, shown: Decided, scores: Scores, sizes: Sequence[dict[str, Any]], note: str, folder: Path
 ) -> list[Figure]:
-    """By size, by image score, calibration."""
+    """By size, under the rule shown; by image score and its calibration, which no rule changes."""
     positive, score = shown.found.tables.positive, shown.signals.score
+    title = f"{recipe.name}, out of fold, image score{note}"
     drawn = []
     if sizes:
-        figures.sizes(sizes, title, folder / "sizes.png")
+        figures.sizes(sizes, f"{recipe.name}, out of fold, {shown.name}{note}", folder / "sizes.png")
         drawn.append(Figure(folder / "sizes.png", "Dice and sensitivity by size of the pneumothorax."))
     if scores.roc_auc is not None:
         curve = metrics.ranking_curves(score, positive)
@@ -234,16 +277,6 @@ def _score_figures(
     figures.reliability(parts, error, title, folder / "reliability.png")
     drawn.append(Figure(folder / "reliability.png", "Share with pneumothorax by image score; black: calibrated."))
     return drawn
-
-
-def _worth(curve: dict[str, np.ndarray]) -> str:
-    """What referring a tenth and a fifth of the images gains."""
-    whole = curve["dice"][-1]
-    kept = [curve["dice"][max(round(len(curve["dice"]) * share) - 1, 0)] for share in (0.9, 0.8)]
-    return (
-        f"Referring the 10 % of lowest expected Dice leaves a mean Dice of {kept[0]:.4f}, 20 % {kept[1]:.4f}, none "
-        f"{whole:.4f}."
-    )
 
 
 def _write_queue(shown: Decided, expected: np.ndarray, path: Path) -> None:
@@ -257,162 +290,6 @@ def _write_queue(shown: Decided, expected: np.ndarray, path: Path) -> None:
         area = int(shown.signals.area[i])
         writer.writerow([place, shown.found.image_ids[i], *(f"{value:.6f}" for value in values), area])
     checkpoint.write_atomic(path, text.getvalue().encode())
-
-
-def _outcomes(shown: Decided) -> np.ndarray:
-    """(N,) str."""
-    positive, decided = shown.found.tables.positive, shown.signals.decided
-    return np.where(
-        positive,
-        np.where(decided, "true positive", "missed"),
-        np.where(decided, "false positive", "true negative"),
-    )
-
-
-def _galleries(
-    recipe: Recipe, data: Dataset, shown: Decided, tuned: Tuned | None, folder: Path
-) -> list[tuple[str, list[Figure]]]:
-    """Pictures of the best, median and worst found, the false positives and the missed."""
-    outcome, dice, area = _outcomes(shown), shown.dice, shown.signals.area
-    hit = np.flatnonzero(outcome == "true positive")
-    hit = hit[np.argsort(-dice[hit], kind="stable")]
-    middle = max(len(hit) // 2 - SHOWN // 2, 0)
-    false, missed = (np.flatnonzero(outcome == kind) for kind in ("false positive", "missed"))
-    chosen = {
-        "best": (hit[:SHOWN], "The best outlines"),
-        "median": (hit[middle : middle + SHOWN], "Outlines around the median"),
-        "worst": (hit[::-1][:SHOWN], "The worst outlines"),
-        "false_positives": (false[np.argsort(-area[false], kind="stable")][:SHOWN], "The largest false positives"),
-        "missed": (
-            missed[np.argsort(-shown.found.tables.true_area[missed], kind="stable")][:SHOWN],
-            "The largest that were missed",
-        ),
-    }
-    wanted = np.unique(np.concatenate([places for places, _ in chosen.values()]))
-    try:
-        pictures = dict(_predict_again(recipe, data, shown, tuned, wanted))
-    except PneumoError as error:
-        log.warn(f"no galleries: {error}")
-        return []
-    drawn = []
-    for name, (places, title) in chosen.items():
-        if not len(places):
-            continue
-        captions = [
-            f"{figures.shorten(shown.found.image_ids[i])}\nDice {dice[i]:.3f}, score {shown.signals.score[i]:.2f}"
-            for i in places.tolist()
-        ]
-        images, truths, masks = zip(*(pictures[i] for i in places.tolist()), strict=True)
-        figures.gallery(images, truths, masks, captions, f"{recipe.name}: {title}", folder / f"gallery_{name}.png")
-        drawn.append(Figure(folder / f"gallery_{name}.png", f"{title}. Green: annotation, red: prediction."))
-    return [("Galleries", drawn)] if drawn else []
-
-
-def _predict_again(
-    recipe: Recipe, data: Dataset, shown: Decided, tuned: Tuned | None, places: np.ndarray
-) -> Iterable[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    """Image, annotation and decided mask of some cases, small; each by the fold that did not see it.
-
-    Args:
-        places: of the cases in `shown`.
-    """
-    size, found = recipe.data.annotation_size, shown.found
-    fold_rules = None if tuned is None else dict(zip(np.unique(found.folds).tolist(), tuned.fold_rules, strict=True))
-    pick = np.arange(THUMBNAIL) * size // THUMBNAIL if size > THUMBNAIL else np.arange(size)
-    with dist.launch(recipe.train.timeout_seconds) as device:
-        for fold in np.unique(found.folds[places]).tolist():
-            models = ensemble.load(recipe, [fold], device)
-            pack = dataset.open_pack(recipe, "train", data.cases, models.image_size)
-            inside = places[found.folds[places] == fold]
-            rule: Rule = tuning.recipe_rule(recipe) if fold_rules is None else fold_rules[fold]
-            batches = [found.rows[[place]] for place in inside]
-            feed = Feed(pack, device, found.rows[inside])
-            shown_bar = log.bar(inside.tolist(), title=f"galleries, fold {fold}")
-            for place, (image, _) in zip(shown_bar, feed.batches(batches), strict=True):
-                predicted = ensemble.predict(models, image, size, [found.image_ids[place]])
-                mask = runs_to_mask(decide(predicted.q[0], rule), size, size)
-                truth = runs_to_mask(data.cases[found.rows[place]].runs, size, size)
-                pixels = image[0, 0].cpu().numpy()
-                near = (np.arange(len(pick)) * len(pixels)) // len(pick)
-                yield place, (pixels[np.ix_(near, near)], truth[np.ix_(pick, pick)], mask[np.ix_(pick, pick)])
-
-
-def _summary(
-    recipe: Recipe, data: Dataset, shown: Decided, scores: Scores, tuned: Tuned | None, note: str
-) -> tuple[str, ...]:
-    sentences = [
-        f"{scores.cases:,} images, {scores.positives:,} with pneumothorax{note}, each predicted by the networks that "
-        f"did not train on it, in {len(np.unique(shown.found.folds))} folds "
-        f"({_split_by(recipe, data)}; see the audit).",
-        f"Mean Dice {scores.dice}, {shown.name}; with all masks empty it would be {scores.all_empty:.4f}. Intervals "
-        f"are 95 % bootstrap intervals, patients resampled as a whole where they are known.",
-    ]
-    if tuned is not None:
-        sentences.append(
-            f"Chosen rule: {tuning.describe(tuned.rule)}. On the data that chose it its mean Dice is "
-            f"{tuned.in_sample:.4f}: an optimism of {tuned.optimism:+.4f}."
-        )
-    sentences.append("For research. Not a medical device: nothing here may decide about a patient.")
-    return tuple(sentences)
-
-
-def _split_by(recipe: Recipe, data: Dataset) -> str:
-    if recipe.folds.group == "image":
-        return "split by image, so that a patient may be on both sides"
-    known = sum(case.patient is not None for case in data.cases)
-    if not known:
-        return "split by image: no patients are known, so one may be on both sides"
-    return "a patient stays in one fold" + ("" if known == len(data.cases) else f", known for {known:,} images")
-
-
-def _result_rows(
-    ways: Sequence[Decided], scores: dict[str, Scores], gains: dict[str, Interval | None]
-) -> list[list[str]]:
-    head = "mean Dice|gain, paired|Dice on positives|sensitivity|true-negative rate|ROC AUC|average precision"
-    rows = [["out of fold", *head.split("|"), "calibration error"]]
-    first = scores[ways[0].name]
-    rows.append(["all masks empty", f"{first.all_empty:.4f}", "", "0", "0", "1", "", "", ""])
-    for way in ways:
-        found, gain = scores[way.name], gains.get(way.name)
-        change = "" if gain is None else f"{gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
-        values = (found.dice, change, found.dice_positive, found.sensitivity, found.specificity)
-        values += (found.roc_auc, found.average_precision, f"{found.calibration_error:.3f}")
-        rows.append([way.name, *("" if value is None else str(value) for value in values)])
-    return rows
-
-
-def _size_rows(sizes: Sequence[dict[str, Any]]) -> list[list[str]]:
-    if not sizes:
-        return []
-    rows = [["pixels", "images", "Dice", "sensitivity", "ROC AUC", "average precision", "calibration gap"]]
-    for row in sizes:
-        ranked = [row["roc_auc"], row["average_precision"], row["calibration_gap"]]
-        rows.append(
-            [
-                f"{row['smallest']:,} to {row['largest']:,}",
-                f"{row['cases']:,}",
-                str(row["dice"]),
-                str(row["sensitivity"]),
-                *("" if value is None else f"{value:.3f}" for value in ranked),
-            ]
-        )
-    return rows
-
-
-def _case_rows(shown: Decided, expected: np.ndarray | None) -> list[list[Any]]:
-    signals, found = shown.signals, shown.found
-    columns = [
-        list(found.image_ids),
-        found.folds.tolist(),
-        _outcomes(shown).tolist(),
-        shown.dice.round(4).tolist(),
-        [None] * len(shown.dice) if expected is None else expected.round(4).tolist(),
-        signals.score.round(4).tolist(),
-        signals.agreement.round(4).tolist(),
-        found.tables.true_area.tolist(),
-        signals.area.tolist(),
-    ]
-    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _plain(value: Any) -> Any:

@@ -16,9 +16,11 @@ matplotlib.use("Agg")  # before pyplot: there is no screen
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from skimage.measure import find_contours
 
 DRAWN = ("epoch", "loss", "val_loss", "dice", "dice_positive", "all_empty")  # numbers of a log line
+FEW_EPOCHS = 10  # up to so many each is marked: a line of one has no length
 STAGE_COLOURS = ("#e8eef7", "#f7efe3", "#e9f4ea")
 PLAIN = {
     "font.size": 9,
@@ -104,20 +106,23 @@ def curves(records: pd.DataFrame, title: str, path: Path) -> None:
         for axis in (loss_axis, dice_axis):
             axis.set_facecolor(STAGE_COLOURS[column % len(STAGE_COLOURS)])
         part = records[records["stage"] == stage]
+        dot, cross = _marker(part, "."), _marker(part, "x")
         for fold, lines in part.groupby("fold"):
             colour = f"C{fold}"
-            loss_axis.plot(lines["epoch"], lines["loss"], color=colour, linestyle="--", linewidth=1)
-            loss_axis.plot(lines["epoch"], lines["val_loss"], color=colour, linewidth=1.4, label=f"fold {fold}")
-            dice_axis.plot(lines["epoch"], lines["dice"], color=colour, linewidth=1.4, label=f"fold {fold}")
-            dice_axis.plot(lines["epoch"], lines["dice_positive"], color=colour, linestyle=":", linewidth=1.2)
+            train = {"color": colour, "linestyle": "--", "linewidth": 1, "marker": cross}
+            whole = {"color": colour, "linewidth": 1.4, "marker": dot, "label": f"fold {fold}"}
+            some = {"color": colour, "linestyle": ":", "linewidth": 1.2, "marker": cross}
+            loss_axis.plot(lines["epoch"], lines["loss"], **train)
+            loss_axis.plot(lines["epoch"], lines["val_loss"], **whole)
+            dice_axis.plot(lines["epoch"], lines["dice"], **whole)
+            dice_axis.plot(lines["epoch"], lines["dice_positive"], **some)
         dice_axis.axhline(part["all_empty"].mean(), color="black", linewidth=0.8)
         loss_axis.set_title(f"stage {stage}")
         dice_axis.set_xlabel("epoch")
         dice_axis.set_ylim(-0.02, 1.02)
-        # epochs are whole numbers
-        dice_axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[0, 0].set_ylabel("loss\n(dashed: training, solid: validation)")
-    axes[1, 0].set_ylabel("validation Dice\n(solid: all, dotted: positives,\nblack: all masks empty)")
+        _count_epochs(dice_axis, part)
+    axes[0, 0].set_ylabel("loss\n(dashed, x: training; solid: validation)")
+    axes[1, 0].set_ylabel("validation Dice\n(solid: all; dotted, x: positives;\nblack: all masks empty)")
     axes[0, -1].legend(fontsize=7, loc="upper right")
     figure.suptitle(title)
     _save(figure, records, path)
@@ -147,7 +152,7 @@ def min_area(table: pd.DataFrame, chosen: int, title: str, path: Path) -> None:
     )
     axis.set_xlabel("components of this many pixels or fewer are dropped (annotation grid)")
     axis.set_ylim(-0.02, 1.02)
-    axis.legend(fontsize=8, loc="center right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)  # lines may run anywhere
     axis.set_title(title, fontsize=10, wrap=True)
     _save(figure, table, path)
 
@@ -167,18 +172,20 @@ def loss_comparison(
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharex=True)
     rows = []
     for number, (recipe, lines) in enumerate(records.items()):
+        marker = _marker(lines, ".")
         for axis, column in zip(axes, ("dice", "dice_positive"), strict=True):
             for _, one in lines.groupby("fold"):
-                axis.plot(one["epoch"], one[column], color=f"C{number}", linewidth=0.7, alpha=0.4)
+                axis.plot(one["epoch"], one[column], marker=marker, color=f"C{number}", linewidth=0.7, alpha=0.4)
             mean = lines.groupby("epoch")[column].mean()
-            axis.plot(mean.index, mean, color=f"C{number}", linewidth=2, label=f"{recipe}: {losses[recipe]}")
+            label = f"{recipe}: {losses[recipe]}"
+            axis.plot(mean.index, mean, marker=marker, color=f"C{number}", linewidth=2, markersize=9, label=label)
         rows.append(lines.assign(recipe=recipe, loss_kind=losses[recipe]))
     table = pd.concat(rows, ignore_index=True)
     axes[0].axhline(table["all_empty"].mean(), color="black", linewidth=0.8, label="all masks empty")
     for axis, label in zip(axes, ("validation Dice", "validation Dice on positives"), strict=True):
         axis.set_xlabel("epoch")
         axis.set_ylabel(label)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        _count_epochs(axis, table)
     axes[0].legend(fontsize=8, loc="lower right")
     figure.suptitle(f"Loss of stage {stage}; thick: mean over folds {note}".strip())
     _save(figure, table, path)
@@ -260,7 +267,7 @@ def sizes(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     )
     axis.set_xlabel("annotated pixels (number of images); each part has as many images")
     axis.set_ylim(-0.02, 1.02)
-    axis.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # points may lie anywhere
     axis.set_title(title, fontsize=10, wrap=True)
     flat = [
         {key: value for key, value in row.items() if not hasattr(value, "low")}
@@ -319,6 +326,10 @@ def reliability(rows: Sequence[Mapping[str, float]], error: float, title: str, p
     axis.set_title(f"expected calibration error {error:.3f}", fontsize=9)
     counts.bar((table["low"] + table["high"]) / 2, table["cases"], width=0.9 / 10, color="C0")
     counts.set_yscale("log")
+    counts.set_ylim(0.5, 2 * table["cases"].max())  # one image is a bar as well
+    counts.yaxis.set_major_locator(LogLocator(numticks=4))
+    counts.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
+    counts.yaxis.set_minor_locator(NullLocator())
     counts.set_ylabel("images")
     counts.set_xlabel("image score")
     figure.suptitle(title, fontsize=10)
@@ -382,6 +393,17 @@ def gallery(
 def shorten(name: str) -> str:
     """An id that fits under a picture."""
     return name if len(name) <= 22 else f"{name[:8]}…{name[-12:]}"
+
+
+def _marker(lines: pd.DataFrame, marker: str) -> str:
+    """The marker, if there are few epochs; else none."""
+    return marker if lines["epoch"].nunique() <= FEW_EPOCHS else ""
+
+
+def _count_epochs(axis: Axes, lines: pd.DataFrame) -> None:
+    """Whole numbers on the axis of epochs, also where there is but one."""
+    axis.set_xlim(lines["epoch"].min() - 0.5, lines["epoch"].max() + 0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _save(figure: Figure, table: pd.DataFrame, path: Path) -> None:

@@ -20,6 +20,15 @@ from pneumo.decision.rule import Rule
 from pneumo.decision.tune import Tuned
 
 LARGE = 200_000  # bytes
+RESULTS_NOTE = (
+    "Sensitivity and true-negative rate (specificity) are by image: of those with pneumothorax the share in which some "
+    "was found, of those without the share left empty. Calibration error: how far the image score is from the share "
+    "with pneumothorax among images of such a score, on average."
+)
+SIZES_NOTE = (
+    "Calibration gap: how far the mean image score of these images, which all have pneumothorax, is below 1. ROC AUC "
+    "and average precision set them against all images without."
+)
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -41,6 +50,8 @@ class Content:
     """What a page says; parts that are empty are left out.
 
     Attributes:
+        origin: what was trained when on what, in one line below the title.
+        warnings: sentences that stand out, above all others.
         summary: sentences at the top.
         results, sizes: tables, each a row of column names and rows of text.
         explorer: from `explorer`.
@@ -50,6 +61,8 @@ class Content:
     """
 
     title: str
+    origin: str = ""
+    warnings: Sequence[str] = ()
     summary: tuple[str, ...] = ()
     results: Sequence[Sequence[str]] = ()
     sizes: Sequence[Sequence[str]] = ()
@@ -65,9 +78,13 @@ def render(content: Content) -> str:
     """The page's text."""
     parts = {
         "TITLE": html.escape(content.title),
+        "ORIGIN": html.escape(content.origin),
+        "WARNINGS": "".join(
+            f'<p class="warning" role="note">{html.escape(sentence)}</p>' for sentence in content.warnings
+        ),
         "SUMMARY": "".join(f"<p>{html.escape(sentence)}</p>" for sentence in content.summary),
-        "RESULTS": _table("results", "Result", content.results),
-        "SIZES": _table("by-size", "By size of the pneumothorax", content.sizes),
+        "RESULTS": _table("results", "Result", content.results, RESULTS_NOTE),
+        "SIZES": _table("by-size", "By size of the pneumothorax", content.sizes, SIZES_NOTE),
         "FIGURES": "".join(_figures(title, figures) for title, figures in content.figures if figures),
         "AUDIT": html.escape(content.audit),
         "SOURCES": "".join(
@@ -117,19 +134,21 @@ def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _table(name: str, title: str, rows: Sequence[Sequence[str]]) -> str:
+def _table(name: str, title: str, rows: Sequence[Sequence[str]], note: str) -> str:
     if not rows:
         return ""
     head, *body = ([html.escape(cell) for cell in row] for row in rows)
     lines = "".join(
-        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{_two_lines(cell)}</td>" for cell in row[1:]) + "</tr>"
+        f'<tr><th scope="row">{_two_lines(row[0])}</th>'
+        + "".join(f"<td>{_two_lines(cell)}</td>" for cell in row[1:])
+        + "</tr>"
         for row in body
     )
     columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     return (
         f'<section id="{name}"><h2>{html.escape(title)}</h2><div class="wide" tabindex="0" role="region" '
         f'aria-label="{html.escape(title)}"><table><thead><tr>{columns}</tr></thead><tbody>{lines}</tbody></table>'
-        f"</div></section>"
+        f'</div><p class="soft">{html.escape(note)}</p></section>'
     )
 
 
@@ -145,9 +164,9 @@ def _embedded(path: Path) -> str:
 
 
 def _two_lines(cell: str) -> str:
-    """A value with its interval below it."""
-    value, space, interval = cell.partition(" (")
-    return f"{value}<br><small>({interval}</small>" if space else value
+    """A value with its interval, or a name with its note, in brackets below it."""
+    value, space, more = cell.partition(" (")
+    return f"{value}<br><small>({more}</small>" if space else value
 
 
 def _figures(title: str, figures: Sequence[Figure]) -> str:

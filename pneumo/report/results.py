@@ -35,6 +35,16 @@ class Decided:
     dice: np.ndarray
     signals: Signals
 
+    @property
+    def outcome(self) -> np.ndarray:
+        """(N,) str: true positive, missed, false positive or true negative."""
+        positive, decided = self.found.tables.positive, self.signals.decided
+        return np.where(
+            positive,
+            np.where(decided, "true positive", "missed"),
+            np.where(decided, "false positive", "true negative"),
+        )
+
     def scores(self, *, draws: int, seed: int) -> Scores:
         """Its aggregate."""
         return metrics.summarise(
@@ -49,11 +59,27 @@ class Decided:
 
     def gain_over(self, other: "Decided", *, draws: int, seed: int) -> Interval | None:
         """Mean difference of Dice with its paired interval; None if the cases are not the same."""
-        theirs = dict(zip(other.found.image_ids, other.dice.tolist(), strict=True))
-        if theirs.keys() != set(self.found.image_ids):
+        if self.images_beside(other):
             return None
+        theirs = dict(zip(other.found.image_ids, other.dice.tolist(), strict=True))
         difference = self.dice - np.array([theirs[image_id] for image_id in self.found.image_ids])
         return metrics.bootstrap_means(difference[None], self.found.groups, draws=draws, seed=seed)[0]
+
+    def images_beside(self, other: "Decided") -> str:
+        """Which images it is of, and what all masks empty score there; empty where they are those of the other."""
+        mine, theirs = set(self.found.image_ids), set(other.found.image_ids)
+        if mine == theirs:
+            return ""
+        empty = (~self.found.tables.positive).mean()
+        return (
+            f"on {len(mine):,} images, {len(mine & theirs):,} of them among the recipe's {len(theirs):,}; "
+            f"all masks empty: {empty:.4f}"
+        )
+
+
+def predicted(recipe: Recipe) -> bool:
+    """Whether any fold has out-of-fold predictions; looks only, and writes nothing."""
+    return any(oof.path_of(recipe, fold).exists() for fold in range(recipe.folds.count))
 
 
 def by_rule(name: str, found: OutOfFold, rule: Rule) -> Decided:
@@ -69,8 +95,12 @@ def cross_fitted(name: str, found: OutOfFold, tuned: Tuned) -> Decided:
 def other_ways(recipe: Recipe, data: Dataset, folds: np.ndarray, beside: Sequence[Recipe]) -> list[Decided]:
     """What the same folds predict with other weights, and what other recipes predict; as far as it is there.
 
+    Each is scored on all images that it has, which may be others than the recipe's where a recipe beside it has done
+    other folds: `Decided.images_beside` then says so.
+
     Args:
         folds: the folds that the recipe's own predictions cover.
+        beside: recipes that are `predicted`.
     """
     ways = []
     for weights in ("best", "ema", "average"):

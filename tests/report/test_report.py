@@ -1,9 +1,12 @@
 """The report of a run, as files and as a page in a browser."""
 
 import csv
+import html
 import json
 import re
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import browser
 import maps
@@ -13,11 +16,11 @@ import small_run
 import torch
 from PIL import Image
 
-from pneumo import config, log, oof, report, tuning
-from pneumo.decision import tune
+from pneumo import config, dataset, log, oof, report, tuning
+from pneumo.decision import metrics, tables, trust, tune
 from pneumo.decision.rule import Rule
-from pneumo.errors import DataError
-from pneumo.report import page
+from pneumo.errors import DataError, UsageError
+from pneumo.report import galleries, page, results, words
 
 SETTINGS = ("tune.thresholds=12", "tune.min_areas=9", "tune.top_thresholds=4", "tune.top_areas=5", "tune.draws=100")
 READY = "document.querySelector('#explorer').dataset.ready === 'yes'"
@@ -74,6 +77,103 @@ def test_results_are_those_of_tuning(place):
     assert numbers["rule"] == tuning.asdict(tuned.rule)
 
 
+@pytest.fixture
+def titles(monkeypatch):
+    """The titles and captions of a report's figures, by name, as they are drawn; and the figures' arguments."""
+    kept = {}
+
+    def note(name):
+        original = getattr(report.figures, name)
+
+        def drawing(*arguments):
+            kept[name] = arguments
+            return original(*arguments)
+
+        monkeypatch.setattr(report.figures, name, drawing)
+
+    for name in ("surface", "min_area", "sizes", "ranking", "reliability", "risk_coverage"):
+        note(name)
+    return kept
+
+
+def test_a_mark_stands_on_its_rules_own_dice(repo, place, titles, tmp_path):
+    recipe, data, _ = place
+    found = oof.load(recipe, data)
+    tuned = tuning.search(recipe, found)
+    grid, dice = tuned.grid, tuned.sums.without(-1).dice
+    assert tuned.grid.top_areas[0] == tuning.recipe_rule(recipe).top_area == 0
+    captions = {}
+    for top, top_area in ((0, 0), (0, 2), (2, 2)):
+        index = (1, 1, top, top_area)
+        moved = replace(tuned, rule=grid.rule(index), choice=replace(tuned.choice, index=index))
+        captions[top, top_area] = report._surface(recipe, moved, "", tmp_path).caption
+        plane, thresholds, areas, marks, *_ = titles["surface"]
+        assert marks["chosen"] == (grid.thresholds[1], grid.min_areas[1])
+        assert ("recipe" in marks) == (top == 0)  # any top area lets all images through there
+        own = {"chosen": dice[index], "recipe": tuned.baseline.mean()}
+        for name, (threshold, area) in marks.items():
+            assert plane[thresholds.index(threshold), areas.index(area)] == pytest.approx(own[name], abs=1e-12)
+    assert plane[thresholds.index(0.5), areas.index(20)] != pytest.approx(own["recipe"])  # where it stood
+    assert "recipe's rule is not marked: its top rule is another" in captions[2, 2]
+    assert "not marked" not in captions[0, 0] + captions[0, 2]
+
+
+def test_captions_and_titles_name_the_rule_that_was_used(repo, place, titles, tmp_path):
+    recipe, data, _ = place
+    found = oof.load(recipe, data)
+    shown = results.cross_fitted("tuned rule, cross-fitted", found, tuning.search(recipe, found))
+    scores = shown.scores(draws=100, seed=0)
+    report._score_figures(
+        recipe,
+        shown,
+        scores,
+        metrics.by_size(
+            shown.dice,
+            found.tables.true_area,
+            shown.signals.decided,
+            shown.signals.score,
+            found.groups,
+            draws=100,
+            seed=0,
+        ),
+        " (note)",
+        tmp_path,
+    )
+    title = {name: arguments[-2] for name, arguments in titles.items()}
+    assert title["ranking"] == title["reliability"] == "seed, out of fold, image score (note)"  # no rule changes it
+    assert title["sizes"] == "seed, out of fold, tuned rule, cross-fitted (note)"
+    assert "top rule: none" in report._min_area(recipe, found, "", tmp_path).caption
+    strict = small_run.recipe(repo, recipe.data.root, tmp_path, "rule.top_threshold=0.75", "rule.top_area=1500")
+    caption = report._min_area(strict, found, "", tmp_path).caption
+    assert "an image is positive only if more than 1,500 px exceed 0.75" in caption
+
+
+@pytest.mark.parametrize("hits", [0, 1, 5, 12, 13, 24, 25, 40, 100])
+def test_an_image_is_in_one_gallery(hits):
+    rng = np.random.default_rng(0)
+    count = hits + 20
+    positive = np.arange(count) < hits + 10
+    decided = (np.arange(count) < hits) | (np.arange(count) >= count - 5)
+    true_area = rng.permutation(count) + 1
+    found = SimpleNamespace(tables=SimpleNamespace(positive=positive, true_area=true_area))
+    dice = rng.permutation(count) / count
+    shown = results.Decided("x", found, dice, SimpleNamespace(decided=decided, area=rng.permutation(count)))
+    pairs = zip(galleries.NAMES, galleries.chosen(shown), strict=True)
+    chosen = {name.removeprefix("gallery_"): places.tolist() for name, (_, places) in pairs}
+    everything = [place for places in chosen.values() for place in places]
+    assert len(everything) == len(set(everything))
+    assert len(chosen["best"] + chosen["median"] + chosen["worst"]) == min(hits, 3 * galleries.SHOWN)
+    by_dice = sorted(range(hits), key=lambda i: -dice[i])
+    assert chosen["best"] == by_dice[:12]
+    if hits <= galleries.SHOWN:
+        assert not chosen["median"] + chosen["worst"]
+    if hits == 100:
+        assert chosen["worst"] == by_dice[::-1][:12]
+        assert chosen["median"] == by_dice[44:56]
+    assert set(chosen["false_positives"]) == set(range(count - 5, count))
+    assert chosen["missed"] == sorted(range(hits, hits + 10), key=lambda i: -true_area[i])
+
+
 def test_the_queue_begins_with_the_doubtful(place):
     _, _, folder = place
     with open(folder / "referral.csv", newline="") as file:
@@ -90,12 +190,21 @@ def test_nothing_is_fetched(place):
 
 
 def test_text_cannot_break_out():
-    evil = "</script><b>x"
+    evil = "</script><i>x"
     content = page.Content(
-        evil, (evil,), [[evil], [evil, evil]], audit=evil, sources={evil: "0"}, case_columns=[evil], cases=[[evil]]
+        title=evil,
+        origin=evil,
+        warnings=[evil],
+        summary=(evil,),
+        results=[[evil], [evil, evil]],
+        sizes=[[evil], [evil, evil]],
+        audit=evil,
+        sources={evil: "0"},
+        case_columns=[evil],
+        cases=[[evil]],
     )
     text = page.render(content)
-    assert "<b>" not in text
+    assert "<i>" not in text
     assert text.count("</script>") == 3
 
 
@@ -195,6 +304,156 @@ def test_it_fits_a_phone_and_the_dark(opened):
     opened.resize(390, 844, phone=True, dark=True)
     assert opened.run("document.documentElement.scrollWidth") <= 390
     assert opened.run(ground) == "rgb(13, 17, 23)"
+
+
+@pytest.mark.parametrize("width", [500, 1300, 1920])
+def test_the_result_table_is_cut_by_narrow_windows_only(opened, width):
+    opened.resize(width, 900)
+    inside, window = opened.run("(box => [box.scrollWidth, box.clientWidth])(document.querySelector('#results .wide'))")
+    assert opened.run("document.documentElement.scrollWidth") <= width
+    assert (inside > window) == (width == 500)
+
+
+def frames(opened) -> dict[str, int]:
+    """Pixels of each frame's colour in the explorer's map."""
+    return opened.run(
+        """(map => {
+            const count = { "0,224,255": 0, "255,48,96": 0, "255,255,255": 0 };
+            const bytes = map.getContext("2d").getImageData(0, 0, map.width, map.height).data;
+            for (let i = 0; i < bytes.length; i += 4) count[bytes.slice(i, i + 3).join()]++;
+            return { blue: count["0,224,255"], red: count["255,48,96"], white: count["255,255,255"] };
+        })(document.querySelector("#map"))"""
+    )
+
+
+def test_frames_are_seen_on_the_plane_of_their_top_rule_only(place, opened):
+    recipe, data, _ = place
+    tuned = tuning.search(recipe, oof.load(recipe, data))
+    said = "document.querySelector('#map-text').textContent"
+    t, m, top, top_area = tuned.choice.index
+    assert tuning.recipe_rule(recipe).top_threshold == 0
+    at_first = frames(opened)  # blue and red in one place
+    assert min(at_first["blue"], at_first["red"]) > 20
+    assert "red the chosen one" in opened.run(said)
+    last = len(tuned.grid.top_thresholds) - 1
+    for p, a in ((0, 0), (0, 3), (top, top_area), (last, 3), (1, 1)):
+        move(opened, (t, m, p, a))
+        found = frames(opened)
+        red = p == top and (p == 0 or a == top_area)
+        assert found["blue"] > 20 and (found["red"] > 20) == red and (found["white"] > 20) == (p == 0)
+        assert ("red the chosen one" in opened.run(said)) == red
+        assert ("white the recipe's" in opened.run(said)) == (p == 0)
+        assert ("Of another top rule, so not marked" in opened.run(said)) == (not red or p != 0)
+
+
+def test_it_says_what_it_is_of_and_what_its_numbers_are(opened):
+    origin = opened.run("document.querySelector('#origin').textContent")
+    assert re.fullmatch(
+        r"Report of \d{4}-\d\d-\d\d\. Data: data, 18 training images\. Encoder: test_resnet\. "
+        r"Image sizes of the stages: 64, 64, 64 px\.",
+        origin,
+    )
+    for section, said in (
+        ("results", ("are by image", "Calibration error: ")),
+        ("by-size", ("Calibration gap: ",)),
+        ("cases-section", ("Score of the image: ", "Agreement: ")),
+    ):
+        text = opened.run(f"document.querySelector('#{section} > p').textContent")
+        assert all(word in text for word in said), text
+
+
+def test_it_warns_of_another_rule_of_predict(place, capsys, tmp_path):
+    recipe, data, folder = place
+    found = oof.load(recipe, data)
+    tuned = tuning.search(recipe, found)
+    ways = [results.by_rule("recipe's rule", found, tuning.recipe_rule(recipe))]
+    path = recipe.folder / "rule.toml"
+
+    def warnings(rule: Rule, sources: dict[str, str]) -> list[str]:
+        learned = trust.fit(trust.signals(found.tables, rule), tables.dice(found.tables, rule))
+        tuning.write(path, tuning.Ruling(rule, "", learned), {}, sources)
+        return words.warnings(recipe, found, tuned, ways)
+
+    other = replace(tuned.rule, min_area=4321)
+    try:
+        assert words.warnings(recipe, found, tuned, ways) == []
+        assert warnings(tuned.rule, found.sources) == []
+        open_to_all = replace(tuned.rule, top_threshold=0.0, top_area=1)
+        assert len(warnings(open_to_all, found.sources)) == (tuned.rule.top_threshold != 0)
+        assert "chosen on other out-of-fold predictions" in warnings(other, {"a": "0"})[0]
+        said = warnings(other, found.sources)[0]
+        assert f"that of {path}: {tuning.describe(other)}. This report was given other settings of tune" in said
+        report.write(recipe)
+        assert f"warning: {said}" in capsys.readouterr().err
+        assert html.escape(said) in (folder / "report.html").read_text()
+        path.write_text("[rule")
+        assert "rule.toml: not a rule file" in words.warnings(recipe, found, tuned, ways)[0]
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def own(repo, place, tmp_path):
+    """A recipe with the data and folds of `place`, of which two folds have predictions."""
+    recipe, _, _ = place
+    shutil.copytree(recipe.runs, tmp_path / "runs")
+    copied = small_run.recipe(repo, recipe.data.root, tmp_path / "runs", *SETTINGS)
+    oof.path_of(copied, 2).unlink()
+    return copied
+
+
+def test_a_recipe_beside_without_predictions_is_named_before_anything_is_written(repo, place, tmp_path):
+    recipe, _, _ = place
+    other = small_run.recipe(repo, tmp_path / "nowhere", tmp_path / "runs", *SETTINGS, name="seed-focal")
+    before = {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*")}
+    with pytest.raises(UsageError, match=r"seed-focal: no out-of-fold predictions .*Run: make cv RECIPE=seed-focal"):
+        report.write(recipe, [other])
+    assert not (tmp_path / "runs").exists()
+    assert before == {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*")}
+
+
+def test_a_row_of_other_images_says_so(repo, own, capsys):
+    whole = small_run.recipe(repo, own.data.root, own.runs, *SETTINGS, name="seed-image")
+    report.write(own, [whole])
+    text = (own.folder / "report" / "report.html").read_text()
+    count = len(oof.load(own, dataset.load(own)).image_ids)
+    images = f"on 18 images, {count} of them among the recipe's {count}; all masks empty: 0.6667"
+    assert count < 18
+    said = capsys.readouterr().err
+    for name in ("seed-image, its recipe's rule", "seed-image, tuned rule, cross-fitted"):
+        assert f"{html.escape(name)}<br><small>({html.escape(images)})</small>" in text
+        assert f"warning: {name}: {images}. Its row cannot be compared" in said
+    assert "weights ema, recipe&#x27;s rule<br>" in text  # all of its folds are read
+    oof.path_of(replace(own, predict=replace(own.predict, weights="ema")), 2).unlink()
+    report.write(own)
+    assert "Its row cannot" not in capsys.readouterr().err
+
+
+def test_what_only_an_earlier_report_wrote_goes(own, capsys):
+    folder = own.folder / "report"
+    foreign = {"curves.pdf", "my.png", "my.csv", "gallery_mine.png", "notes.txt"}
+    for name in (*foreign, "gallery_median.png", "gallery_median.csv", "loss_comparison.png"):
+        (folder / name).write_text("x")
+    report.write(own)
+    said = capsys.readouterr().out
+    names = {path.name for path in folder.iterdir()}
+    assert foreign < names and not {"gallery_median.png", "gallery_median.csv", "loss_comparison.png"} & names
+    drawn = said.split("figures: ")[1].strip().split(", ")
+    assert {f"{name}.png" for name in ("surface", "curves", "ranking")} < set(drawn)
+    made = {"report.html", "report.json", "referral.csv", *drawn, *(name.replace(".png", ".csv") for name in drawn)}
+    assert names == foreign | made
+    oof.path_of(own, 1).unlink()  # one fold: nothing to tune on
+    report.write(own)
+    assert "removed of an earlier report: referral.csv, " in capsys.readouterr().out
+    names = {path.name for path in folder.iterdir()}
+    assert "report.json" in names and not {"referral.csv", "surface.png", "surface.csv", "risk_coverage.csv"} & names
+    oof.path_of(own, 0).unlink()
+    report.write(own)
+    names = {path.name for path in folder.iterdir()}
+    assert names == foreign | {
+        "report.html",
+        *(f"{name}.{end}" for name in ("augmentations", "curves") for end in ("png", "csv")),
+    }
 
 
 @pytest.mark.slow

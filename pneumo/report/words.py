@@ -1,0 +1,173 @@
+"""The words and tables of a report: what it is of, what it found, what to beware of.
+
+Imports config, dataset, decision, oof, tuning, results, errors.
+"""
+
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pneumo import tuning
+from pneumo.config import Recipe
+from pneumo.dataset import Dataset
+from pneumo.decision.metrics import Interval, Scores
+from pneumo.decision.rule import Rule
+from pneumo.decision.tune import Tuned
+from pneumo.errors import DataError
+from pneumo.oof import OutOfFold
+from pneumo.report.results import Decided
+
+
+def summary(
+    recipe: Recipe, data: Dataset, shown: Decided, scores: Scores, tuned: Tuned | None, note: str
+) -> tuple[str, ...]:
+    """Sentences for the head of the page."""
+    sentences = [
+        f"{scores.cases:,} images, {scores.positives:,} with pneumothorax{note}, each predicted by the networks that "
+        f"did not train on it, in {len(np.unique(shown.found.folds))} folds "
+        f"({_split_by(recipe, data)}; see the audit).",
+        f"Mean Dice {scores.dice}, {shown.name}; with all masks empty it would be {scores.all_empty:.4f}. Intervals "
+        f"are 95 % bootstrap intervals, patients resampled as a whole where they are known.",
+    ]
+    if tuned is not None:
+        sentences.append(
+            f"Chosen rule: {tuning.describe(tuned.rule)}. On the data that chose it its mean Dice is "
+            f"{tuned.in_sample:.4f}: an optimism of {tuned.optimism:+.4f}."
+        )
+    sentences.append("For research. Not a medical device: nothing here may decide about a patient.")
+    return tuple(sentences)
+
+
+def origin(recipe: Recipe, data: Dataset) -> str:
+    """When, on what and by which networks."""
+    sides = ", ".join(str(recipe.stage[number].image_size) for number in range(1, recipe.stages + 1))
+    return (
+        f"Report of {date.today().isoformat()}. Data: {Path(recipe.data.root).resolve().name}, {len(data.cases):,} "
+        f"training images. Encoder: {recipe.model.encoder}. Image sizes of the stages: {sides} px."
+    )
+
+
+def _split_by(recipe: Recipe, data: Dataset) -> str:
+    if recipe.folds.group == "image":
+        return "split by image, so that a patient may be on both sides"
+    known = sum(case.patient is not None for case in data.cases)
+    if not known:
+        return "split by image: no patients are known, so one may be on both sides"
+    return "a patient stays in one fold" + ("" if known == len(data.cases) else f", known for {known:,} images")
+
+
+def result_rows(
+    ways: Sequence[Decided], scores: dict[str, Scores], gains: dict[str, Interval | None]
+) -> list[list[str]]:
+    """The main table, its columns' names first.
+
+    Args:
+        ways: the recipe's own first; one on other images than that says so below its name.
+        scores, gains: by name of the way; gains over the first.
+    """
+    head = "mean Dice|gain, paired|Dice on positives|sensitivity|true-negative rate|ROC AUC|average precision"
+    rows = [["out of fold", *head.split("|"), "calibration error"]]
+    first = scores[ways[0].name]
+    rows.append(["all masks empty", f"{first.all_empty:.4f}", "", "0", "0", "1", "", "", ""])
+    for way in ways:
+        found, gain = scores[way.name], gains.get(way.name)
+        change = "" if gain is None else f"{gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
+        values = (found.dice, change, found.dice_positive, found.sensitivity, found.specificity)
+        values += (found.roc_auc, found.average_precision, f"{found.calibration_error:.3f}")
+        images = way.images_beside(ways[0])
+        name = f"{way.name} ({images})" if images else way.name
+        rows.append([name, *("" if value is None else str(value) for value in values)])
+    return rows
+
+
+def size_rows(sizes: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The table of `pneumo.decision.metrics.by_size`, its columns' names first; empty without rows."""
+    if not sizes:
+        return []
+    rows = [["pixels", "images", "Dice", "sensitivity", "ROC AUC", "average precision", "calibration gap"]]
+    for row in sizes:
+        ranked = [row["roc_auc"], row["average_precision"], row["calibration_gap"]]
+        rows.append(
+            [
+                f"{row['smallest']:,} to {row['largest']:,}",
+                f"{row['cases']:,}",
+                str(row["dice"]),
+                str(row["sensitivity"]),
+                *("" if value is None else f"{value:.3f}" for value in ranked),
+            ]
+        )
+    return rows
+
+
+def case_rows(shown: Decided, expected: np.ndarray | None) -> list[list[Any]]:
+    """The per-case table, without its columns' names."""
+    signals, found = shown.signals, shown.found
+    columns = [
+        list(found.image_ids),
+        found.folds.tolist(),
+        shown.outcome.tolist(),
+        shown.dice.round(4).tolist(),
+        [None] * len(shown.dice) if expected is None else expected.round(4).tolist(),
+        signals.score.round(4).tolist(),
+        signals.agreement.round(4).tolist(),
+        found.tables.true_area.tolist(),
+        signals.area.tolist(),
+    ]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def worth(curve: dict[str, np.ndarray]) -> str:
+    """What referring a tenth and a fifth of the images gains."""
+    whole = curve["dice"][-1]
+    kept = [curve["dice"][max(round(len(curve["dice"]) * share) - 1, 0)] for share in (0.9, 0.8)]
+    return (
+        f"Referring the 10 % of lowest expected Dice leaves a mean Dice of {kept[0]:.4f}, 20 % {kept[1]:.4f}, none "
+        f"{whole:.4f}."
+    )
+
+
+def warnings(recipe: Recipe, found: OutOfFold, tuned: Tuned | None, ways: Sequence[Decided]) -> list[str]:
+    """What a reader of the page could take wrongly: predict.py's other rule, and rows of other images."""
+    said = []
+    path = recipe.folder / "rule.toml"
+    used = tuning.recipe_rule(recipe) if tuned is None else tuned.rule
+    try:
+        ruling, sources = tuning.read(path) if path.exists() else (None, {})
+    except DataError as error:
+        said.append(f"{error}. predict.py will stop at it; run: make tune")
+    else:
+        if ruling is not None and not _same_rule(ruling.rule, used):
+            why = (
+                "This report was given other settings of tune or rule than make tune was"
+                if set(sources.values()) == set(found.sources.values())
+                else "It was chosen on other out-of-fold predictions than this report is of"
+            )
+            said.append(
+                f"predict.py uses another rule than this report, that of {path}: {tuning.describe(ruling.rule)}. {why}."
+            )
+    for way in ways[1:]:
+        if images := way.images_beside(ways[0]):
+            said.append(f"{way.name}: {images}. Its row cannot be compared with the recipe's own.")
+    return said
+
+
+def _same_rule(one: Rule, other: Rule) -> bool:
+    """Whether two rules decide alike."""
+    return (one.threshold, one.min_area) == (other.threshold, other.min_area) and same_top(one, other)
+
+
+def same_top(one: Rule, other: Rule) -> bool:
+    """Whether two rules let the same images through; at a top threshold of 0 that is all, whatever the top area."""
+    if one.top_threshold != other.top_threshold:
+        return False
+    return one.top_threshold == 0 or one.top_area == other.top_area
+
+
+def top(rule: Rule) -> str:
+    """A rule's top rule in words."""
+    if not rule.top_threshold:
+        return "none, so that any component makes an image positive"
+    return f"an image is positive only if more than {rule.top_area:,} px exceed {rule.top_threshold:g}"

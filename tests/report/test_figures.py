@@ -40,10 +40,10 @@ def labels(axis) -> list[str]:
 
 
 def hidden_by_legend(figure) -> bool:
-    """Whether a legend lies over any of the axes."""
+    """Whether a legend lies over any of the axes or over their labels."""
     legends = [*figure.legends, *filter(None, (axis.get_legend() for axis in figure.axes))]
     assert legends
-    return any(legend.get_window_extent().overlaps(axis.bbox) for legend in legends for axis in figure.axes)
+    return any(legend.get_window_extent().overlaps(axis.get_tightbbox()) for legend in legends for axis in figure.axes)
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5, 20])

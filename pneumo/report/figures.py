@@ -16,6 +16,7 @@ matplotlib.use("Agg")  # before pyplot: there is no screen
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from skimage.measure import find_contours
 
@@ -123,7 +124,7 @@ def curves(records: pd.DataFrame, title: str, path: Path) -> None:
         _count_epochs(dice_axis, part)
     axes[0, 0].set_ylabel("loss\n(dashed, x: training; solid: validation)")
     axes[1, 0].set_ylabel("validation Dice\n(solid: all; dotted, x: positives;\nblack: all masks empty)")
-    axes[0, -1].legend(fontsize=7, loc="upper right")
+    _legend_below(figure, 10, axes[0, 0])
     figure.suptitle(title)
     _save(figure, records, path)
 
@@ -152,7 +153,7 @@ def min_area(table: pd.DataFrame, chosen: int, title: str, path: Path) -> None:
     )
     axis.set_xlabel("components of this many pixels or fewer are dropped (annotation grid)")
     axis.set_ylim(-0.02, 1.02)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3)  # lines may run anywhere
+    _legend_below(figure, 3)
     axis.set_title(title, fontsize=10, wrap=True)
     _save(figure, table, path)
 
@@ -186,7 +187,7 @@ def loss_comparison(
         axis.set_xlabel("epoch")
         axis.set_ylabel(label)
         _count_epochs(axis, table)
-    axes[0].legend(fontsize=8, loc="lower right")
+    _legend_below(figure, 3, axes[0])
     figure.suptitle(f"Loss of stage {stage}; thick: mean over folds {note}".strip())
     _save(figure, table, path)
 
@@ -235,7 +236,10 @@ def surface(
     axis.set_yticks(rows, [f"{areas[i]:,}" for i in rows])
     axis.set_xlabel("threshold")
     axis.set_ylabel("components of this many pixels or fewer are dropped")
-    axis.legend(fontsize=8, loc="lower left", facecolor="#404040", labelcolor="white", framealpha=0.8)
+    legend = _legend_below(figure, 3)
+    legend.get_frame().set_facecolor("#404040")  # the plateau's line is white
+    for text in legend.get_texts():
+        text.set_color("white")
     axis.set_title(title, fontsize=10, wrap=True)
     t, m = np.indices(grid.shape)
     table = pd.DataFrame(
@@ -267,7 +271,7 @@ def sizes(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     )
     axis.set_xlabel("annotated pixels (number of images); each part has as many images")
     axis.set_ylim(-0.02, 1.02)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # points may lie anywhere
+    _legend_below(figure, 2)
     axis.set_title(title, fontsize=10, wrap=True)
     flat = [
         {key: value for key, value in row.items() if not hasattr(value, "low")}
@@ -352,7 +356,7 @@ def risk_coverage(curve: Mapping[str, np.ndarray], title: str, path: Path) -> No
         axis.plot(1 - curve["coverage"], curve[key], label=label, **style)
     axis.set_xlabel("share of images referred to a reader")
     axis.set_ylabel("mean Dice of the others")
-    axis.legend(fontsize=8, loc="lower right")
+    _legend_below(figure, 3)
     axis.set_title(title, fontsize=10, wrap=True)
     _save(figure, pd.DataFrame(dict(curve)), path)
 
@@ -393,6 +397,12 @@ def gallery(
 def shorten(name: str) -> str:
     """An id that fits under a picture."""
     return name if len(name) <= 22 else f"{name[:8]}…{name[-12:]}"
+
+
+def _legend_below(figure: Figure, columns: int, axis: Axes | None = None) -> Legend:
+    """A legend, of all axes or of one, where it hides nothing: lines and points may be anywhere on the axes."""
+    entries = () if axis is None else axis.get_legend_handles_labels()
+    return figure.legend(*entries, fontsize=8, loc="outside lower center", ncols=columns)
 
 
 def _marker(lines: pd.DataFrame, marker: str) -> str:

@@ -40,10 +40,10 @@ def labels(axis) -> list[str]:
 
 
 def hidden_by_legend(figure) -> bool:
-    """Whether a legend lies over any of the axes."""
+    """Whether a legend lies over any of the axes or over their labels."""
     legends = [*figure.legends, *filter(None, (axis.get_legend() for axis in figure.axes))]
     assert legends
-    return any(legend.get_window_extent().overlaps(axis.bbox) for legend in legends for axis in figure.axes)
+    return any(legend.get_window_extent().overlaps(axis.get_tightbbox()) for legend in legends for axis in figure.axes)
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5, 20])
@@ -57,13 +57,28 @@ def test_epochs_are_whole_and_few_of_them_marked(drawn, epochs):
         assert (True in marked) == (epochs <= figures.FEW_EPOCHS)
 
 
-def test_no_legend_lies_on_sizes_or_minimum_areas(drawn):
+def test_no_legend_lies_on_what_is_drawn(drawn):
     half = Interval(0.5, 0.0, 1.0)
     parts = [{"smallest": i, "largest": i, "cases": 1, "dice": half, "sensitivity": half} for i in range(10)]
     assert not hidden_by_legend(drawn(figures.sizes, parts, "title"))
     columns = dict.fromkeys(("dice", "dice_positive", "true_negative_rate", "all_empty"), 0.5)
     table = pd.DataFrame({"min_area": range(9), **columns})
     assert not hidden_by_legend(drawn(figures.min_area, table, 3, "title"))
+    assert not hidden_by_legend(drawn(figures.loss_comparison, {"a": log_lines(3)}, {"a": "lovasz"}, 1, ""))
+    ends = {name: np.linspace(0.1, 1, 9) for name in ("coverage", "dice", "oracle", "random")}
+    assert not hidden_by_legend(drawn(figures.risk_coverage, ends, "title"))
+    flat, all_of_it = np.zeros((3, 4)), np.ones((3, 4), bool)
+    marks = {"chosen": (0.5, 1)}
+    assert not hidden_by_legend(
+        drawn(figures.surface, flat, (0.25, 0.5, 0.75), (0, 1, 2, 3), marks, all_of_it, "title")
+    )
+
+
+def test_a_fold_that_has_not_reached_the_last_stage_is_named(drawn):
+    later = log_lines(3, stage=2)
+    figure = drawn(figures.curves, pd.concat([log_lines(3), later[later["fold"] == 0]]), "title")
+    assert not hidden_by_legend(figure)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fold 0", "fold 1"]
 
 
 @pytest.mark.parametrize("counts", [[90, 30], [1, 1], [3, 12000]])

@@ -12,8 +12,9 @@ FOLDS ?= all
 
 VARIABLES := RECIPE FOLD STAGE GPUS JOBS WORKERS FOLDS SET PYTHON SUBMISSION TRUTH SAMPLE BESIDE BENCH
 typed = $(foreach name,$(1),$(if $(findstring command line,$(origin $(name))),$(name)))
-ifneq (,$(filter-out $(VARIABLES),$(call typed,$(.VARIABLES))))
-$(error no variable $(filter-out $(VARIABLES),$(call typed,$(.VARIABLES))); there are $(VARIABLES))
+UNKNOWN := $(filter-out $(VARIABLES) CUDA_% HF_% MKL_% NCCL_% OMP_% PYTEST_% PYTHON% TORCH% TRITON_%,$(call typed,$(.VARIABLES)))
+ifneq (,$(UNKNOWN))
+$(error no variable $(UNKNOWN); there are $(VARIABLES); one for the commands themselves goes before make)
 endif
 not = $(if $(call typed,$(1)),$(error $(1)= has no meaning for make $@: it is $(2) there))
 

@@ -129,8 +129,8 @@ def score(options: argparse.Namespace) -> None:
 
     recipe = cli.load_recipe(options)
     truth = options.truth or Path(recipe.data.root) / "test-truth.csv"
-    if options.truth is None and not truth.is_file():
-        raise UsageError("name the annotations to score against: score SUBMISSION TRUTH (make score TRUTH=...)")
+    if options.truth is None and (options.submission is not None or not truth.is_file()):
+        raise UsageError("name both files: score SUBMISSION TRUTH, or make score SUBMISSION=a.csv TRUTH=b.csv")
     result = score_files(
         options.submission or recipe.folder / "submission.csv",
         truth,

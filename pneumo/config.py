@@ -450,7 +450,7 @@ def _meant(table: Mapping[str, Any], parts: Sequence[str], at: int, found: Any) 
 
 def _expand_home(table: Mapping[str, Any]) -> None:
     """Put the user's home folder for ~ in place, which no shell does behind a key and in a file."""
-    for inside, key in ((table.get("data"), "root"), (table, "runs")):
+    for inside, key in ((table.get("data"), "root"), (table.get("model"), "pretrained"), (table, "runs")):
         if isinstance(inside, dict) and isinstance(path := inside.get(key), str) and f"{path}/".startswith("~/"):
             inside[key] = os.path.expanduser(path)
 

@@ -121,7 +121,6 @@ def predict(
         UsageError: another prediction into this folder is running, or it holds a mask of another file that would be
             overwritten.
     """
-    others = _others(given, out)
     count = models.batch_size
     batches = [given[start : start + count] for start in range(0, len(given), count)]
     with (
@@ -133,7 +132,8 @@ def predict(
     ):
         if dist.is_main():
             checkpoint.clean(out.rglob("*.tmp"), RECORDS, *(f"*{suffix}" for suffix in SUFFIXES))
-        dist.broadcast(None)  # until that is done nobody writes
+        others = _others(given, out)
+        dist.gather(None)  # until all are here nobody writes
         done: list[dict[str, Any]] = []
         kept, forgotten = 0, False  # files whose results were there
         pending: deque = deque()
@@ -275,19 +275,23 @@ def _others(given: Sequence[Given], out: Path) -> list[dict[str, Any]]:
         UsageError: a mask is about to be overwritten by that of another file.
     """
     try:
-        records = log.read_jsonl(out / RECORDS)
-    except (OSError, DataError):  # none yet, or damaged: then nothing is known of what is there
+        lines = (out / RECORDS).read_bytes().splitlines()
+    except OSError:  # none yet
         return []
     paths = {one.name + SUFFIXES[0]: one.path for one in given}
     left = []
-    for record in records:
-        mask, file = record.get("mask"), record.get("file")
-        if not isinstance(mask, str) or not isinstance(file, str) or not (out / mask).is_file():
+    for count, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            mask, file, place, digest = (str(record.get(key, "")) for key in ("mask", "file", "path", "sha256"))
+            there = (out / mask).is_file()
+        except (ValueError, RecursionError, AttributeError):  # cut, no JSON, no object, no file's name
+            log.warn(f"{out / RECORDS} line {count} is damaged and is dropped; its mask is not looked after")
             continue
         path = paths.get(mask)
-        if path is None:
+        if path is None and mask and there:
             left.append(record)
-        elif os.path.abspath(path) != os.path.abspath(file) and record.get("sha256") != _content(path):
+        elif path is not None and there and place not in ("", os.path.abspath(path)) and digest != _content(path):
             raise UsageError(
                 f"{out / mask} is the mask of {file} and would become that of {path}. Choose another folder, --out "
                 f"DIR, or name a folder that holds both"
@@ -298,7 +302,7 @@ def _others(given: Sequence[Given], out: Path) -> list[dict[str, Any]]:
 def _keep_records(records: Sequence[dict[str, Any]], out: Path) -> None:
     """Write predictions.jsonl, by file; without records, none."""
     if records:
-        log.write_jsonl(out / RECORDS, sorted(records, key=lambda record: record["file"]))
+        log.write_jsonl(out / RECORDS, sorted(records, key=lambda record: str(record.get("file"))))
     else:
         (out / RECORDS).unlink(missing_ok=True)
 
@@ -338,6 +342,7 @@ def _write_file(
     names = [given.name + suffix for suffix in SUFFIXES]
     record = {
         "file": str(given.path),
+        "path": os.path.abspath(given.path),
         "sha256": digest,
         "mask": names[0],
         **inference.describe(q, agreement, ruling),

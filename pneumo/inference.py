@@ -71,7 +71,9 @@ def predict_test(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch
             coded[str(place)] = list(results)
             journal.add(str(place), coded[str(place)])
 
-        shown = log.bar(mine, title="predict", start=len(batches) - len(left), total=len(batches))
+        shown = log.bar(
+            mine, title="predict", start=len(batches) - len(left), total=len(batches) - len(left) + len(mine)
+        )
         for place, (image, _) in zip(shown, feed.batches(plan), strict=True):
             rows = batches[place].tolist()
             predicted = ensemble.predict(models, image, size, [found[row].image_id for row in rows])

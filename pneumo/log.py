@@ -55,7 +55,7 @@ class Lines:
 
     def update(self, count: int = 1) -> None:
         """Count, and print a line if the last was long ago."""
-        self.done += count
+        self.done = self.done + count if self.total is None else min(self.done + count, self.total)
         now = time.monotonic()
         if now - self.said < LINE_SECONDS:
             return

@@ -129,17 +129,23 @@ def write(
             "levels": [level(threshold) for threshold in grid(recipe).thresholds],
         }
         path = path_of(recipe, fold)
-        if not maps and dist.broadcast(_is_current(path, origin)):
+        if not maps and dist.broadcast(_is_current(path, origin, _command(recipe))):
             log.say(f"{path}: there already")
             continue
         _write_fold(recipe, data, fold, models, origin, device, maps)
         dist.wait_for_main()  # it joins and writes alone
 
 
-def _is_current(path: Path, origin: dict[str, Any]) -> bool:
+def _command(recipe: Recipe) -> str:
+    """What makes the predictions of a recipe."""
+    weights = recipe.predict.weights
+    return recipe.command("oof") + ("" if weights == "best" else f" SET=predict.weights={weights}")
+
+
+def _is_current(path: Path, origin: dict[str, Any], command: str) -> bool:
     """Whether these predictions are there already; damaged or outdated ones are made anew."""
     try:
-        return path.exists() and _read(path)[0] == origin
+        return path.exists() and _read(path, command)[0] == origin
     except DataError as error:
         log.warn(str(error))
         return False
@@ -214,9 +220,7 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
         UsageError: there are none.
     """
     folds = [fold for fold in range(recipe.folds.count) if path_of(recipe, fold).exists()]
-    command = recipe.command("oof") + (
-        "" if recipe.predict.weights == "best" else f" SET=predict.weights={recipe.predict.weights}"
-    )
+    command = _command(recipe)
     levels = {level(threshold) for threshold in grid(recipe).thresholds}
     if not folds:
         raise UsageError(f"{recipe.folder}: no out-of-fold predictions yet. Run: {command}")
@@ -224,7 +228,7 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
     parts, rows, sources, origins = [], [], {}, []
     for fold in folds:
         path = path_of(recipe, fold)
-        origin, image_ids, table = _read(path)
+        origin, image_ids, table = _read(path, command)
         again = f"Run again: {command}"
         if (origin["data"], origin["split"]) != (data.digest, data.split):
             raise DataError(f"{path} is of other images, annotations or folds than there are now. {again}")
@@ -266,8 +270,11 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Sequence[str], Tables]:
+def _read(path: Path, command: str) -> tuple[dict[str, Any], Sequence[str], Tables]:
     """A file's origin, image ids and tables.
+
+    Args:
+        command: that would make it anew, for the error.
 
     Raises:
         DataError: damaged, of another format, or no such file.
@@ -275,7 +282,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Sequence[str], Tables]:
     try:
         return _checked(*_content(path))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read ({one_line(error)[:200]}). Delete it and run: make oof") from None
+        raise DataError(f"{path} cannot be read ({one_line(error)[:200]}). To make it anew, run: {command}") from None
 
 
 def _content(path: Path) -> tuple[str, Any, dict[str, np.ndarray]]:

@@ -157,7 +157,8 @@ def ruling_for(recipe: Recipe, models: Ensemble, choice: str) -> Ruling:
     """The rule to predict with.
 
     Args:
-        choice: "auto": rule.toml of the recipe's run folder if it is there, else the recipe's; "recipe"; or a file.
+        choice: "auto": rule.toml of the recipe's run folder if it is there, else the recipe's; "recipe"; or a file,
+            whose rule is used on any predictions, but its trust on those only that it was learned on.
 
     Raises:
         UsageError: rule.toml was chosen for other checkpoints, or with other weights of them or without the mirror.
@@ -168,15 +169,28 @@ def ruling_for(recipe: Recipe, models: Ensemble, choice: str) -> Ruling:
         return Ruling(recipe_rule(recipe), "recipe", None)
     path = own if choice == "auto" else Path(choice)
     ruling, sources = read(path, recipe_rule(recipe))
-    again = f"{recipe.command('oof')} and {recipe.command('tune')}, or use --rule recipe"
-    if choice == "auto" and not set(models.sources.values()) <= set(sources.values()):
-        raise UsageError(
-            f"{path} was chosen for other checkpoints than {', '.join(models.sources)}. Run again: {again}"
-        )
-    if choice == "auto" and ruling.predicted != (now := _predicted(recipe)):
-        before = "others" if ruling.predicted is None else _settings(ruling.predicted)
-        raise UsageError(f"{path} was chosen on predictions with {before}, not {_settings(now)}. Run again: {again}")
-    return ruling
+    trouble = misfit(recipe, ruling, sources, models.sources)
+    if trouble and choice == "auto":
+        raise UsageError(f"{path} {trouble}, or use --rule recipe")
+    return replace(ruling, trust=None) if trouble else ruling  # which was learned on other predictions
+
+
+def misfit(recipe: Recipe, ruling: Ruling, chosen_for: dict[str, str], used: dict[str, str]) -> str:
+    """Why a rule does not fit the predictions of a recipe, and what to do; "" if it does.
+
+    Args:
+        ruling, chosen_for: from `read`.
+        used: sha256 by path of the checkpoints that predict.
+    """
+    again = f"Run again, with the same SET: {recipe.command('oof')} and {recipe.command('tune')}"
+    if not set(used.values()) <= set(chosen_for.values()):
+        return f"was chosen for other checkpoints than {', '.join(used)}. {again}"
+    now = _predicted(recipe)
+    if ruling.predicted is None:
+        return f"is of an earlier version and does not say whether it was chosen with {_settings(now)}. {again}"
+    if ruling.predicted != now:
+        return f"was chosen on predictions with {_settings(ruling.predicted)}, not {_settings(now)}. {again}"
+    return ""
 
 
 def _predicted(recipe: Recipe) -> dict[str, Any]:

@@ -182,7 +182,8 @@ def test_report(place, options, trained):
         (["predict.py", "--folds", "0,7"], 2, "--folds 0,7"),
         (["predict.py", "--folds", "0"], 2, "Run: make cv FOLDS=0"),
         (["predict.py", "--out", "masks"], 2, "--out is for the masks of given files, and no file is given"),
-        (["pneumo", "score"], 2, "name the annotations to score against"),
+        (["pneumo", "score"], 2, "name both files: score SUBMISSION TRUTH, or make score SUBMISSION=a.csv TRUTH=b.csv"),
+        (["pneumo", "score", "truth.csv"], 2, "name both files"),
         (["pneumo", "report"], 3, "no log.jsonl yet"),
     ],
 )

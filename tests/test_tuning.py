@@ -211,3 +211,20 @@ def test_the_measured_values_are_kept_with_the_rule(place):
     assert document["measured"]["cases"] == 18
     assert len(document["checkpoints"]) == 3
     assert json.dumps(document["rule"]) == json.dumps(tuning.asdict(tuned.rule))
+
+
+def test_expected_dice_is_told_of_such_predictions_only_as_taught_it(place):
+    """A rule file named on purpose is used on any; agreement without a mirror is 1 and says nothing."""
+    recipe, data = place
+    tuned = tuning.run(recipe, data)
+    path = recipe.folder / "rule.toml"
+    models = ensemble.load(recipe, [0], CPU)
+    assert tuning.ruling_for(recipe, models, str(path)).trust is not None
+    turned = replace(recipe, predict=replace(recipe.predict, mirror=not recipe.predict.mirror))
+    path.write_text(path.read_text().replace("[predicted]", "[before]"))
+    for other in (recipe, turned):
+        ruling = tuning.ruling_for(other, models, str(path))
+        assert (ruling.rule, ruling.trust) == (tuned.rule, None)
+    with pytest.raises(UsageError, match=r"of an earlier version and does not say .* with the same SET: make oof and"):
+        tuning.ruling_for(recipe, models, "auto")
+    path.unlink()

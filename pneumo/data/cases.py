@@ -640,6 +640,8 @@ def _read_masks(
                     f"{shape[1]} x {shape[0]}. They must be of one size: resize the mask to the image's, each pixel "
                     f"taking its nearest (no smoothing), or give the image in full size."
                 )
+                if mask.shape == shape[::-1]:
+                    text += " If the image's EXIF orientation turns it, turn the mask instead, or remove that tag."
                 return _problem(path, text, image_id=image_id)
         square = images.to_square(mask)
         if len(square) != annotation_size:

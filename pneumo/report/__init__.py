@@ -61,12 +61,12 @@ def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
         if not results.predicted(other):
             raise UsageError(
                 f"{other.folder}: no out-of-fold predictions to set beside those of {recipe.name}. "
-                f"Run: make cv RECIPE={other.name}"
+                f"Run: {other.command('cv')}"
             )
     folder = recipe.folder / "report"
     logs = _logs(recipe)
     if logs.empty:
-        raise DataError(f"{recipe.folder}: no log.jsonl yet. Run: make cv RECIPE={recipe.name}")
+        raise DataError(f"{recipe.folder}: no log.jsonl yet. Run: {recipe.command('cv')}")
     data = dataset.load(recipe)
     packed = dataset.open_pack(recipe, "train", data.cases, recipe.stage[1].image_size)
     note = " (SYNTHETIC X-rays)" if (Path(recipe.data.root) / "SYNTHETIC.txt").exists() else ""
@@ -80,7 +80,10 @@ def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
     if results.predicted(recipe):
         content, numbers = _add_out_of_fold(recipe, data, beside, note, folder, content)
     else:
-        log.warn(f"{recipe.folder}: no out-of-fold predictions, so the report shows training only. Run: make oof")
+        log.warn(
+            f"{recipe.folder}: no out-of-fold predictions, so the report shows training only. "
+            f"Run: {recipe.command('oof')}"
+        )
     text = page.render(content)
     checkpoint.write_atomic(folder / "report.html", text.encode())
     pictures = sorted(figure.path for _, drawn in content.figures for figure in drawn)

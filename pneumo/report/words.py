@@ -134,20 +134,26 @@ def warnings(recipe: Recipe, found: OutOfFold, tuned: Tuned | None, ways: Sequen
     said = []
     path = recipe.folder / "rule.toml"
     used = tuning.recipe_rule(recipe) if tuned is None else tuned.rule
-    try:
-        ruling, sources = tuning.read(path) if path.exists() else (None, {})
-    except DataError as error:
-        said.append(f"{error}. predict.py will stop at it; run: make tune")
-    else:
-        if ruling is not None and not _same_rule(ruling.rule, used):
-            why = (
-                "This report was given other settings of tune or rule than make tune was"
-                if set(sources.values()) == set(found.sources.values())
-                else "It was chosen on other out-of-fold predictions than this report is of"
-            )
+    own = tuning.recipe_rule(recipe)
+    if not path.exists():
+        if not _same_rule(own, used):
             said.append(
-                f"predict.py uses another rule than this report, that of {path}: {tuning.describe(ruling.rule)}. {why}."
+                f"predict.py uses another rule than this report, the recipe's, as there is no {path}: "
+                f"{tuning.describe(own)}. Run: {recipe.command('tune')}"
             )
+    else:
+        try:
+            ruling, sources = tuning.read(path, own)
+        except DataError as error:
+            said.append(f"{error}. predict.py will stop at it. Run: {recipe.command('tune')}")
+        else:
+            if trouble := tuning.misfit(recipe, ruling, sources, found.sources):
+                said.append(f"predict.py will stop: {path} {trouble}")
+            elif not _same_rule(ruling.rule, used):
+                said.append(
+                    f"predict.py uses another rule than this report, that of {path}: {tuning.describe(ruling.rule)}. "
+                    f"This report was given other settings of tune or rule than make tune was."
+                )
     for way in ways[1:]:
         if images := way.images_beside(ways[0]):
             said.append(f"{way.name}: {images}. Its row cannot be compared with the recipe's own.")

@@ -201,8 +201,11 @@ def test_a_mask_is_turned_as_its_image(write, orientation):
 def test_a_damaged_exif_block_does_no_harm(write, kind):
     upright = images.read(write(encode(ramp(), kind))).pixels
     whole, rng = exif_of(6), random.Random(0)
+    turned = images.read(write(encode(ramp(), kind, exif=whole))).pixels
+    assert not np.array_equal(turned, upright)
     for end in range(6, len(whole)):
-        images.read(write(encode(ramp(), kind, exif=whole[:end])))
+        pixels = images.read(write(encode(ramp(), kind, exif=whole[:end]))).pixels
+        np.testing.assert_array_equal(pixels, turned if end >= 26 else upright)  # there the orientation has ended
     for _ in range(100):
         spoiled = bytearray(whole)
         for _ in range(3):

@@ -396,7 +396,7 @@ def test_a_folder_is_predicted_as_it_lies(predict, scans, tmp_path, figure):
     figure(f"{len(records)} of {len(records)}, no junk, no name lost")
 
 
-def test_what_an_earlier_prediction_left_stays(predict, scans, tmp_path):
+def test_what_an_earlier_prediction_left_stays(predict, scans, tmp_path, capsys, monkeypatch):
     """One call a file, as in a loop of the shell, leaves what one call for all does; no mask becomes another file's."""
     for path in sorted(scans.glob("*.png")):
         predict([path], tmp_path / "out")
@@ -409,17 +409,33 @@ def test_what_an_earlier_prediction_left_stays(predict, scans, tmp_path):
         UsageError, match=r"test-000_mask.png is the mask of .*scans/test-000.png and would become .*/b/"
     ):
         predict([tmp_path / "b" / "test-000.png"], tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / ".predict")
     assert outputs(tmp_path / "out") == outputs(tmp_path / "straight")
     assert predict([tmp_path / "b" / "test-001.png"], tmp_path / "out") == 1  # the same picture from elsewhere
     (tmp_path / "out" / "test-002_mask.png").unlink()
     predict([scans / "test-000.png"], tmp_path / "out")
-    records = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    path = tmp_path / "out" / "predictions.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(records) == IMAGES - 1 and all((tmp_path / "out" / record["mask"]).exists() for record in records)
+    path.write_text(path.read_text().rstrip()[:-9])  # the last line is cut off: the others stay
+    capsys.readouterr()
+    predict([scans / "test-000.png"], tmp_path / "out")
+    assert f"line {IMAGES - 1} is damaged and is dropped" in capsys.readouterr().err
+    assert len(path.read_text().splitlines()) == IMAGES - 2
+    # the name alone tells nothing: the same one, typed in another folder, is another file; the same file may change
+    monkeypatch.chdir(scans)
+    predict([Path("test-003.png")], tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "b")
+    shutil.copy(scans / "test-001.png", "test-003.png")
+    with pytest.raises(UsageError, match=r"test-003_mask.png is the mask of"):
+        predict([Path("test-003.png")], tmp_path / "out")
+    shutil.copy(scans / "test-001.png", scans / "test-003.png")
+    assert predict([scans / "test-003.png"], tmp_path / "out") == 1
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (64, 39)])
 def test_nothing_is_found_in_the_padding(trained, predict, tmp_path, shape):
-    """At a threshold of zero all of the image is found, and all numbers of its record are of the image."""
+    """At the lowest threshold all of the image is found, and the areas of its record are of the image."""
     _, _, ruling = trained
     path = tmp_path / "flat.png"
     Image.fromarray(np.full(shape, 90, np.uint8)).save(path)

@@ -369,18 +369,26 @@ def test_it_warns_of_another_rule_of_predict(place, capsys, tmp_path):
     ways = [results.by_rule("recipe's rule", found, tuning.recipe_rule(recipe))]
     path = recipe.folder / "rule.toml"
 
-    def warnings(rule: Rule, sources: dict[str, str]) -> list[str]:
+    predicted = {"weights": "best", "mirror": recipe.predict.mirror}
+
+    def warnings(rule: Rule, sources: dict[str, str], predicted: dict | None = predicted) -> list[str]:
         learned = trust.fit(trust.signals(found.tables, rule), tables.dice(found.tables, rule))
-        tuning.write(path, tuning.Ruling(rule, "", learned), {}, sources)
+        tuning.write(path, tuning.Ruling(rule, "", learned, predicted), {}, sources)
         return words.warnings(recipe, found, tuned, ways)
 
     other = replace(tuned.rule, min_area=4321)
     try:
-        assert words.warnings(recipe, found, tuned, ways) == []
+        own = tuning.recipe_rule(recipe)
+        (said,) = words.warnings(recipe, found, tuned, ways)
+        assert said.startswith("predict.py uses another rule than this report, the recipe's, as there is no")
+        assert f"{tuning.describe(own)}. Run: make tune" in said
+        assert words.warnings(recipe, found, None, ways) == []
         assert warnings(tuned.rule, found.sources) == []
+        assert "is of an earlier version" in warnings(tuned.rule, found.sources, None)[0]
+        assert "not predict.weights=best" in warnings(tuned.rule, found.sources, {**predicted, "weights": "ema"})[0]
         open_to_all = replace(tuned.rule, top_threshold=0.0, top_area=1)
         assert len(warnings(open_to_all, found.sources)) == (tuned.rule.top_threshold != 0)
-        assert "chosen on other out-of-fold predictions" in warnings(other, {"a": "0"})[0]
+        assert "predict.py will stop" in warnings(other, {"a": "0"})[0]
         said = warnings(other, found.sources)[0]
         assert f"that of {path}: {tuning.describe(other)}. This report was given other settings of tune" in said
         report.write(recipe)

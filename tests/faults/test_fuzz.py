@@ -15,6 +15,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -463,7 +464,8 @@ def test_out_of_fold(folder, figure, count):
     np.savez(content, image_ids=np.array(list("abcd")), origin=np.array(json.dumps(origin)), **arrays)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        figure("tables: " + fuzz(folder, "oof-best.npz", [content.getvalue()], mutate_zip, oof._read, count))
+        reader = partial(oof._read, command="make oof")
+        figure("tables: " + fuzz(folder, "oof-best.npz", [content.getvalue()], mutate_zip, reader, count))
 
 
 @pytest.mark.fault("R24", "fuzz: the run folder's JSON: status, log lines, hashes of files")

@@ -92,5 +92,5 @@ def test_every_count_of_a_score_is_a_bar(drawn, counts):
     heights = np.array([bar.get_height() for bar in axis.patches])
     assert (np.log(heights / low) / np.log(high / low) > 0.05).all()  # of the axis' height
     said = labels(axis.yaxis)
-    assert said[0] == "1" and len(said) <= 5 and all(text.replace(",", "").isdecimal() for text in said)
+    assert 1 <= len(said) <= 5 and all(text.strip("0,") == "1" for text in said)  # older matplotlib begins at 10
     assert not axis.yaxis.get_minorticklocs().size

@@ -242,6 +242,11 @@ def _check_names(one: Given, out: Path) -> None:
                 raise DataError(f"{one.path}: the names of its mask and overlay are too long. Rename it.") from None
 
 
+def _place(path: Path) -> str:
+    """A hash of where a file is: tells it from another of its name, but not the names of folders, as a patient's."""
+    return hashlib.sha256(os.path.abspath(path).encode(errors="surrogateescape")).hexdigest()
+
+
 def _content(path: Path) -> str:
     """A file's hash, or why it has none."""
     try:
@@ -283,15 +288,15 @@ def _others(given: Sequence[Given], out: Path) -> list[dict[str, Any]]:
     for count, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            mask, file, place, digest = (str(record.get(key, "")) for key in ("mask", "file", "path", "sha256"))
+            mask, file, place, digest = (str(record.get(key, "")) for key in ("mask", "file", "place", "sha256"))
             there = (out / mask).is_file()
-        except (ValueError, RecursionError, AttributeError):  # cut, no JSON, no object, no file's name
+        except (ValueError, RecursionError, AttributeError, OSError):  # cut, no JSON, no object, no file's name
             log.warn(f"{out / RECORDS} line {count} is damaged and is dropped; its mask is not looked after")
             continue
         path = paths.get(mask)
         if path is None and mask and there:
             left.append(record)
-        elif path is not None and there and place not in ("", os.path.abspath(path)) and digest != _content(path):
+        elif path is not None and there and place not in ("", _place(path)) and digest != _content(path):
             raise UsageError(
                 f"{out / mask} is the mask of {file} and would become that of {path}. Choose another folder, --out "
                 f"DIR, or name a folder that holds both"
@@ -342,7 +347,7 @@ def _write_file(
     names = [given.name + suffix for suffix in SUFFIXES]
     record = {
         "file": str(given.path),
-        "path": os.path.abspath(given.path),
+        "place": _place(given.path),
         "sha256": digest,
         "mask": names[0],
         **inference.describe(q, agreement, ruling),

@@ -239,8 +239,8 @@ def read(path: Path, base: Rule | None = None) -> tuple[Ruling, dict[str, str]]:
                     raise ValueError("trust: confidence must be of finite numbers, dice of numbers from 0 to 1")
         sources = {str(key): str(value) for key, value in document.get("checkpoints", {}).items()}
         predicted = document.get("predicted")
-        if predicted is not None and not isinstance(predicted, dict):
-            raise ValueError("predicted: expected a table")
+        if predicted is not None and not all(isinstance(value, (str, bool)) for value in predicted.values()):
+            raise ValueError("predicted: expected texts, true or false")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"no [{error.args[0]}]" if isinstance(error, KeyError) else error
         raise DataError(f"{path}: not a rule file: {one_line(reason)}") from None

@@ -79,6 +79,19 @@ def test_other_objectives(place, capsys, objective):
     assert measured(recipe)["target"] == 0.9
 
 
+def of_folds(found, *folds):
+    """Out-of-fold predictions of some folds only."""
+    inside = np.flatnonzero(np.isin(found.folds, folds))
+    return replace(
+        found,
+        image_ids=tuple(found.image_ids[i] for i in inside),
+        rows=found.rows[inside],
+        folds=found.folds[inside],
+        groups=found.groups[inside],
+        tables=found.tables.take(inside),
+    )
+
+
 def measured(recipe):
     """What rule.toml says of its rule."""
     return tomllib.loads((recipe.folder / "rule.toml").read_text())["measured"]
@@ -99,21 +112,12 @@ def test_a_target_needs_a_case_that_it_is_about(place, objective):
 
 def test_what_tuning_did_not_see_or_gain_is_said(place, capsys, monkeypatch):
     recipe, data = place
-    whole = oof.load(recipe, data)
-    kept = np.flatnonzero(whole.folds != 2)
-    part = replace(
-        whole,
-        image_ids=tuple(whole.image_ids[i] for i in kept),
-        rows=whole.rows[kept],
-        folds=whole.folds[kept],
-        groups=whole.groups[kept],
-        tables=whole.tables.take(kept),
-    )
+    part = of_folds(oof.load(recipe, data), 0, 1)
     monkeypatch.setattr(oof, "load", lambda *_: part)
     tuned = tuning.run(recipe, data)
     said = capsys.readouterr().err
     assert "no out-of-fold predictions of fold 2" in said and "--folds 0,1 only" in said and "make cv" in said
-    worse = replace(tuned, dice=tuned.baseline * 0.0, baseline=np.ones(len(kept)))
+    worse = replace(tuned, dice=tuned.baseline * 0.0, baseline=np.ones(len(part.rows)))
     monkeypatch.setattr(tuning, "search", lambda *_: worse)
     tuning.run(recipe, data)
     said = capsys.readouterr().err
@@ -172,7 +176,8 @@ def test_what_a_rule_file_leaves_out_is_the_recipes(place, tmp_path):
              "[trust.positive]\nconfidence = [1]\ndice = [1]", "confidence must be of finite numbers, dice of numbers")
             for at, dice in (("nan", 1), ("inf", 1), (1, "nan"), (1, "inf"), (1, 1.5))
         ),
-        ("predicted = 3\n[rule]", "predicted: expected a table"),
+        ("predicted = 3\n[rule]", "not a rule file"),
+        ("[rule]\n[predicted]\nmirror = 1979-05-27", "predicted: expected texts, true or false"),
         ("rule = 3", "not a rule file"),
         ("= nothing", "not a rule file"),
     ],
@@ -189,16 +194,7 @@ def test_a_wrong_file_is_named(tmp_path, text, message):
 
 def test_one_fold_alone_cannot_be_tuned(place, repo, tmp_path):
     recipe, data = place
-    found = oof.load(recipe, data)
-    inside = np.flatnonzero(found.folds == 1)
-    one = replace(
-        found,
-        image_ids=tuple(found.image_ids[i] for i in inside),
-        rows=found.rows[inside],
-        folds=found.folds[inside],
-        groups=found.groups[inside],
-        tables=found.tables.take(inside),
-    )
+    one = of_folds(oof.load(recipe, data), 1)
     with pytest.raises(UsageError, match="only fold 1 has out-of-fold predictions"):
         tuning.search(recipe, one)
 

@@ -425,6 +425,8 @@ def test_what_an_earlier_prediction_left_stays(predict, scans, tmp_path, capsys,
     # the name alone tells nothing: the same one, typed in another folder, is another file; the same file may change
     monkeypatch.chdir(scans)
     predict([Path("test-003.png")], tmp_path / "out")
+    assert '"file": "test-003.png"' in path.read_text().splitlines()[-1]  # sorted: the only name without a folder
+    assert str(scans) not in path.read_text().splitlines()[-1]  # a folder may bear a patient's name
     monkeypatch.chdir(tmp_path / "b")
     shutil.copy(scans / "test-001.png", "test-003.png")
     with pytest.raises(UsageError, match=r"test-003_mask.png is the mask of"):

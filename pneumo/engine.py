@@ -485,7 +485,7 @@ def evaluate(
         for number, (image, mask) in zip(progress(mine), feed.batches([batches[i] for i in mine]), strict=True):
             logits = predict_logits(model, image, dtype)
             sums = losses.loss_sums(logits, mask, loss.kind, gamma=loss.gamma).double().tolist()
-            q = resize_quantise(logits.sigmoid(), annotation_size)
+            q = resize_quantise(logits.sigmoid(), annotation_size, feed.pack.boxes(batches[number], annotation_size))
             decided = decide_batch(q, rule) if q.is_cuda else pool.map(decide, q.numpy(), repeat(rule))
             pending.append((number, sums, decided))
             if stopped():

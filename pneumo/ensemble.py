@@ -138,13 +138,17 @@ class Prediction:
 
 
 @torch.inference_mode()
-def predict(ensemble: Ensemble, image: Tensor, annotation_size: int, names: Sequence[str]) -> Prediction:
+def predict(
+    ensemble: Ensemble, image: Tensor, annotation_size: int, names: Sequence[str], boxes: np.ndarray | None = None
+) -> Prediction:
     """Average the networks' probabilities, each with its mirror image, and bring them to the annotation grid.
 
     Args:
         image: (B, 1, S, S) uint8, on the models' device.
         annotation_size: side of the annotation grid, A.
         names: of the B images, for the error.
+        boxes: where each lies on the annotation grid, and not its padding to a square, as `Pack.boxes` gives it;
+            nothing is found elsewhere.
 
     Raises:
         NotFiniteError: a probability is not a number; it would have become an innocent empty mask.
@@ -155,12 +159,12 @@ def predict(ensemble: Ensemble, image: Tensor, annotation_size: int, names: Sequ
         for probs in views:
             total += probs
         if ensemble.mirror:
-            alike.append(tables.agreement(*(resize_quantise(probs, annotation_size) for probs in views)))
+            alike.append(tables.agreement(*(resize_quantise(probs, annotation_size, boxes) for probs in views)))
     probs = total / (len(ensemble.models) * len(views))
     finite = probs.isfinite().flatten(1).all(dim=1).tolist()
     if bad := [name for name, good in zip(names, finite, strict=True) if not good]:
         raise NotFiniteError(f"the networks' probabilities of {', '.join(bad[:5])} are not numbers")
-    q = resize_quantise(probs, annotation_size)
+    q = resize_quantise(probs, annotation_size, boxes)
     agreement = torch.stack(alike).mean(dim=0).cpu().numpy() if alike else np.ones((len(image), LEVELS + 1))
     return Prediction(q.cpu().numpy(), agreement)
 

@@ -162,7 +162,9 @@ def predict(
                 if found.scans:
                     image = torch.from_numpy(np.stack(found.squares))[:, None].to(device)
                     names = [str(one.path) for one, *_ in found.scans]
-                    predicted = ensemble.predict(models, image, recipe.data.annotation_size, names)
+                    shapes = np.array([scan.pixels.shape for _, scan, _ in found.scans])
+                    boxes = images.boxes(shapes, recipe.data.annotation_size)
+                    predicted = ensemble.predict(models, image, recipe.data.annotation_size, names, boxes)
                     if not forgotten:  # an earlier one's records would be of other masks
                         _keep_records(others, out)
                         forgotten = True
@@ -326,18 +328,11 @@ def _write_records(records: list[dict[str, Any]], others: Sequence[dict[str, Any
     log.say(f"{out}: {len(records)} files, {positive} with pneumothorax{there}. For research, not for diagnosis.")
 
 
-def _within(height: int, width: int, side: int) -> np.ndarray:
-    """(side, side) bool: which pixels of the annotation grid are of the image, and not of its padding to a square."""
-    square = images.to_square(np.ones((height, width), dtype=np.uint8))
-    return np.asarray(Image.fromarray(square).resize((side, side), Image.Resampling.NEAREST)) > 0
-
-
 def _write_file(
     given: Given, scan: Scan, digest: str, q: np.ndarray, agreement: np.ndarray, ruling: Ruling, out: Path
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Write mask and overlay of one file; return its record, and the outputs' lengths in bytes by name."""
     height, width = scan.pixels.shape
-    q = np.where(_within(height, width, len(q)), q, 0) if height != width else q
     decided = runs_to_mask(decide(q, ruling.rule), *q.shape)
     longer = max(height, width)
     square = Image.fromarray(decided).resize((longer, longer), Image.Resampling.NEAREST)

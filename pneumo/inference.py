@@ -27,7 +27,7 @@ from pneumo.ensemble import Ensemble
 from pneumo.journal import open_journal
 from pneumo.tuning import Ruling
 
-FORMAT = 3  # of what is kept of an interrupted prediction; change it when the same files would give other results
+FORMAT = 4  # of what is kept of an interrupted prediction; change it when the same files would give other results
 BEHIND = 2  # batches whose results are being made while the device computes
 
 
@@ -76,7 +76,8 @@ def predict_test(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch
         )
         for place, (image, _) in zip(shown, feed.batches(plan), strict=True):
             rows = batches[place].tolist()
-            predicted = ensemble.predict(models, image, size, [found[row].image_id for row in rows])
+            names, boxes = [found[row].image_id for row in rows], pack.boxes(batches[place], size)
+            predicted = ensemble.predict(models, image, size, names, boxes)
             pending.append((place, pool.map(code, rows, predicted.q, predicted.agreement)))
             while len(pending) > BEHIND:
                 settle()

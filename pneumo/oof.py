@@ -29,7 +29,7 @@ from pneumo.decision.tables import Tables
 from pneumo.decision.tune import Grid
 from pneumo.errors import DataError, UsageError, one_line
 
-FORMAT = 2
+FORMAT = 3
 ARRAYS = {  # type and shape: N images, T levels, C components
     "levels": ("int64", "T"),
     "histogram": ("int32", "NL"),
@@ -187,7 +187,8 @@ def _write_fold(
         shown = log.bar(mine, total=len(mine), title=f"out of fold {fold}")
         for numbers, (image, _) in zip(shown, feed.batches(mine), strict=True):
             names = [data.cases[row].image_id for row in numbers]
-            found = ensemble.predict(models, image, recipe.data.annotation_size, names)
+            size = recipe.data.annotation_size
+            found = ensemble.predict(models, image, size, names, pack.boxes(numbers, size))
             pending.append(pool.map(measure, numbers.tolist(), found.q, found.agreement))
             while len(pending) > 2:
                 done += pending.popleft()

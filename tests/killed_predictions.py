@@ -80,10 +80,10 @@ class Place:
         """One process's part of one run; notes how many steps it took and how many images it predicted."""
         steps, real = Steps(last), ensemble.predict
 
-        def counted(models, image, size, names):
+        def counted(models, image, size, names, boxes):
             with open(self.notes / f"images-{os.getpid()}", "ab", buffering=0) as note:
                 note.write(b"." * len(image))  # a kill leaves no half of it
-            return real(models, image, size, names)
+            return real(models, image, size, names, boxes)
 
         ensemble.predict = counted
         with dist.launch(30.0) as device:

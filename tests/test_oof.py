@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -7,13 +8,16 @@ import small_run
 import torch
 from PIL import Image
 
-from pneumo import checkpoint, dataset, ensemble, log, oof
+from pneumo import checkpoint, dataset, engine, ensemble, inference, log, oof
 from pneumo.data import rle
 from pneumo.data.feed import Feed
 from pneumo.decision import metrics, tables
 from pneumo.decision.rule import Rule, decide, resize_quantise
+from pneumo.engine import LossSettings
 from pneumo.errors import DataError, UsageError
+from pneumo.kernels.runs import runs_to_mask
 from pneumo.score import score_files
+from pneumo.tuning import Ruling
 
 CPU = torch.device("cpu")
 SMALL = ("tune.thresholds=6", "tune.min_areas=5", "tune.top_thresholds=3", "tune.top_areas=4", "train.amp=off")
@@ -81,6 +85,58 @@ def test_tables_and_a_submission_score_alike(recipe, root, tmp_path):
     (tmp_path / "s.csv").write_text("\n".join(["ImageId,EncodedPixels", *lines]) + "\n")
     scored = score_files(tmp_path / "s.csv", root / "train-rle.csv", annotation_size=64)
     assert scored["dice"] == pytest.approx(tables.dice(found.tables, rule).mean(), abs=1e-12)
+
+
+def test_padding_counts_nowhere(repo, root, tmp_path):
+    """Validation, out-of-fold tables and submission, of images that are not square and with all of them found."""
+    shutil.copytree(root, tmp_path / "data")
+    (tmp_path / "data" / "train-rle.csv").unlink()  # its codes are of a square
+    (tmp_path / "data" / "mask").mkdir()
+    for path in sorted(tmp_path.glob("data/t*/*.png")):
+        whole = path.stem == "train-000"
+        pixels = np.asarray(Image.open(path))[slice(None) if whole else slice(12, 51)]  # 39 of 64 rows
+        Image.fromarray(pixels).save(path)
+        if path.parent.name == "train":
+            Image.fromarray(np.uint8(pixels > 110) * 255).save(tmp_path / "data" / "mask" / path.name)
+    recipe = small_run.recipe(repo, tmp_path / "data", tmp_path / "runs", *SMALL)
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    found, everything = oof.load(recipe, data), Rule(threshold=1 / 256)
+    wanted = np.where(found.rows == 0, 64 * 64, 39 * 64)
+    assert found.tables.histogram[:, 1:].sum(axis=1).tolist() == wanted.tolist()
+    place = found.tables.place(0.5)
+
+    models = ensemble.load(recipe, [0], CPU)
+    rows = np.flatnonzero(data.folds == 0)
+    pack = dataset.open_pack(recipe, "train", data.cases, 64)
+    ((image, _),) = Feed(pack, CPU, rows).batches([rows])
+    ((plain, mirrored),) = ensemble._views(models, image)
+    for row, first, second in zip(rows, *(resize_quantise(probs, 64) for probs in (plain, mirrored)), strict=True):
+        inside = slice(None) if row == 0 else slice(12, 51)
+        alike = float(metrics.dice(first[inside].numpy() >= 128, second[inside].numpy() >= 128))
+        assert found.tables.agreement[found.rows.tolist().index(row), place] == pytest.approx(alike, abs=1e-6)
+
+    scored = engine.evaluate(
+        models.models[0],
+        Feed(pack, CPU, rows),
+        rows,
+        lambda row: data.cases[row].runs,
+        everything,
+        LossSettings("focal_dice", 10.0, 2.0, 1.0),
+        torch.float32,
+        annotation_size=64,
+        batch_size=4,
+        progress=lambda items: items,
+    )
+    for row, dice in zip(scored.rows, scored.dice, strict=True):
+        picture = np.zeros((64, 64), dtype=bool)
+        picture[slice(None) if row == 0 else slice(12, 51)] = True
+        assert dice == metrics.dice(picture, runs_to_mask(data.cases[row].runs, 64, 64))
+
+    inference.predict_test(recipe, models, Ruling(everything, "recipe", None), CPU)
+    lines = (recipe.folder / "submission.csv").read_text().splitlines()[1:]
+    areas = [int(rle.decode(line.split(",")[1], 64, 64).sum()) for line in lines]
+    assert areas == [39 * 64] * 4
 
 
 def test_mirror_agreement_is_recorded(recipe):

@@ -34,7 +34,8 @@ def made_up(count: int, side: int) -> tuple[Pack, np.ndarray]:
     masks = np.zeros((count, side, side), dtype=bool)
     masks[::3, 8:20, 4:24] = True
     images[masks] += 100
-    return Pack(tuple(map(str, range(count))), images, np.packbits(masks, axis=2), "digest"), masks
+    ids, shapes = tuple(map(str, range(count))), np.full((count, 2), side)
+    return Pack(ids, images, np.packbits(masks, axis=2), shapes, "digest"), masks
 
 
 def counted_allreduce(

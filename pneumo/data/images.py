@@ -193,6 +193,24 @@ def from_square(square: np.ndarray, height: int, width: int) -> np.ndarray:
     return square[top : top + height, left : left + width]
 
 
+def boxes(shapes: np.ndarray, side: int) -> np.ndarray:
+    """Where images lie on a grid over the squares that `to_square` makes of them.
+
+    Args:
+        shapes: (N, 2) int, height and width of each image.
+        side: of the grid, pixels.
+
+    Returns:
+        (N, 4) int64: first row, row behind the last, first column, column behind the last, of the grid's pixels whose
+        centres are in the image.
+    """
+    shapes = np.asarray(shapes, dtype=np.int64)
+    longer = shapes.max(axis=1, keepdims=True)
+    first = (longer - shapes) // 2
+    ends = np.stack([first, first + shapes], axis=2).reshape(-1, 4)
+    return -((longer - 2 * side * ends) // (2 * longer))  # rounded up
+
+
 def resize(pixels: np.ndarray, side: int) -> np.ndarray:
     """Resize a square image, smoothing where it shrinks.
 

@@ -37,17 +37,24 @@ class Pack:
         image_ids: N ids; row i of the arrays is case i.
         images: (N, S, S) uint8, memory-mapped.
         masks: (N, S, S // 8) uint8, memory-mapped; 8 pixels of a row a byte, the leftmost in the highest bit.
+        shapes: (N, 2) int32, height and width of each file's picture.
         digest: hash of the files and annotations it was made from, the same for every side.
     """
 
     image_ids: tuple[str, ...]
     images: np.ndarray
     masks: np.ndarray
+    shapes: np.ndarray
     digest: str
 
     @property
     def side(self) -> int:
         return self.images.shape[1]
+
+    def boxes(self, rows: np.ndarray, side: int) -> np.ndarray | None:
+        """Where the images of some rows lie on a grid of this side, as `images.boxes`; None where all are square."""
+        shapes = self.shapes[rows]
+        return None if (shapes[:, 0] == shapes[:, 1]).all() else images.boxes(shapes, side)
 
 
 def open_pack(
@@ -90,12 +97,14 @@ def open_pack(
         rows, _ = _array(place / "rows.npy", np.int64, (count,))
         pictures, new_pictures = _array(place / "images.npy", np.uint8, (count, side, side))
         masks, new_masks = _array(place / "masks.npy", np.uint8, (count, side, side // 8))
-        if new_pictures or new_masks:
+        shapes, new_shapes = _array(place / "shapes.npy", np.int32, (count, 2))
+        arrays = (pictures, masks, shapes)
+        if new_pictures or new_masks or new_shapes:
             rows[:] = UNDONE
-        todo = [i for i in range(count) if rows[i] == UNDONE or (check and rows[i] != _crc(pictures[i], masks[i]))]
+        todo = [i for i in range(count) if rows[i] == UNDONE or (check and rows[i] != _crc(*arrays, i))]
         if todo:
             rows[todo] = UNDONE
-            problems = _fill(cases, todo, side, annotation_size, pictures, masks, rows, progress)
+            problems = _fill(cases, todo, side, annotation_size, arrays, rows, progress)
             _judge(problems, report)
         index = {"format": FORMAT, "digest": digest, "image_ids": [case.image_id for case in cases]}
         checkpoint.write_atomic(place / "index.json", json.dumps(index).encode())
@@ -103,6 +112,7 @@ def open_pack(
         tuple(case.image_id for case in cases),
         np.load(place / "images.npy", mmap_mode="r"),
         np.load(place / "masks.npy", mmap_mode="r"),
+        np.load(place / "shapes.npy"),
         digest,
     )
 
@@ -198,17 +208,21 @@ def _fill(
     todo: Sequence[int],
     side: int,
     annotation_size: int,
-    pictures: np.ndarray,
-    masks: np.ndarray,
+    arrays: tuple[np.ndarray, np.ndarray, np.ndarray],
     rows: np.ndarray,
     progress: Callable[..., object],
 ) -> list[Problem]:
     """Decode rows `todo`; a row counts as done only after its pixels are on the disk.
 
+    Args:
+        arrays: pictures, masks and shapes of all cases, which are filled.
+        rows: checksums of what is done.
+
     Returns:
         What cannot be read, which does not stop the others, and what is odd.
     """
     problems: list[Problem] = []
+    pictures, masks, shapes = arrays
 
     def decode(row: int) -> int | None:
         case = cases[row]
@@ -222,15 +236,16 @@ def _fill(
         )
         pictures[row] = pack_image(scan.pixels, side)
         masks[row] = pack_mask(case.runs, annotation_size, side)
+        shapes[row] = scan.pixels.shape
         return row
 
     finished: list[int] = []
 
     def make_durable() -> None:
-        pictures.flush()
-        masks.flush()
+        for array in arrays:
+            array.flush()
         for row in finished:
-            rows[row] = _crc(pictures[row], masks[row])
+            rows[row] = _crc(*arrays, row)
         rows.flush()
         finished.clear()
 
@@ -276,5 +291,8 @@ def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> tuple[np.ndarray,
     return array, True
 
 
-def _crc(picture: np.ndarray, mask: np.ndarray) -> int:
-    return 1 + zlib.crc32(mask.tobytes(), zlib.crc32(picture.tobytes()))  # never UNDONE
+def _crc(pictures: np.ndarray, masks: np.ndarray, shapes: np.ndarray, row: int) -> int:
+    crc = 0
+    for array in (pictures, masks, shapes):
+        crc = zlib.crc32(array[row].tobytes(), crc)
+    return 1 + crc  # never UNDONE

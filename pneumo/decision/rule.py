@@ -60,19 +60,30 @@ def quantise(probs: Tensor) -> Tensor:
     return levels.to(torch.int16).to(torch.uint8)  # on a CPU in a tenth of the time of float to uint8
 
 
-def resize_quantise(probs: Tensor, size: int) -> Tensor:
+def resize_quantise(probs: Tensor, size: int, boxes: np.ndarray | None = None) -> Tensor:
     """Bring probabilities to the annotation grid and quantise them.
 
     Args:
         probs: (B, 1, S, S) float32.
         size: side of the annotation grid, A.
+        boxes: (B, 4) int64: first row and the one behind the last, first column and the one behind the last, where each
+            image is no padding; outside nothing can be found. None: everywhere.
 
     Returns:
         (B, A, A) uint8, on the same device.
     """
     if probs.shape[-1] != size:
         probs = F.interpolate(probs, size=(size, size), mode="bilinear", align_corners=False)
-    return quantise(probs[:, 0])
+    q = quantise(probs[:, 0])
+    return q if boxes is None else q * _inside(torch.from_numpy(boxes).to(q.device), size)
+
+
+def _inside(boxes: Tensor, size: int) -> Tensor:
+    """(B, A, A) bool: which pixels are in each image's box."""
+    place = torch.arange(size, device=boxes.device)
+    top, bottom, left, right = boxes.T[:, :, None]
+    rows, columns = (place >= top) & (place < bottom), (place >= left) & (place < right)
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def decide(q: np.ndarray, rule: Rule) -> np.ndarray:

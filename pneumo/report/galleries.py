@@ -96,7 +96,8 @@ def _predict_again(
             feed = Feed(pack, device, found.rows[inside])
             shown_bar = log.bar(inside.tolist(), title=f"galleries, fold {fold}")
             for place, (image, _) in zip(shown_bar, feed.batches(batches), strict=True):
-                predicted = ensemble.predict(models, image, size, [found.image_ids[place]])
+                boxes = pack.boxes(found.rows[[place]], size)
+                predicted = ensemble.predict(models, image, size, [found.image_ids[place]], boxes)
                 mask = runs_to_mask(decide(predicted.q[0], rule), size, size)
                 truth = runs_to_mask(data.cases[found.rows[place]].runs, size, size)
                 pixels = image[0, 0].cpu().numpy()

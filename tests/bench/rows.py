@@ -92,6 +92,12 @@ def _x_ray(number: int, side: int) -> phantom.Phantom:
     return phantom.draw(np.random.default_rng(number), side, number % 2 == 0)
 
 
+def pack_of(images: np.ndarray, bits: np.ndarray) -> Pack:
+    """A pack of square pictures."""
+    count, side = images.shape[:2]
+    return Pack(tuple(map(str, range(count))), images, bits, np.full((count, 2), side), "made up")
+
+
 def batch_of(setup: Setup, count: int, side: int) -> tuple[Tensor, Tensor]:
     """(B, 1, S, S) uint8 images and masks on the device."""
     images, masks = x_rays(count, side)
@@ -179,8 +185,7 @@ def transform_of(setup: Setup) -> Callable[..., tuple[Tensor, Tensor]]:
 def fed(setup: Setup, side: int, batch: int, count: int, target: str) -> Row:
     """Training with feed and augmentation against the bare step on tensors that lie ready."""
     images, masks = x_rays(batch * 4, side)
-    pack = Pack(tuple(map(str, range(len(images)))), images, np.packbits(masks, axis=2), "made up")
-    feed = Feed(pack, setup.device, np.arange(len(images)))
+    feed = Feed(pack_of(images, np.packbits(masks, axis=2)), setup.device, np.arange(len(images)))
     plan = [np.random.default_rng(i).permutation(len(images))[:batch] for i in range(count)]
     dtype = engine.autocast_dtype("auto", setup.device)
     step = timed_step(setup, dtype, batch, side)
@@ -288,7 +293,7 @@ def epoch_of_batches(setup: Setup) -> Iterator[Row]:
     for name, array in (("images", images), ("masks", np.packbits(masks, axis=2))):
         np.save(setup.folder / f"{name}.npy", array)
         mapped.append(np.load(setup.folder / f"{name}.npy", mmap_mode="r"))
-    feed = Feed(Pack(tuple(map(str, range(count))), *mapped, "made up"), setup.device, np.arange(count))
+    feed = Feed(pack_of(*mapped), setup.device, np.arange(count))
     loader = rivals.png_loader(setup.folder / "png", count, 8)
 
     def ours() -> int:
@@ -543,8 +548,7 @@ def growth(setup: Setup) -> Iterator[Row]:
 
     yield scaling("pack", many, repeats, pack, "PNG of 64 px")
 
-    packed = Pack(tuple(map(str, range(len(images)))), images, bits, "made up")
-    feed = Feed(packed, setup.device, np.arange(len(images)))
+    feed = Feed(pack_of(images, bits), setup.device, np.arange(len(images)))
 
     def show(count: int) -> None:
         for _ in feed.batches(cut(np.arange(count), 16)):

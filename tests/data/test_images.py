@@ -440,6 +440,17 @@ def test_padding_is_equal_on_both_sides():
     np.testing.assert_array_equal(square.any(axis=1), [False, True, True, False, False])
 
 
+@pytest.mark.parametrize("side", [1, 7, 64, 100])
+def test_boxes_are_where_an_image_lies_on_a_grid(side):
+    shapes = [*np.random.default_rng(side).integers(1, 130, (60, 2)).tolist(), [1, 100], [100, 1], [50, 50], [40, 64]]
+    for shape, (top, bottom, left, right) in zip(shapes, images.boxes(np.array(shapes), side).tolist(), strict=True):
+        square = images.to_square(np.ones(shape, dtype=np.bool_))
+        centres = (2 * np.arange(side) + 1) * len(square) // (2 * side)
+        found = np.zeros((side, side), dtype=np.bool_)
+        found[top:bottom, left:right] = True
+        np.testing.assert_array_equal(found, square[np.ix_(centres, centres)])
+
+
 def test_wrong_square_is_refused():
     with pytest.raises(ValueError, match=r"\(5, 5\)"):
         images.from_square(np.zeros((6, 6)), 5, 4)

@@ -50,6 +50,22 @@ def test_images_and_masks_by_row(tmp_path):
     assert mask[15, 10] == 1 and mask[14, 10] == 0
 
 
+def test_what_is_no_square_is_known(tmp_path):
+    cases = made_up(tmp_path / "x")
+    Image.fromarray(np.zeros((40, 128), dtype=np.uint8)).save(cases[1].path)
+    packed = open_it(tmp_path / "p", cases)
+    assert packed.shapes.tolist() == [[128, 128], [40, 128], *[[128, 128]] * 3]
+    assert packed.boxes(np.array([0, 2]), GRID) is None
+    assert packed.boxes(np.array([2, 1]), GRID).tolist() == [[0, 128, 0, 128], [44, 84, 0, 128]]
+
+
+def test_a_pack_without_shapes_is_made_anew(tmp_path, monkeypatch):
+    cases = made_up(tmp_path / "x")
+    first = open_it(tmp_path / "p", cases)
+    next((tmp_path / "p").glob("*/shapes.npy")).unlink()
+    assert np.array_equal(open_it(tmp_path / "p", cases).shapes, first.shapes)
+
+
 def test_masks_at_the_grids_own_size_are_exact():
     mask = np.random.default_rng(0).random((GRID, GRID)) < 0.3
     bits = pack.pack_mask(mask_to_runs(mask), GRID, GRID)

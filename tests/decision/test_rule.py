@@ -28,6 +28,15 @@ def test_resizing_keeps_a_constant():
     assert torch.equal(resize_quantise(probs, 8), quantise(probs[:, 0]))
 
 
+def test_nothing_is_found_outside_of_a_box():
+    probs = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    boxes = np.array([[2, 18, 0, 20], [0, 20, 0, 20], [3, 3, 5, 9]])
+    plain, found = resize_quantise(probs, 20), resize_quantise(probs, 20, boxes)
+    assert plain.min() > 0 and found.dtype == torch.uint8
+    assert torch.equal(found[1], plain[1]) and not found[2].any()
+    assert torch.equal(found[0, 2:18], plain[0, 2:18]) and not found[0, :2].any() and not found[0, 18:].any()
+
+
 def q_map() -> np.ndarray:
     q = np.zeros((20, 20), dtype=np.uint8)
     q[2:6, 2:6] = 140  # 16 pixels above 0.5

@@ -48,7 +48,7 @@ def predict(trained):
         with pytest.MonkeyPatch.context() as patch:
             images, real = [], ensemble.predict
             patch.setattr(
-                ensemble, "predict", lambda m, x, size, names: images.extend(names) or real(m, x, size, names)
+                ensemble, "predict", lambda m, x, size, names, box: images.extend(names) or real(m, x, size, names, box)
             )
             given.predict(recipe, models, ruling, given.find(paths, out), out, CPU)
         return len(images)
@@ -506,7 +506,9 @@ def test_a_name_that_is_too_long_costs_only_its_file(trained, scans, tmp_path, c
         shutil.copy(scans / "test-000.png", place / long)
     out, computed, real = tmp_path / "out", [], ensemble.predict
     with monkeypatch.context() as patch:
-        patch.setattr(ensemble, "predict", lambda m, x, size, names: computed.extend(names) or real(m, x, size, names))
+        patch.setattr(
+            ensemble, "predict", lambda m, x, size, names, b: computed.extend(names) or real(m, x, size, names, b)
+        )
         with pytest.raises(DataError, match=r"2 of 9 files could not be predicted: .*xxx.png: .* too long. Rename it"):
             given.predict(*trained, given.find([scans], out), out, CPU)
     assert not any(long in name for name in computed) and len(computed) == IMAGES

@@ -48,8 +48,8 @@ def test_rows_codes_and_empty_masks(recipe, monkeypatch, capsys, figure):
     maps: dict[str, np.ndarray] = {}
     real = ensemble.predict
 
-    def kept(models, image, size, names):
-        found = real(models, image, size, names)
+    def kept(models, image, size, names, boxes=None):
+        found = real(models, image, size, names, boxes)
         maps.update(zip(names, found.q, strict=True))
         return found
 

@@ -15,7 +15,7 @@ import shutil
 import time
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -275,6 +275,15 @@ def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     else:
         for key, value in items:
             yield from leaves(value, f"{name}.{key}" if name else str(key))
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """A hash of weights, 64 hex digits; not of what else a file holds, as the seconds that it took."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def sha256(path: Path) -> str:

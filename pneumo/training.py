@@ -111,6 +111,9 @@ class Position:
 def train_stage(recipe: Recipe, data: Dataset, fold: int, stage: int, device: torch.device) -> None:
     """Train one stage of one fold to its end, from where it was left if it was started before.
 
+    A stage that is done goes on if it is given more epochs: on a plateau schedule an epoch does not depend on how many
+    follow, so it ends as if it had had them from the start.
+
     Writes last.pt, best.pt, log.jsonl, config.toml and status.json into the recipe's run folder, and ema.pt and the
     kept epochs where the recipe asks for them.
 
@@ -264,6 +267,7 @@ class _Run:
         inside = data.folds == fold
         self.training, self.validation = np.flatnonzero(~inside), np.flatnonzero(inside)
         self.transform = augment.transform
+        self.start = ""  # fingerprint of the weights of the stage before that this one began with; "" of the encoder's
         self.position = Position()
         self.saved: dict[str, Any] | None = None  # the position that last.pt holds
         self.noted = 0  # the step of the epoch whose numbers the host reads next
@@ -322,6 +326,8 @@ class _Run:
     def _build(self, saved: dict[str, Any] | None) -> None:
         """Make model, optimizer and schedule, and put them where a checkpoint left them."""
         begin = None if saved is not None else self._start_weights()
+        if begin is not None:
+            self.start = checkpoint.fingerprint(begin["model"])
         known = saved is not None or begin is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(feeds.key(self.recipe.seed, self.fold, "model"))
@@ -359,6 +365,7 @@ class _Run:
         )
         if saved is not None:
             with _of_this_run(self.folder):
+                self.start = saved["start"]
                 self.optimizer.load_state_dict(saved["optimizer"])
                 self.plateau.load_state_dict(saved["plateau"])
                 self.scaler.load_state_dict(saved["scaler"])
@@ -455,6 +462,7 @@ class _Run:
                         + (f" ({earlier:,} images earlier)." if earlier > 0 else ".")
                     )
                 self._check_same(saved, path)
+                self._check_start(saved, path)
                 if name := checkpoint.not_finite(saved):
                     raise NotFiniteError(
                         f"{path} cannot be used: {one_line(name)} is not finite. Restore it, or delete "
@@ -473,6 +481,9 @@ class _Run:
         mine = {**self.identity["settings"], "processes": dist.world(), "autocast": str(self.dtype)}
         theirs = {**saved["settings"], "processes": saved["processes"], "autocast": saved["autocast"]}
         theirs.pop("predict.batch_size", None)  # compared once; it is free, so that a run can go on with less memory
+        epochs = f"stage.{self.stage}.epochs"
+        if self.settings.schedule == "plateau" and theirs[epochs] < mine[epochs]:
+            theirs[epochs] = mine[epochs]  # as if it had had them from the start
         changed = [
             f"{key}: {theirs.get(key)} -> {mine.get(key)}"
             for key in sorted(mine.keys() | theirs.keys())
@@ -487,6 +498,24 @@ class _Run:
             raise UsageError(
                 f"{path} was made with other settings ({'; '.join(changed)}). Go back to them, choose another "
                 f"folder (--set runs=DIR), or delete {self.folder} to start this stage anew."
+            )
+
+    def _check_start(self, saved: dict[str, Any], path: Path) -> None:
+        """Refuse to go on where the stage before has been trained to other weights since.
+
+        Where its best.pt is gone or cannot be read, nothing is compared.
+        """
+        before = self.recipe.start_folder(self.fold, self.stage)
+        if before is None:
+            return
+        try:
+            now = checkpoint.fingerprint(checkpoint.load(before / "best.pt")["model"])
+        except (DataError, LookupError, AttributeError):
+            return
+        if now != saved["start"]:
+            raise UsageError(
+                f"{path} began with other weights than {before / 'best.pt'} now holds. Delete {self.folder} to train "
+                f"this stage anew from them, or restore that file."
             )
 
     def _train_epoch(self, feed: Feed, plan: list[list[np.ndarray]]) -> None:
@@ -662,7 +691,8 @@ class _Run:
     def _keep(self, name: str, record: dict[str, Any]) -> None:
         """Write the weights that the model now has as a checkpoint to predict from."""
         if dist.is_main():
-            self._write({**self.identity, "model": self._weights(), "record": record}, self.folder / name)
+            state = {**self.identity, "start": self.start, "model": self._weights(), "record": record}
+            self._write(state, self.folder / name)
 
     def _prune(self) -> None:
         """Remove kept epochs that others have overtaken, before the next is kept: the disk need not hold more."""
@@ -681,6 +711,7 @@ class _Run:
             return
         state = {
             **self.identity,
+            "start": self.start,
             "model": self._weights(),
             "optimizer": self.optimizer.state_dict(),
             "plateau": self.plateau.state_dict(),

@@ -212,6 +212,51 @@ def test_a_finished_stage_is_left_alone(straight, monkeypatch, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_a_finished_stage_goes_on_with_more_epochs(repo, root, tmp_path, copied):
+    """And ends in the same bits as one that had them from the start."""
+    _, folder = copied
+    log_before = log.read_jsonl(folder / "log.jsonl")
+    longer = small_run.recipe(repo, root, tmp_path, "stage.1.epochs=4")
+    assert train(longer) == folder
+    assert log.read_jsonl(folder / "log.jsonl")[:2] == log_before
+    whole = train(small_run.recipe(repo, root, tmp_path / "whole", "stage.1.epochs=4"))
+    assert differing(checkpoint.load(folder / "last.pt"), checkpoint.load(whole / "last.pt")) == []
+    best, of_whole = (checkpoint.load(place / "best.pt") for place in (folder, whole))
+    assert differing({**best, "settings": None}, {**of_whole, "settings": None}) == []
+    assert log.read_status(folder)["epochs"] == 4 and log.read_status(folder)["state"] == "done"
+    with pytest.raises(UsageError, match=r"stage\.1\.epochs: 4 -> 3"):
+        train(small_run.recipe(repo, root, tmp_path, "stage.1.epochs=3"))
+
+
+def test_a_cosine_schedule_has_its_length(repo, root, tmp_path):
+    how = ("stage.1.schedule=cosine", "stage.1.epochs=1")
+    train(small_run.recipe(repo, root, tmp_path, *how))
+    with pytest.raises(UsageError, match=r"stage\.1\.epochs: 1 -> 2"):
+        train(small_run.recipe(repo, root, tmp_path, *how[:1], "stage.1.epochs=2"))
+
+
+@pytest.mark.fault("R21", "stage 1 trained to other weights after stage 2 began with it")
+def test_a_stage_that_began_with_other_weights_is_refused(repo, root, straight, tmp_path, copied, figure):
+    recipe, first = copied
+    second = recipe.stage_folder(0, 2)
+    shutil.copytree(straight.stage_folder(0, 2), second)
+    best = checkpoint.load(first / "best.pt")
+    assert checkpoint.load(second / "last.pt")["start"] == checkpoint.fingerprint(best["model"])
+    assert checkpoint.load(first / "last.pt")["start"] == ""
+    best["record"]["seconds"] = 0.0  # says nothing of the weights
+    checkpoint.save(best, first / "best.pt")
+    train(recipe, stage=2)
+    best["model"]["head.bias"] += 1e-3
+    checkpoint.save(best, first / "best.pt")
+    with pytest.raises(UsageError, match=r"stage2/last.pt began with other weights than .*stage1/best.pt now holds"):
+        train(recipe, stage=2)
+    (first / "best.pt").write_bytes(b"cut off")  # not known to be other weights
+    train(recipe, stage=2)
+    (first / "best.pt").unlink()
+    train(recipe, stage=2)
+    figure("refused; with its best.pt gone it goes on")
+
+
 def test_a_cuda_graph_needs_a_gpu(repo, root, tmp_path):
     recipe = small_run.recipe(repo, root, tmp_path / "runs", "train.compile=graph")
     with pytest.raises(

@@ -146,8 +146,8 @@ def score(options: argparse.Namespace) -> None:
     def shown(name: str) -> str:
         if result[name] is None:
             return "-"
-        low, high = result[f"{name}_interval"]
-        return f"{result[name]:.4f} ({low:.4f} to {high:.4f})"
+        ends = result[f"{name}_interval"]
+        return f"{result[name]:.4f}" + ("" if ends is None else f" ({ends[0]:.4f} to {ends[1]:.4f})")
 
     print(
         f"{result['cases']} cases, {result['positives']} positive; 95 % intervals\n"

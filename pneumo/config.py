@@ -140,7 +140,7 @@ class PredictConfig:
 
     batch_size: Annotated[int, "[0, 65536]"]
     mirror: bool
-    weights: Literal["best", "ema", "average"]
+    weights: Literal["best", "last", "ema", "average"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,12 +24,15 @@ class Dataset:
     Attributes:
         cases: N cases, by id.
         folds: (N,) fold of each.
+        groups: N names of what belongs together, images of a patient and those that the split kept in one group; None
+            for an image on its own.
         digest: hash of all images and annotations.
         split: hash of who is in which fold.
     """
 
     cases: tuple[Case, ...]
     folds: np.ndarray
+    groups: tuple[str | None, ...]
     digest: str
     split: str
 
@@ -98,7 +101,8 @@ def load(recipe: Recipe) -> Dataset:
         if not path.exists():
             split(recipe, found, packed)
     fold_of = read_folds(recipe, found)
-    return Dataset(tuple(found), fold_of, packed.digest, folds.fingerprint(ids, fold_of))
+    groups = folds.join_groups([case.patient for case in found], folds.kept_together(path, ids))
+    return Dataset(tuple(found), fold_of, tuple(groups), packed.digest, folds.fingerprint(ids, fold_of))
 
 
 def read_folds(recipe: Recipe, found: Sequence[Case]) -> np.ndarray:

@@ -6,7 +6,7 @@ Imports config, engine, model, decision, training, checkpoint, errors.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pneumo import checkpoint, engine, training
 from pneumo.config import ModelConfig, Recipe
 from pneumo.decision import tables
-from pneumo.decision.rule import LEVELS, resize_quantise
+from pneumo.decision.rule import LEVELS, image_score, resize_quantise
 from pneumo.errors import DataError, NotFiniteError, UsageError, one_line
 from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
@@ -26,7 +26,7 @@ class Ensemble:
     """The networks of some folds, ready to predict.
 
     Attributes:
-        models: one or, of averaged epochs, several per fold, on the device, in evaluation.
+        models: for each fold its networks, one or, of averaged epochs, several; on the device, in evaluation.
         image_size: side of the images they take, pixels.
         sources: path and sha256 of each checkpoint.
         dtype: autocast type.
@@ -36,7 +36,7 @@ class Ensemble:
         batch_size: images that `predict` is given at a time.
     """
 
-    models: tuple[nn.Module, ...]
+    models: tuple[tuple[nn.Module, ...], ...]
     image_size: int
     sources: dict[str, str]
     dtype: torch.dtype
@@ -55,7 +55,8 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
     """
     stage = recipe.stages
     engine.make_room(device)
-    models, sources, origins = [], {}, set()
+    models: list[tuple[FoldedUNet, ...]] = []
+    sources, origins = {}, set()
     dtype = engine.autocast_dtype(recipe.train.amp, device)
     for fold in folds:
         folder = recipe.stage_folder(fold, stage)
@@ -63,6 +64,7 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
             training.check_finished(folder, recipe.command(f"cv FOLDS={fold}"))
         except UsageError as error:
             raise UsageError(f"fold {fold} cannot predict: {error}, or choose folds with --folds") from None
+        networks = []
         for path in _files(recipe, folder):
             state = training.load_weights(path, digest=None, split=None, fold=fold)
             if (side := state["settings"].get(f"stage.{stage}.image_size")) != recipe.stage[stage].image_size:
@@ -70,13 +72,14 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
                     f"{path} was trained at {side} px, the recipe now says "
                     f"stage.{stage}.image_size={recipe.stage[stage].image_size}"
                 )
-            models.append(FoldedUNet(build(state, path).to(device), dtype).eval())
+            networks.append(FoldedUNet(build(state, path).to(device), dtype).eval())
             sources[str(path)] = checkpoint.sha256(path)
             origins.add((state["digest"], state["split"]))
+        models.append(tuple(networks))
     if len(origins) > 1:
         raise DataError(f"the folds {list(folds)} of {recipe.folder} were not trained on one split of one data set")
     side = recipe.stage[stage].image_size
-    batch_size = training.evaluation_batch(recipe, models[0], side, dtype, device)
+    batch_size = training.evaluation_batch(recipe, models[0][0], side, dtype, device)
     return Ensemble(tuple(models), side, sources, dtype, recipe.predict.mirror, *origins.pop(), batch_size)
 
 
@@ -122,19 +125,22 @@ def _files(recipe: Recipe, folder: Path) -> list[Path]:
     return [path]
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """What an ensemble says of B images, on the annotation grid, on the host.
 
     Attributes:
         q: (B, A, A) uint8 quantised probabilities.
         agreement: (B, 257) float64, of each network with itself on the mirror image, the mean over networks; 1 without
-            mirror. It means the same of one network as of many, so what was learned out of fold, where one network
-            predicts, holds for an ensemble. See `pneumo.decision.tables.agreement`.
+            mirror. See `pneumo.decision.tables.agreement`.
+        scores: (B, F) float64, the image score by each fold's networks alone.
+
+    Agreement and scores mean the same of one fold as of several, so what was learned from them out of fold, where one
+    fold predicts, holds for an ensemble; of the average of probabilities that is not true: it is surer, and no better.
     """
 
     q: np.ndarray
     agreement: np.ndarray
+    scores: np.ndarray
 
 
 @torch.inference_mode()
@@ -153,26 +159,33 @@ def predict(
     Raises:
         NotFiniteError: a probability is not a number; it would have become an innocent empty mask.
     """
-    total = torch.zeros(image.shape, dtype=torch.float32, device=image.device)
-    alike = []
-    for views in _views(ensemble, image):
-        for probs in views:
-            total += probs
-        if ensemble.mirror:
-            alike.append(tables.agreement(*(resize_quantise(probs, annotation_size, boxes) for probs in views)))
-    probs = total / (len(ensemble.models) * len(views))
-    finite = probs.isfinite().flatten(1).all(dim=1).tolist()
+    mean = torch.zeros(image.shape, dtype=torch.float32, device=image.device)
+    histograms, alike = [], []
+    for networks in ensemble.models:
+        total = torch.zeros(image.shape, dtype=torch.float32, device=image.device)
+        for views in _views(ensemble, networks, image):
+            for probs in views:
+                total += probs
+            if ensemble.mirror:
+                alike.append(tables.agreement(*(resize_quantise(probs, annotation_size, boxes) for probs in views)))
+        total /= len(networks) * len(views)
+        mean += total / len(ensemble.models)
+        q = resize_quantise(total, annotation_size, boxes)
+        histograms.append(tables.histogram(q))
+    finite = mean.isfinite().flatten(1).all(dim=1).tolist()
     if bad := [name for name, good in zip(names, finite, strict=True) if not good]:
         raise NotFiniteError(f"the networks' probabilities of {', '.join(bad[:5])} are not numbers")
-    q = resize_quantise(probs, annotation_size, boxes)
+    if len(ensemble.models) > 1:
+        q = resize_quantise(mean, annotation_size, boxes)
+    scores = image_score(torch.stack(histograms, dim=1).cpu().numpy())
     agreement = torch.stack(alike).mean(dim=0).cpu().numpy() if alike else np.ones((len(image), LEVELS + 1))
-    return Prediction(q.cpu().numpy(), agreement)
+    return Prediction(q.cpu().numpy(), agreement, scores)
 
 
-def _views(ensemble: Ensemble, image: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _views(ensemble: Ensemble, networks: Sequence[nn.Module], image: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield each network's (B, 1, S, S) float32 probabilities: of the image, and of its mirror image turned back."""
     batch = torch.cat([image, image.flip(-1)]) if ensemble.mirror else image
-    for model in ensemble.models:
+    for model in networks:
         probs = engine.predict_logits(model, batch, ensemble.dtype).sigmoid()
         if ensemble.mirror:
             plain, mirrored = probs.chunk(2)

@@ -169,8 +169,8 @@ def predict(
                         _keep_records(others, out)
                         forgotten = True
                     tasks = [
-                        writers.submit(_write_file, *one, q, agreement, ruling, out)
-                        for one, q, agreement in zip(found.scans, predicted.q, predicted.agreement, strict=True)
+                        writers.submit(_write_file, *one, of, ruling, out)
+                        for one, *of in zip(found.scans, *predicted, strict=True)
                     ]
                 pending.append((found.key, found.complaints, tasks))
                 while len(pending) > BEHIND:
@@ -329,11 +329,15 @@ def _write_records(records: list[dict[str, Any]], others: Sequence[dict[str, Any
 
 
 def _write_file(
-    given: Given, scan: Scan, digest: str, q: np.ndarray, agreement: np.ndarray, ruling: Ruling, out: Path
+    given: Given, scan: Scan, digest: str, of: Sequence[np.ndarray], ruling: Ruling, out: Path
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Write mask and overlay of one file; return its record, and the outputs' lengths in bytes by name."""
+    """Write mask and overlay of one file; return its record, and the outputs' lengths in bytes by name.
+
+    Args:
+        of: of the file, the parts of `ensemble.Prediction`.
+    """
     height, width = scan.pixels.shape
-    decided = runs_to_mask(decide(q, ruling.rule), *q.shape)
+    decided = runs_to_mask(decide(of[0], ruling.rule), *of[0].shape)
     longer = max(height, width)
     square = Image.fromarray(decided).resize((longer, longer), Image.Resampling.NEAREST)
     mask = images.from_square(np.asarray(square), height, width)
@@ -345,7 +349,7 @@ def _write_file(
         "place": _place(given.path),
         "sha256": digest,
         "mask": names[0],
-        **inference.describe(q, agreement, ruling),
+        **inference.describe(*of, ruling),
         "pneumothorax": area > 0,  # in the file's own pixels, as its mask
         "area_pixels": area,
         "area_cm2": None if scan.spacing is None else area * scan.spacing[0] * scan.spacing[1] / 100,

@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,8 @@ def predict_test(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch
     batches = cut(np.arange(len(found)), models.batch_size)
     depends_on = {**basis(recipe, models, ruling, device), "data": pack.digest}
 
-    def code(row: int, q: np.ndarray, agreement: np.ndarray) -> tuple[dict[str, Any], str]:
-        runs = decide(q, ruling.rule)
-        return {"ImageId": found[row].image_id, **describe(q, agreement, ruling)}, rle.encode_runs(runs)
+    def code(row: int, *of: np.ndarray) -> tuple[dict[str, Any], str]:
+        return {"ImageId": found[row].image_id, **describe(*of, ruling)}, rle.encode_runs(decide(of[0], ruling.rule))
 
     with (
         open_journal(recipe.folder / "predict", depends_on, instead="another recipe or --set runs=DIR") as journal,
@@ -78,7 +77,7 @@ def predict_test(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch
             rows = batches[place].tolist()
             names, boxes = [found[row].image_id for row in rows], pack.boxes(batches[place], size)
             predicted = ensemble.predict(models, image, size, names, boxes)
-            pending.append((place, pool.map(code, rows, predicted.q, predicted.agreement)))
+            pending.append((place, pool.map(code, rows, *predicted)))
             while len(pending) > BEHIND:
                 settle()
         while pending:
@@ -117,7 +116,7 @@ def _write_submission(
     checkpoint.write_atomic(path.with_suffix(".json"), log.dumps(origin, indent=1).encode() + b"\n")
     _write_referrals([record for record, _ in written], recipe.folder / "referral.csv")
     log.say(
-        f"{path}: {submission.summary(codes, size)}; networks: {len(models.models)}, rule of "
+        f"{path}: {submission.summary(codes, size)}; networks: {sum(map(len, models.models))}, rule of "
         f"{'the recipe' if ruling.source == 'recipe' else ruling.source}: {tuning.describe(ruling.rule)}"
     )
 
@@ -140,17 +139,24 @@ def basis(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch.device
     }
 
 
-def describe(q: np.ndarray, agreement: np.ndarray, ruling: Ruling) -> dict[str, Any]:
-    """How sure the ensemble is of one image, and how good its mask probably is."""
+def describe(q: np.ndarray, agreement: np.ndarray, scores: np.ndarray, ruling: Ruling) -> dict[str, Any]:
+    """How sure the ensemble is of one image, and how good its mask probably is.
+
+    Args:
+        q, agreement, scores: of one image, as of `ensemble.Prediction`.
+    """
     unknown = np.empty((0, 2), dtype=np.int64)
     table = tables.measure(q, unknown, np.array([level(ruling.rule.threshold)]), agreement)
     signals = trust.signals(table, ruling.rule)
+    by_fold = [replace(signals, score=scores[place : place + 1]) for place in range(len(scores))]
     return {
         "score": float(signals.score[0]),
         "pneumothorax": bool(signals.decided[0]),
         "area_grid": int(signals.area[0]),
         "agreement": float(signals.agreement[0]),
-        "expected_dice": None if ruling.trust is None else float(ruling.trust.expected_dice(signals)[0]),
+        "expected_dice": None
+        if ruling.trust is None
+        else float(np.mean([ruling.trust.expected_dice(one)[0] for one in by_fold])),
     }
 
 

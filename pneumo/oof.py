@@ -265,7 +265,7 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
         image_ids=tuple(data.cases[row].image_id for row in rows),
         rows=order,
         folds=data.folds[order],
-        groups=metrics.groups_of([data.cases[row].patient for row in rows]),
+        groups=metrics.groups_of([data.groups[row] for row in rows]),
         tables=tables.join(parts),
         sources=sources,
     )

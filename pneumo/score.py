@@ -35,7 +35,8 @@ def score_files(
     Returns:
         "cases", "positives", "dice", "dice_positive", "true_negative_rate", "sensitivity", "specificity" (of the
         images' decisions; the latter is the true-negative rate), "all_empty", and [low, high] as "dice_interval",
-        "dice_positive_interval", "sensitivity_interval", "specificity_interval"; None for a mean over no case.
+        "dice_positive_interval", "sensitivity_interval", "specificity_interval"; None for a mean over no case, and for
+        an interval of too few.
 
     Raises:
         DataError: a file is wrong, or the truth lacks ids; names them.
@@ -72,9 +73,8 @@ def score_files(
     result: dict[str, Any] = {"cases": scores.cases, "positives": scores.positives, "all_empty": scores.all_empty}
     for name in ("dice", "dice_positive", "sensitivity", "specificity"):
         found = getattr(scores, name)
-        counted = not np.isnan(found.value)
-        result[name] = found.value if counted else None
-        result[f"{name}_interval"] = [found.low, found.high] if counted else None
+        result[name] = None if np.isnan(found.value) else found.value
+        result[f"{name}_interval"] = [found.low, found.high] if found.has_ends else None
     result["true_negative_rate"] = result["specificity"]
     return result
 

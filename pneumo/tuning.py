@@ -82,7 +82,7 @@ def run(recipe: Recipe, data: Dataset) -> Tuned:
         + ", ".join(
             f"{name} {_number(value)} (in-sample {_number(in_sample[name])})" for name, value in shares.items()
         ),
-        f"gain             {gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}) over the recipe's rule, paired",
+        f"gain             {gain.signed} over the recipe's rule, paired",
     )
     if recipe.tune.objective == "dice" and gain.high < 0:
         log.warn("the chosen rule is worse than the recipe's on folds that had no say in it: use --rule recipe")
@@ -95,11 +95,11 @@ def run(recipe: Recipe, data: Dataset) -> Tuned:
         "objective": recipe.tune.objective,
         **({} if recipe.tune.objective == "dice" else {"target": recipe.tune.target}),
         "dice_cross_fitted": dice.value,
-        "dice_interval": [dice.low, dice.high],
+        **({"dice_interval": [dice.low, dice.high]} if dice.has_ends else {}),
         "dice_in_sample": tuned.in_sample,
         "dice_recipe": float(tuned.baseline.mean()),
         "gain": gain.value,
-        "gain_interval": [gain.low, gain.high],
+        **({"gain_interval": [gain.low, gain.high]} if gain.has_ends else {}),
         "all_empty": all_empty,
         **{f"{name}_cross_fitted": value for name, value in shares.items() if value is not None},
     }

@@ -3,10 +3,12 @@ import pytest
 import torch
 from torch import nn
 
-from pneumo import ensemble
-from pneumo.decision.rule import quantise
+from pneumo import ensemble, inference
+from pneumo.decision.rule import Rule, image_score, quantise
+from pneumo.decision.trust import Trust
 from pneumo.ensemble import Ensemble
 from pneumo.errors import NotFiniteError, UsageError
+from pneumo.tuning import Ruling
 
 
 class LeftRight(nn.Module):
@@ -23,7 +25,7 @@ class LeftRight(nn.Module):
 
 
 def made(*models: nn.Module, mirror: bool) -> Ensemble:
-    return Ensemble(models, 8, {}, torch.float32, mirror, "data", "split", 8)
+    return Ensemble(tuple((model,) for model in models), 8, {}, torch.float32, mirror, "data", "split", 8)
 
 
 def image() -> torch.Tensor:
@@ -62,6 +64,31 @@ def test_agreement_means_the_same_of_one_network_as_of_many():
     both = ensemble.predict(made(LeftRight(1.0), LeftRight(3.0), mirror=True), image(), 8, "abc")
     assert both.agreement == pytest.approx((one.agreement + other.agreement) / 2, abs=1e-12)
     assert one.agreement[:, 128].max() < 1 and other.agreement[:, 128].max() < 1
+
+
+def test_scores_and_expected_dice_are_of_each_fold_alone():
+    """The average of two surer networks is surer, and would be believed more than either was out of fold."""
+    networks = (LeftRight(-3.0), LeftRight(-1.0), LeftRight(3.0))
+    alone = [ensemble.predict(made(network, mirror=False), image(), 8, "abc") for network in networks]
+    folds = Ensemble(((networks[0],), networks[1:]), 8, {}, torch.float32, False, "data", "split", 8)
+    found = ensemble.predict(folds, image(), 8, "abc")
+    pair = ensemble.predict(
+        Ensemble((networks[1:],), 8, {}, torch.float32, False, "data", "split", 8), image(), 8, "abc"
+    )
+    assert found.scores.shape == (3, 2)
+    np.testing.assert_array_equal(found.scores, np.concatenate([alone[0].scores, pair.scores], axis=1))
+    probs = (probs_of(-3.0, image()) + (probs_of(-1.0, image()) + probs_of(3.0, image())) / 2) / 2
+    assert torch.equal(torch.from_numpy(found.q), quantise(probs)[:, 0])
+    learned = Trust((((0.0, 1.0), (0.0, 1.0)), ((0.0,), (0.5,))))  # expected Dice of an empty mask is 1 - score
+    empty = inference.describe(
+        found.q[0], found.agreement[0], found.scores[0], Ruling(Rule(threshold=1.0), "", learned)
+    )
+    assert not empty["pneumothorax"] and empty["expected_dice"] == pytest.approx(1 - found.scores[0].mean())
+    assert empty["score"] == image_score(np.bincount(found.q[0].ravel(), minlength=256))
+    any_ = inference.describe(
+        found.q[0], found.agreement[0], found.scores[0], Ruling(Rule(threshold=1 / 256), "", learned)
+    )
+    assert any_["pneumothorax"] and any_["expected_dice"] == 0.5
 
 
 @pytest.mark.fault("S4", "one pixel of one image not a number in one of two networks")

@@ -64,6 +64,19 @@ def test_every_case_by_the_fold_that_did_not_see_it(recipe, capsys):
     assert "there already" in capsys.readouterr().out
 
 
+def test_near_duplicates_are_resampled_together(repo, root, tmp_path):
+    """As the split keeps them together: else intervals would take them for as many independent cases."""
+    shutil.copytree(root, tmp_path / "data")
+    shutil.copy(tmp_path / "data/train/train-001.png", tmp_path / "data/train/train-017.png")  # of no known patient
+    recipe = small_run.recipe(repo, tmp_path / "data", tmp_path / "runs", *SMALL)
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    found = oof.load(recipe, data)
+    of = dict(zip(found.image_ids, found.groups.tolist(), strict=True))
+    assert of["train-017"] == of["train-001"] == of["train-000"]  # the first two of them are one patient's
+    assert len(set(of.values())) == 9
+
+
 def test_tables_and_a_submission_score_alike(recipe, root, tmp_path):
     """The tables' Dice is what `score` says of a submission that holds the same masks."""
     data = small_run.pretend_trained(recipe)
@@ -110,14 +123,14 @@ def test_padding_counts_nowhere(repo, root, tmp_path):
     rows = np.flatnonzero(data.folds == 0)
     pack = dataset.open_pack(recipe, "train", data.cases, 64)
     ((image, _),) = Feed(pack, CPU, rows).batches([rows])
-    ((plain, mirrored),) = ensemble._views(models, image)
+    ((plain, mirrored),) = ensemble._views(models, models.models[0], image)
     for row, first, second in zip(rows, *(resize_quantise(probs, 64) for probs in (plain, mirrored)), strict=True):
         inside = slice(None) if row == 0 else slice(12, 51)
         alike = float(metrics.dice(first[inside].numpy() >= 128, second[inside].numpy() >= 128))
         assert found.tables.agreement[found.rows.tolist().index(row), place] == pytest.approx(alike, abs=1e-6)
 
     scored = engine.evaluate(
-        models.models[0],
+        models.models[0][0],
         Feed(pack, CPU, rows),
         rows,
         lambda row: data.cases[row].runs,
@@ -146,7 +159,7 @@ def test_mirror_agreement_is_recorded(recipe):
     rows = np.flatnonzero(data.folds == 0)
     pack = dataset.open_pack(recipe, "train", data.cases, 64)
     ((image, _),) = Feed(pack, CPU, rows).batches([rows])
-    ((plain, mirrored),) = ensemble._views(models, image)
+    ((plain, mirrored),) = ensemble._views(models, models.models[0], image)
     plain, mirrored = (resize_quantise(probs, 64) for probs in (plain, mirrored))
     found = oof.load(recipe, data)
     place = found.tables.place(0.5)
@@ -157,18 +170,20 @@ def test_mirror_agreement_is_recorded(recipe):
 
 
 def test_weights_are_chosen_by_name(recipe):
-    data = small_run.pretend_trained(recipe, "best.pt", "ema.pt", "epoch1.pt", "epoch2.pt")
+    data = small_run.pretend_trained(recipe, "best.pt", "ema.pt", "epoch1.pt", "epoch2.pt", "last.pt")
     found = {}
-    for weights in ("best", "ema", "average"):
+    for weights in ("best", "ema", "average", "last"):
         chosen = replace(recipe, predict=replace(recipe.predict, weights=weights, mirror=False))
         oof.write(chosen, data, CPU)
         found[weights] = oof.load(chosen, data)
-    assert [len(one.sources) for one in found.values()] == [3, 3, 6]
-    assert not np.array_equal(found["best"].tables.histogram, found["ema"].tables.histogram)
+    assert [len(one.sources) for one in found.values()] == [3, 3, 6, 3]
+    for other in ("ema", "last"):
+        assert not np.array_equal(found["best"].tables.histogram, found[other].tables.histogram)
     average = replace(recipe, predict=replace(recipe.predict, weights="average", mirror=False))
     models = ensemble.load(average, [1], CPU)
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 1, 64, 64), dtype=np.uint8))
-    (first,), (second,) = ([probs.double() for probs in views] for views in ensemble._views(models, image))
+    views = ensemble._views(models, models.models[0], image)
+    (first,), (second,) = ([probs.double() for probs in of_one] for of_one in views)
     q = ensemble.predict(models, image, 64, ["a", "b"]).q
     np.testing.assert_array_equal(q, resize_quantise(((first + second) / 2).float(), 64).numpy())
 

@@ -26,9 +26,10 @@ def test_score_by_hand(tmp_path):
     assert result["true_negative_rate"] == result["specificity"] == 0.5
     assert result["sensitivity"] == pytest.approx(2 / 3)
     assert result["all_empty"] == 0.4
-    for name in ("dice", "dice_positive", "sensitivity", "specificity"):
+    for name in ("dice", "sensitivity", "specificity"):
         low, high = result[f"{name}_interval"]
         assert low <= result[name] <= high
+    assert result["dice_positive_interval"] is None  # of three cases
 
 
 def test_an_id_without_truth_is_an_error(tmp_path):

@@ -245,6 +245,21 @@ def load(path: Path, image_ids: Sequence[str], count: int) -> np.ndarray:
     return np.array([folds[image_id] for image_id in image_ids], dtype=np.int64)
 
 
+def kept_together(path: Path, image_ids: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs of images that folds.csv has in one group, as those of a patient and near-duplicates; none without groups.
+
+    Args:
+        image_ids: N ids; a pair is two places among them.
+    """
+    place = {image_id: index for index, image_id in enumerate(image_ids)}
+    first: dict[str, int] = {}
+    pairs = []
+    for _, (image_id, group) in read_rows(path, ("ImageId", "group"), []):
+        if group and image_id in place:
+            pairs.append((first.setdefault(group, place[image_id]), place[image_id]))
+    return pairs
+
+
 def check_patients(path: Path, image_ids: Sequence[str], folds: np.ndarray, patients: Sequence[str | None]) -> None:
     """Refuse folds that part the images of a patient.
 

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from pneumo.kernels.runs import area, intersection_size
 
+FEWEST = 5  # groups that a bootstrap interval takes: of fewer, it is far too narrow
+SMALLEST_PART = 10  # positive images by size
+Z = 1.959964  # standard deviations to either side that hold 95 % of a normal distribution
+
 
 def dice(pred: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> Tensor | np.ndarray:
     """Dice of each image.
@@ -47,24 +51,38 @@ def dice_runs(pred: np.ndarray, truth: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its bootstrap 95 % interval; NaN where it is a mean over no case."""
+    """A value with its 95 % interval; all are NaN of no case, the ends alone where too few cases tell of them."""
 
     value: float
     low: float
     high: float
 
+    @property
+    def has_ends(self) -> bool:
+        return not np.isnan(self.low)
+
+    @property
+    def signed(self) -> str:
+        """As of a difference, with its sign."""
+        return self._text("+.4f")
+
     def __str__(self) -> str:
-        return f"{self.value:.4f} ({self.low:.4f} to {self.high:.4f})"
+        return self._text(".4f")
+
+    def _text(self, how: str) -> str:
+        if np.isnan(self.value):
+            return "-"
+        return f"{self.value:{how}}" + (f" ({self.low:{how}} to {self.high:{how}})" if self.has_ends else "")
 
 
-def groups_of(patients: Sequence[str | None]) -> np.ndarray:
-    """(N,) int64: which cases are resampled together: one patient's; a case of unknown patient on its own."""
-    names = [f"patient {name}" if name is not None else f"case {i}" for i, name in enumerate(patients)]
+def groups_of(names: Sequence[str | None]) -> np.ndarray:
+    """(N,) int64: which cases are resampled together: those of one name, as a patient's; one without, on its own."""
+    names = [f"group {name}" if name is not None else f"case {i}" for i, name in enumerate(names)]
     return np.unique(names, return_inverse=True)[1] if names else np.empty(0, dtype=np.int64)
 
 
 def bootstrap_means(values: np.ndarray, groups: np.ndarray, *, draws: int, seed: int) -> list[Interval]:
-    """Means with percentile intervals; whole groups are drawn with replacement.
+    """Means with percentile intervals, of at least `FEWEST` groups; whole groups are drawn with replacement.
 
     Args:
         values: (K, N) float; NaN where a case does not count.
@@ -80,9 +98,43 @@ def bootstrap_means(values: np.ndarray, groups: np.ndarray, *, draws: int, seed:
     above, below = np.split(drawn, 2, axis=1)
     means = np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
     return [
-        _interval(float(t.sum() / c.sum()) if c.sum() else float("nan"), column)
-        for t, c, column in zip(total, count, means.T, strict=True)
+        _interval(float(t.sum() / c.sum()) if c.sum() else float("nan"), column[: None if enough else 0])
+        for t, c, column, enough in zip(total, count, means.T, (count > 0).sum(axis=1) >= FEWEST, strict=True)
     ]
+
+
+def shares(values: np.ndarray, groups: np.ndarray) -> list[Interval]:
+    """Shares with Wilson's intervals, which stay honest near 0 and 1, where a bootstrap's have no width.
+
+    They are those of as many independent cases as have the variance that the groups' shares show between them; where
+    that is none, of as many as there are groups.
+
+    Args:
+        values: (K, N) float, 0 or 1; NaN where a case does not count.
+        groups: (N,) from `groups_of`.
+
+    Source:
+        Wilson 1927, doi:10.1080/01621459.1927.10502953; effective number of cases as in Korn and Graubard 1998, Survey
+        Methodology 24, 193.
+    """
+    found = []
+    for row in values:
+        counted = ~np.isnan(row)
+        if not counted.any():
+            found.append(Interval(*[float("nan")] * 3))
+            continue
+        _, place = np.unique(groups[counted], return_inverse=True)
+        total, size = np.bincount(place, weights=row[counted]), np.bincount(place)
+        number, cases = len(size), size.sum()
+        share = total.sum() / cases
+        spread = ((total - share * size) ** 2).sum() * number / max(number - 1, 1) / cases**2
+        alone = min(share * (1 - share) / spread, cases) if 0 < share < 1 and number > 1 and spread > 0 else number
+        wider = 1 + Z**2 / alone
+        middle = (share + Z**2 / (2 * alone)) / wider
+        half = Z * np.sqrt(share * (1 - share) / alone + Z**2 / (4 * alone**2)) / wider
+        low, high = min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share)
+        found.append(Interval(float(share), float(low), float(high)))
+    return found
 
 
 def bootstrap_ranking(
@@ -94,11 +146,15 @@ def bootstrap_ranking(
     draws: int,
     seed: int,
 ) -> Interval:
-    """`roc_auc` or `average_precision` with its percentile interval; whole groups are drawn with replacement."""
+    """`roc_auc` or `average_precision` with its percentile interval; whole groups are drawn with replacement.
+
+    It takes `FEWEST` groups with positive cases, and as many with negative ones.
+    """
     number = int(groups.max()) + 1
+    enough = all(len(np.unique(groups[some])) >= FEWEST for some in (positive, ~positive))
     weights = (drawn[:, groups] for drawn in _draws(number, draws, seed))
     values = np.concatenate([statistic(score, positive, some) for some in weights])
-    return _interval(float(statistic(score, positive, np.ones((1, len(score))))[0]), values)
+    return _interval(float(statistic(score, positive, np.ones((1, len(score))))[0]), values[: None if enough else 0])
 
 
 def roc_auc(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -214,8 +270,8 @@ def summarise(
     options = {"draws": draws, "seed": seed}
     only_positive = np.where(positive, 1.0, np.nan)
     only_negative = np.where(positive, np.nan, 1.0)
-    values = np.stack([dice, dice * only_positive, decided * only_positive, ~decided * only_negative])
-    means = bootstrap_means(values, groups, **options)
+    means = bootstrap_means(np.stack([dice, dice * only_positive]), groups, **options)
+    means += shares(np.stack([decided * only_positive, ~decided * only_negative]), groups)
     ranked = score is not None and positive.any() and not positive.all()
     return Scores(
         len(dice),
@@ -239,26 +295,27 @@ def by_size(
     draws: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """The same by size of the pneumothorax: positive images in equal parts by annotated area.
+    """The same by size of the pneumothorax: positive images in about equal parts by annotated area.
 
-    Ranking metrics set a part's positives against all negatives; the calibration gap is how far its mean score is
-    below 1. What concerns negative images alone has no size.
+    Images of one area are in one part, and a part has at least `SMALLEST_PART` images, if there are as many. Ranking
+    metrics set a part's positives against all negatives; the calibration gap is how far its mean score is below 1. What
+    concerns negative images alone has no size.
 
     Args:
         area: (N,) int, annotated pixels; other arguments as `summarise`'s.
 
     Returns:
         Rows "cases", "smallest", "largest" (pixels), "dice", "sensitivity" (Intervals), "roc_auc",
-        "average_precision", "calibration_gap" (float or None); fewer than `bins` if there are fewer positives.
+        "average_precision", "calibration_gap" (float or None); at most `bins`.
     """
     order = np.flatnonzero(area > 0)
     order = order[np.argsort(area[order], kind="stable")]
     negative = np.flatnonzero(area == 0)
     rows = []
-    for part in np.array_split(order, min(bins, len(order))) if len(order) else []:
+    for part in _equal_parts(order, area[order], bins):
         values = np.full((2, len(dice)), np.nan)
         values[:, part] = dice[part], decided[part]
-        means = bootstrap_means(values, groups, draws=draws, seed=seed)
+        means = bootstrap_means(values[:1], groups, draws=draws, seed=seed) + shares(values[1:], groups)
         both = np.concatenate([part, negative])
         ranked = score is not None and len(negative) > 0
         one = np.ones((1, len(both)))
@@ -275,6 +332,14 @@ def by_size(
             }
         )
     return rows
+
+
+def _equal_parts(order: np.ndarray, area: np.ndarray, bins: int) -> list[np.ndarray]:
+    """Cut positive images, ascending by area, into about equal parts; none without images."""
+    count = max(min(bins, len(order) // SMALLEST_PART), 1)
+    cuts = len(order) * np.arange(1, count) // count
+    first = np.searchsorted(area, area[cuts])  # of all images of that area
+    return [part for part in np.split(order, np.unique(first)) if len(part)]
 
 
 def _by_score(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -143,11 +143,15 @@ def agreement(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(sizes > 0, both.double() / sizes.clamp(min=1), 1.0)
 
 
+def histogram(q: Tensor) -> Tensor:
+    """(B, 256) int64: pixels of each image by level, of (B, A, A) uint8, on their device."""
+    offset = torch.arange(len(q), device=q.device)[:, None, None] * LEVELS
+    return torch.bincount((q + offset).flatten(), minlength=len(q) * LEVELS).view(len(q), LEVELS)
+
+
 def _at_least(q: Tensor) -> Tensor:
     """(B, 257) int64: pixels of each image that are at least of each level; none is of 256."""
-    offset = torch.arange(len(q), device=q.device)[:, None, None] * LEVELS
-    counts = torch.bincount((q + offset).flatten(), minlength=len(q) * LEVELS).view(len(q), LEVELS)
-    return F.pad(counts.flip(1).cumsum(1).flip(1), (0, 1))
+    return F.pad(histogram(q).flip(1).cumsum(1).flip(1), (0, 1))
 
 
 def filtered(tables: Tables, rule: Rule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

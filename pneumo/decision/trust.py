@@ -87,19 +87,23 @@ def cross_fitted(found: Signals, dice: np.ndarray, folds: np.ndarray) -> np.ndar
 def risk_coverage(expected: np.ndarray, dice: np.ndarray) -> dict[str, np.ndarray]:
     """Mean Dice of what is left when the images of lowest expected Dice are referred to a reader.
 
+    Images of one expected Dice come in any order: each counts as the mean of them.
+
     Returns:
         (N,) each, by share kept: "coverage" in (0, 1], "dice" of the kept, "oracle": the same had the true Dice
         chosen, "random": had chance.
     """
     count = np.arange(1, len(dice) + 1)
 
-    def kept(order: np.ndarray) -> np.ndarray:
-        return dice[order].cumsum() / count
+    def kept(by: np.ndarray) -> np.ndarray:
+        _, place, size = np.unique(by, return_inverse=True, return_counts=True)
+        alike = (np.bincount(place, weights=dice) / size)[place]
+        return alike[np.argsort(-by, kind="stable")].cumsum() / count
 
     return {
         "coverage": count / len(dice),
-        "dice": kept(np.argsort(-expected, kind="stable")),
-        "oracle": kept(np.argsort(-dice, kind="stable")),
+        "dice": kept(expected),
+        "oracle": kept(dice),
         "random": np.full(len(dice), dice.mean()),
     }
 

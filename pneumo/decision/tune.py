@@ -222,7 +222,10 @@ class Tuned:
 
     @property
     def optimism(self) -> float:
-        """In-sample minus cross-fitted mean Dice: what a score on its own tuning data overstates."""
+        """In-sample minus cross-fitted mean Dice: what a score on its own tuning data overstates.
+
+        Where the folds' networks differ, so that a rule of the others does not suit one, that is in it as well.
+        """
         return self.in_sample - float(self.dice.mean())
 
     def gain(self, groups: np.ndarray, *, draws: int, seed: int) -> metrics.Interval:

@@ -41,6 +41,11 @@ PICTURES = (
     "surface",
     *galleries.NAMES,
 )
+CURVES = (
+    "Loss and Dice by epoch, fold and stage. The two losses are not alike: that of training is the mean over "
+    "micro-batches, augmented and with the epoch's share of positives; that of validation pools the whole fold, which "
+    "makes its Dice term smaller."
+)
 # all that a report may write beside its page
 OWN = {"report.json", "referral.csv", *(f"{name}{end}" for name in PICTURES for end in (".png", ".csv"))}
 
@@ -78,7 +83,7 @@ def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
     )
     numbers: set[str] = set()
     if results.predicted(recipe):
-        content, numbers = _add_out_of_fold(recipe, data, beside, note, folder, content)
+        content, numbers = _add_out_of_fold(recipe, data, beside, note, folder, logs, content)
     else:
         log.warn(
             f"{recipe.folder}: no out-of-fold predictions, so the report shows training only. "
@@ -103,9 +108,17 @@ def _remove_others(folder: Path, written: set[str]) -> None:
 
 
 def _add_out_of_fold(
-    recipe: Recipe, data: Dataset, beside: Sequence[Recipe], note: str, folder: Path, content: page.Content
+    recipe: Recipe,
+    data: Dataset,
+    beside: Sequence[Recipe],
+    note: str,
+    folder: Path,
+    logs: pd.DataFrame,
+    content: page.Content,
 ) -> tuple[page.Content, set[str]]:
     """Everything that needs out-of-fold predictions, and the names of the files of numbers that were written."""
+    last = logs[logs["stage"] == recipe.stages].sort_values(["dice", "epoch"])
+    best_epochs = last.groupby("fold")["epoch"].last().to_dict()
     found = oof.load(recipe, data)
     tuned = tuning.search(recipe, found) if len(np.unique(found.folds)) > 1 else None
     baseline = results.by_rule("recipe's rule", found, tuning.recipe_rule(recipe))
@@ -150,6 +163,7 @@ def _add_out_of_fold(
         warnings=warnings,
         summary=words.summary(recipe, data, shown, scores[shown.name], tuned, note),
         results=words.result_rows(ways, scores, gains),
+        folds=words.fold_rows(shown, baseline, tuned, best_epochs),
         sizes=words.size_rows(sizes),
         figures=[("Out of fold", drawn), *galleries.draw(recipe, data, shown, tuned, folder), *content.figures],
         explorer=None if tuned is None else page.explorer(tuned, tuning.recipe_rule(recipe)),
@@ -162,7 +176,7 @@ def _add_out_of_fold(
 
 def _training_figures(recipe: Recipe, data: Dataset, logs: pd.DataFrame, note: str, folder: Path) -> list[Figure]:
     figures.curves(logs, f"{recipe.name}: loss and Dice by epoch{note}", folder / "curves.png")
-    drawn = [Figure(folder / "curves.png", "Loss and Dice by epoch, fold and stage.")]
+    drawn = [Figure(folder / "curves.png", CURVES)]
     if _compare_losses(recipe, logs, note, folder / "loss_comparison.png"):
         drawn.append(Figure(folder / "loss_comparison.png", "The last stage under two losses."))
     _draw_augmentations(recipe, data, note, folder / "augmentations.png")
@@ -171,7 +185,7 @@ def _training_figures(recipe: Recipe, data: Dataset, logs: pd.DataFrame, note: s
 
 
 def _logs(recipe: Recipe) -> pd.DataFrame:
-    """All log lines of the recipe, with the stages that it took over from another recipe."""
+    """All log lines of the recipe's own stages."""
     tables_ = []
     for fold in range(recipe.folds.count):
         for stage in range(1, recipe.stages + 1):

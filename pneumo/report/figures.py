@@ -149,7 +149,7 @@ def min_area(table: pd.DataFrame, chosen: int, title: str, path: Path) -> None:
         best["dice"],
         "o",
         color="C0",
-        label=f"best {best['dice']:.4f} at {best['min_area']:,.0f} px",
+        label=f"best, in-sample, {best['dice']:.4f} at {best['min_area']:,.0f} px",
     )
     axis.set_xlabel("components of this many pixels or fewer are dropped (annotation grid)")
     axis.set_ylim(-0.02, 1.02)
@@ -269,7 +269,7 @@ def sizes(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     axis.set_xticks(
         place, [f"{row['smallest']:,}\n to {row['largest']:,}\n({row['cases']})" for row in rows], fontsize=7
     )
-    axis.set_xlabel("annotated pixels (number of images); each part has as many images")
+    axis.set_xlabel("annotated pixels (number of images); parts of about as many images")
     axis.set_ylim(-0.02, 1.02)
     _legend_below(figure, 2)
     axis.set_title(title, fontsize=10, wrap=True)

@@ -25,9 +25,11 @@ RESULTS_NOTE = (
     "was found, of those without the share left empty. Calibration error: how far the image score is from the share "
     "with pneumothorax among images of such a score, on average."
 )
+FOLDS_NOTE = "Each fold by networks that did not train on it, and by a rule that was chosen on the other folds."
 SIZES_NOTE = (
     "Calibration gap: how far the mean image score of these images, which all have pneumothorax, is below 1. ROC AUC "
-    "and average precision set them against all images without."
+    "and average precision set them against all images without. A part has few positives, so its average precision is "
+    "below that of all images even if it is found as well."
 )
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -53,7 +55,7 @@ class Content:
         origin: what was trained when on what, in one line below the title.
         warnings: sentences that stand out, above all others.
         summary: sentences at the top.
-        results, sizes: tables, each a row of column names and rows of text.
+        results, folds, sizes: tables, each a row of column names and rows of text.
         explorer: from `explorer`.
         case_columns, cases: the per-case table.
         audit: of folds and leaks, preformatted.
@@ -65,6 +67,7 @@ class Content:
     warnings: Sequence[str] = ()
     summary: tuple[str, ...] = ()
     results: Sequence[Sequence[str]] = ()
+    folds: Sequence[Sequence[str]] = ()
     sizes: Sequence[Sequence[str]] = ()
     figures: Sequence[tuple[str, Sequence[Figure]]] = ()
     explorer: Mapping[str, Any] | None = None
@@ -84,6 +87,7 @@ def render(content: Content) -> str:
         ),
         "SUMMARY": "".join(f"<p>{html.escape(sentence)}</p>" for sentence in content.summary),
         "RESULTS": _table("results", "Result", content.results, RESULTS_NOTE),
+        "FOLDS": _table("by-fold", "By fold", content.folds, FOLDS_NOTE),
         "SIZES": _table("by-size", "By size of the pneumothorax", content.sizes, SIZES_NOTE),
         "FIGURES": "".join(_figures(title, figures) for title, figures in content.figures if figures),
         "AUDIT": html.escape(content.audit),

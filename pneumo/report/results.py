@@ -103,7 +103,7 @@ def other_ways(recipe: Recipe, data: Dataset, folds: np.ndarray, beside: Sequenc
         beside: recipes that are `predicted`.
     """
     ways = []
-    for weights in ("best", "ema", "average"):
+    for weights in ("best", "last", "ema", "average"):
         other = replace(recipe, predict=replace(recipe.predict, weights=weights))
         if weights != recipe.predict.weights and all(oof.path_of(other, fold).exists() for fold in np.unique(folds)):
             ways.append(by_rule(f"weights {weights}, recipe's rule", oof.load(other, data), tuning.recipe_rule(other)))

@@ -3,7 +3,7 @@
 Imports config, dataset, decision, oof, tuning, results, errors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,30 @@ def summary(
         f"{scores.cases:,} images, {scores.positives:,} with pneumothorax{note}, each predicted by the networks that "
         f"did not train on it, in {len(np.unique(shown.found.folds))} folds "
         f"({_split_by(recipe, data)}; see the audit).",
-        f"Mean Dice {scores.dice}, {shown.name}; with all masks empty it would be {scores.all_empty:.4f}. Intervals "
-        f"are 95 % bootstrap intervals, patients resampled as a whole where they are known.",
+        f"Mean Dice {scores.dice}, {shown.name}; with all masks empty it would be {scores.all_empty:.4f}. "
+        f"{_predictive_values(shown)}",
     ]
     if tuned is not None:
         sentences.append(
-            f"Chosen rule: {tuning.describe(tuned.rule)}. On the data that chose it its mean Dice is "
-            f"{tuned.in_sample:.4f}: an optimism of {tuned.optimism:+.4f}."
+            f"Chosen rule: {tuning.describe(tuned.rule)}{_objective(recipe, tuned)}. On the data that chose it its "
+            f"mean Dice is {tuned.in_sample:.4f}, {tuned.optimism:+.4f} to the cross-fitted one: what choosing on the "
+            f"same cases overstates, and where the folds' networks differ."
+        )
+    groups = len(np.unique(shown.found.groups))
+    chosen = (
+        ""
+        if recipe.predict.weights == "last"
+        else " The epoch of each network was chosen by its Dice on the same images, which flatters all figures here a "
+        "little; predict.weights=last does without."
+    )
+    sentences.append(
+        f"Intervals hold 95 %, of these networks and rules; networks trained anew would differ by more. They resample "
+        f"{groups:,} patients or single images, near-duplicates together; those of shares are Wilson's.{chosen}"
+    )
+    if recipe.folds.count > 1:
+        sentences.append(
+            "Out of fold one fold's networks predict an image, predict.py averages those of all folds. So the rule and "
+            "these figures are of single folds; the average is mostly better, and another rule may suit it more."
         )
     sentences.append("For research. Not a medical device: nothing here may decide about a patient.")
     return tuple(sentences)
@@ -48,6 +65,25 @@ def origin(recipe: Recipe, data: Dataset) -> str:
         f"Report of {date.today().isoformat()}. Data: {Path(recipe.data.root).resolve().name}, {len(data.cases):,} "
         f"training images. Encoder: {recipe.model.encoder}. Image sizes of the stages: {sides} px."
     )
+
+
+def _objective(recipe: Recipe, tuned: Tuned) -> str:
+    """What a rule was chosen for, if not for Dice."""
+    if recipe.tune.objective == "dice":
+        return ""
+    missed = "" if tuned.choice.reached else ", which no rule reaches"
+    return f", of the best Dice among those of a {recipe.tune.objective} of {recipe.tune.target:g} by image{missed}"
+
+
+def _predictive_values(shown: Decided) -> str:
+    """What a mask, and none, mean at the data's share of positive images."""
+    counts = {name: int((shown.outcome == name).sum()) for name in np.unique(shown.outcome).tolist()}
+    right, wrong, missed, quiet = (
+        counts.get(name, 0) for name in ("true positive", "false positive", "missed", "true negative")
+    )
+    given = f", of which {right / (right + wrong):.1%} have pneumothorax" if right + wrong else ""
+    empty = f", of which {quiet / (quiet + missed):.1%} have none" if quiet + missed else ""
+    return f"{right + wrong:,} images were given a mask{given}; {quiet + missed:,} were left empty{empty}."
 
 
 def _split_by(recipe: Recipe, data: Dataset) -> str:
@@ -71,15 +107,44 @@ def result_rows(
     head = "mean Dice|gain, paired|Dice on positives|sensitivity|true-negative rate|ROC AUC|average precision"
     rows = [["out of fold", *head.split("|"), "calibration error"]]
     first = scores[ways[0].name]
-    rows.append(["all masks empty", f"{first.all_empty:.4f}", "", "0", "0", "1", "", "", ""])
+    none, all_ = ("0" if first.positives else "-"), ("1" if first.positives < first.cases else "-")
+    rows.append(["all masks empty", f"{first.all_empty:.4f}", "", none, none, all_, "", "", ""])
     for way in ways:
         found, gain = scores[way.name], gains.get(way.name)
-        change = "" if gain is None else f"{gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
+        change = "" if gain is None else gain.signed
         values = (found.dice, change, found.dice_positive, found.sensitivity, found.specificity)
         values += (found.roc_auc, found.average_precision, f"{found.calibration_error:.3f}")
         images = way.images_beside(ways[0])
         name = f"{way.name} ({images})" if images else way.name
         rows.append([name, *("" if value is None else str(value) for value in values)])
+    return rows
+
+
+def fold_rows(shown: Decided, baseline: Decided, tuned: Tuned | None, epochs: Mapping[int, int]) -> list[list[str]]:
+    """The folds one by one, columns' names first.
+
+    Args:
+        shown, baseline: the way that the page shows, and the recipe's own.
+        epochs: the best of each fold.
+    """
+    names = ["fold", "best epoch", "images", "positive", "Dice", "Dice, recipe's rule", "sensitivity"]
+    rows = [[*names, "true-negative rate", "rule chosen on the others"]]
+    positive, decided = shown.found.tables.positive, shown.signals.decided
+    for place, fold in enumerate(np.unique(shown.found.folds).tolist()):
+        inside = shown.found.folds == fold
+        shares = [right[inside & some] for right, some in ((decided, positive), (~decided, ~positive))]
+        rows.append(
+            [
+                f"{fold}",
+                str(epochs.get(fold, "")),
+                f"{inside.sum():,}",
+                f"{(inside & positive).sum():,}",
+                f"{shown.dice[inside].mean():.4f}",
+                f"{baseline.dice[inside].mean():.4f}",
+                *(f"{share.mean():.4f}" if len(share) else "-" for share in shares),
+                "" if tuned is None else tuning.describe(tuned.fold_rules[place]),
+            ]
+        )
     return rows
 
 

@@ -420,7 +420,7 @@ def copies(model: nn.Module) -> list[nn.Module]:
 def five_folds(setup: Setup, dtype: torch.dtype, side: int) -> Ensemble:
     """Our networks as a prediction has them."""
     models = copies(FoldedUNet(UNet().to(setup.device).eval(), dtype))
-    return Ensemble(tuple(models), side, {}, dtype, True, "", "", 16)
+    return Ensemble(tuple((model,) for model in models), side, {}, dtype, True, "", "", 16)
 
 
 def prediction(setup: Setup, side: int, batch: int, dtype: torch.dtype, target: str) -> Row:

@@ -109,6 +109,15 @@ def test_duplicates_are_found_and_kept_together():
     assert folds.find_duplicates(thumbnails, 1.0) == [(3, 1400)]
 
 
+def test_what_was_kept_together_is_read_again(tmp_path):
+    ids, path = ["a", "b", "c", "d", "e"], tmp_path / "folds.csv"
+    path.write_text(folds.dumps(ids, np.array([0, 1, 0, 1, 0]), [None, "p1", "q", "p1", "q"]))
+    assert "p1" not in path.read_text() and path.read_text().splitlines()[4] == "d,1,b"  # never a patient's name
+    assert folds.kept_together(path, ids) == [(1, 1), (2, 2), (1, 3), (2, 4)]
+    path.write_text("ImageId,fold\n" + "".join(f"{image_id},0\n" for image_id in ids))
+    assert folds.kept_together(path, ids) == []
+
+
 def test_groups_join_over_duplicates():
     joined = folds.join_groups(["p", "p", "q", None, None, None], [(1, 2), (3, 4)])
     assert joined[0] == joined[1] == joined[2] == "p"

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -141,25 +143,75 @@ def test_cases_that_do_not_count():
     values = np.array([[1.0, np.nan, 0.0, np.nan], [np.nan] * 4])
     groups = metrics.groups_of(["a", "a", None, None])
     assert len(np.unique(groups)) == 3
-    first, none = metrics.bootstrap_means(values, groups, draws=100, seed=0)
-    assert first.value == 0.5
-    assert np.isnan([none.value, none.low, none.high]).all()
+    for first, none in (metrics.bootstrap_means(values, groups, draws=100, seed=0), metrics.shares(values, groups)):
+        assert first.value == 0.5
+        assert np.isnan([none.value, none.low, none.high]).all() and str(none) == "-"
+
+
+def test_few_groups_have_no_bootstrap_interval():
+    values = np.random.default_rng(0).random((1, 40))
+    for patients, has_ends in ((1, False), (4, False), (5, True), (40, True)):
+        groups = metrics.groups_of([f"p{i % patients}" for i in range(40)])
+        (found,) = metrics.bootstrap_means(values, groups, draws=100, seed=0)
+        assert found.has_ends == has_ends and found.value == pytest.approx(values.mean())
+        assert ("to" in str(found)) == has_ends
+    for positives, has_ends in ((1, False), (4, False), (5, True), (35, True), (36, False)):
+        found = metrics.bootstrap_ranking(
+            metrics.roc_auc, values[0], np.arange(40) < positives, np.arange(40), draws=100, seed=0
+        )
+        assert found.has_ends == has_ends
+
+
+@pytest.mark.parametrize(("count", "share"), [(8, 0.5), (20, 0.95), (50, 0.98), (100, 0.01), (100, 0.3)])
+def test_shares_intervals_hold_what_they_promise(count, share):
+    """Exactly, over all outcomes; a bootstrap's interval holds 0.57 to 0.67 at the first two shares near 1."""
+    groups, held = metrics.groups_of([None] * count), 0.0
+    for number in range(count + 1):
+        (found,) = metrics.shares((np.arange(count) < number)[None].astype(float), groups)
+        assert 0 <= found.low < found.high <= 1 and found.low <= found.value <= found.high
+        held += (
+            math.comb(count, number)
+            * share**number
+            * (1 - share) ** (count - number)
+            * (found.low <= share <= found.high)
+        )
+    assert held > 0.9
+
+
+def test_shares_of_cases_by_wilsons_formula():
+    (found,) = metrics.shares(np.array([[1.0] * 9 + [0.0]]), np.arange(10))
+    z2, n = metrics.Z**2, 9  # the variance between ten cases is that of a share among nine
+    middle, half = (0.9 + z2 / 18) / (1 + z2 / 9), metrics.Z * (0.09 / n + z2 / (4 * n**2)) ** 0.5 / (1 + z2 / 9)
+    assert (found.low, found.high) == pytest.approx((middle - half, min(middle + half, 1)))
+
+
+def test_shares_count_patients():
+    """Each value four times: knowing the patients, the interval is that of one of them."""
+    once = (np.random.default_rng(0).random(300) < 0.8).astype(float)
+    (alone,) = metrics.shares(once[None], np.arange(300))
+    (found,) = metrics.shares(np.repeat(once, 4)[None], np.repeat(np.arange(300), 4))
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high))
+    (all_right,) = metrics.shares(np.ones((1, 40)), np.repeat(np.arange(10), 4))
+    (of_ten,) = metrics.shares(np.ones((1, 10)), np.arange(10))
+    assert all_right == of_ten and all_right.high == 1 and all_right.low == pytest.approx(0.7225, abs=1e-3)
+    (one,) = metrics.shares(np.ones((1, 40)), np.zeros(40, dtype=int))
+    assert one.low < 0.21
 
 
 def test_summary_by_hand():
-    dice_of = np.array([1.0, 0.0, 0.5, 0.0])
-    positive = np.array([False, False, True, True])
-    decided = np.array([False, True, True, False])
-    score = np.array([0.1, 0.8, 0.9, 0.2])
-    groups = metrics.groups_of([None] * 4)
+    dice_of = np.tile([1.0, 0.0, 0.5, 0.0], 5)
+    positive = np.tile([False, False, True, True], 5)
+    decided = np.tile([False, True, True, False], 5)
+    score = np.tile([0.1, 0.8, 0.9, 0.2], 5)
+    groups = metrics.groups_of([None] * 20)
     found = metrics.summarise(dice_of, positive, decided, score, groups, draws=100, seed=0)
     values = (found.dice, found.dice_positive, found.sensitivity, found.specificity, found.roc_auc)
     assert [value.value for value in values] == [0.375, 0.25, 0.5, 0.5, 0.75]
-    assert (found.cases, found.positives, found.all_empty) == (4, 2, 0.5)
+    assert (found.cases, found.positives, found.all_empty) == (20, 10, 0.5)
     assert all(value.low <= value.value <= value.high for value in values)
     without = metrics.summarise(dice_of, positive, decided, None, groups, draws=100, seed=0)
     assert (without.roc_auc, without.average_precision, without.calibration_error) == (None, None, None)
-    empty = metrics.summarise(dice_of, np.zeros(4, bool), decided, score, groups, draws=100, seed=0)
+    empty = metrics.summarise(dice_of, np.zeros(20, bool), decided, score, groups, draws=100, seed=0)
     assert np.isnan(empty.dice_positive.value) and empty.roc_auc is None
 
 
@@ -177,5 +229,8 @@ def test_by_size_takes_positives_in_equal_parts():
     assert [row["sensitivity"].value for row in rows] == [0, 0, 1, 1]
     assert rows[0]["roc_auc"] == 1 and rows[0]["calibration_gap"] == pytest.approx(0.94)
     few = metrics.by_size(dice_of[:33], area[:33], decided[:33], None, groups[:33], draws=100, seed=0)
-    assert [row["cases"] for row in few] == [1, 1, 1] and few[0]["roc_auc"] is None
+    assert [row["cases"] for row in few] == [3] and few[0]["roc_auc"] is None
+    tied = np.where(area > 20, 20, area)
+    rows = metrics.by_size(dice_of, tied, decided, area / 100, groups, bins=4, draws=100, seed=0)
+    assert [(row["cases"], row["smallest"], row["largest"]) for row in rows] == [(11, 1, 11), (8, 12, 19), (25, 20, 20)]
     assert metrics.by_size(dice_of[:30], area[:30], decided[:30], None, groups[:30], draws=100, seed=0) == []

@@ -64,6 +64,14 @@ def test_the_queue_is_worth_something_only_if_confidence_tells():
     assert told["coverage"][-1] == 1 and told["dice"][-1] == pytest.approx(dice.mean())
 
 
+def test_the_order_within_ties_does_not_matter():
+    expected, dice = np.array([0.9, 0.5, 0.5, 0.5]), np.array([1.0, 0.9, 0.3, 0.6])
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        curve = trust.risk_coverage(expected[order], dice[order])
+        assert curve["dice"] == pytest.approx([1.0, 0.8, 2.2 / 3, 0.7])
+        assert curve["oracle"] == pytest.approx([1.0, 0.95, 2.5 / 3, 0.7])
+
+
 def test_a_decision_never_seen_gets_the_mean():
     found = made_up(np.array([0.2, 0.8]), np.array([True, True]))
     learned = trust.fit(found, np.array([0.3, 0.7]))

@@ -81,10 +81,10 @@ def test_what_is_not_a_number_is_no_empty_mask(recipe, monkeypatch, capsys, figu
 
     class Broken(torch.nn.Module):
         def forward(self, image):
-            found = logits(models.models[0], image)
+            found = logits(models.models[0][0], image)
             return torch.where(image[:, :1].mean(dim=(1, 2, 3), keepdim=True) > 0.26, torch.nan, found)
 
-    broken = replace(models, models=(Broken(),), sources={"broken": "0"})
+    broken = replace(models, models=((Broken(),),), sources={"broken": "0"})
     parser = cli.argparse.ArgumentParser()
     cli.add_recipe_options(parser)
     ruling = Ruling(Rule(threshold=0.5), "recipe", None)

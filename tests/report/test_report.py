@@ -356,10 +356,68 @@ def test_it_says_what_it_is_of_and_what_its_numbers_are(opened):
     for section, said in (
         ("results", ("are by image", "Calibration error: ")),
         ("by-size", ("Calibration gap: ",)),
+        ("by-fold", ("by a rule that was chosen on the other folds",)),
         ("cases-section", ("Score of the image: ", "Agreement: ")),
     ):
         text = opened.run(f"document.querySelector('#{section} > p').textContent")
         assert all(word in text for word in said), text
+
+
+def test_folds_stand_one_by_one(place):
+    recipe, data, _ = place
+    found = oof.load(recipe, data)
+    tuned = tuning.search(recipe, found)
+    ways = [results.by_rule("recipe's rule", found, tuning.recipe_rule(recipe)), results.cross_fitted("", found, tuned)]
+    head, *rows = words.fold_rows(ways[1], ways[0], tuned, {0: 2, 1: 7})
+    assert [row[:2] for row in rows] == [["0", "2"], ["1", "7"], ["2", ""]]
+    for fold, row in enumerate(rows):
+        of = dict(zip(head, row, strict=True))
+        inside = found.folds == fold
+        assert of["images"] == str(inside.sum()) and of["positive"] == str((found.tables.positive & inside).sum())
+        assert of["Dice"] == f"{tuned.dice[inside].mean():.4f}"
+        assert of["Dice, recipe's rule"] == f"{tuned.baseline[inside].mean():.4f}"
+        assert of["rule chosen on the others"] == tuning.describe(tuned.fold_rules[fold])
+    outcome = ways[1].outcome
+    for name, right, wrong in (
+        ("sensitivity", "true positive", "missed"),
+        ("true-negative rate", "true negative", "false positive"),
+    ):
+        hits, misses = (int(((outcome == kind) & (found.folds == 0)).sum()) for kind in (right, wrong))
+        assert rows[0][head.index(name)] == f"{hits / (hits + misses):.4f}"
+
+
+def test_the_summary_says_what_the_figures_are_worth(repo, place):
+    recipe, data, _ = place
+    found = oof.load(recipe, data)
+    for more in ((), ("tune.objective=sensitivity", "tune.target=0.9", "predict.weights=last")):
+        asked = small_run.recipe(repo, recipe.data.root, recipe.runs, *SETTINGS, *more)
+        tuned = tuning.search(asked, found)
+        shown = results.cross_fitted("tuned rule", found, tuned)
+        said = " ".join(words.summary(asked, data, shown, shown.scores(draws=10, seed=0), tuned, ""))
+        assert ("of the best Dice among those of a sensitivity of 0.9 by image" in said) == bool(more)
+        assert ("The epoch of each network was chosen by its Dice on the same images" in said) != bool(more)
+        assert "resample 18 patients or single images" in said and "predict.py averages those of all folds" in said
+        given, right = shown.signals.decided, found.tables.positive
+        assert f"{given.sum()} images were given a mask" in said
+        if given.any():
+            assert f"images were given a mask, of which {right[given].mean():.1%} have pneumothorax" in said
+        if not given.all():
+            assert f"{(~given).sum()} were left empty, of which {(~right[~given]).mean():.1%} have none" in said
+
+
+def test_a_data_set_without_negatives_has_no_rate_of_them(place):
+    recipe, data, _ = place
+    found = oof.load(recipe, data)
+    some = np.flatnonzero(found.tables.positive)
+    ids = tuple(found.image_ids[i] for i in some)
+    only = replace(
+        found, image_ids=ids, rows=found.rows[some], folds=found.folds[some], groups=np.arange(len(some)),
+        tables=found.tables.take(some),
+    )  # fmt: skip
+    way = results.by_rule("recipe's rule", only, tuning.recipe_rule(recipe))
+    head, empty, row = words.result_rows([way], {way.name: way.scores(draws=10, seed=0)}, {})
+    place_of = head.index("true-negative rate")
+    assert empty[place_of] == row[place_of] == "-" and empty[place_of - 1] == "0"
 
 
 def test_it_warns_of_another_rule_of_predict(place, capsys, tmp_path):

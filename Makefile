@@ -1,4 +1,4 @@
-# make help lists what there is. Every target prints the command it runs, so that it can be run by hand as well.
+# make help lists what there is. Targets print the commands they run, so that these can be run by hand as well.
 #   make PYTHON=python3 ...   uses that environment as it is; otherwise .venv is set up on first use.
 
 RECIPE ?= seed
@@ -16,7 +16,29 @@ UNKNOWN := $(filter-out $(VARIABLES) CUDA_% HF_% MKL_% NCCL_% OMP_% PYTEST_% PYT
 ifneq (,$(UNKNOWN))
 $(error no variable $(UNKNOWN); there are $(VARIABLES); one for the commands themselves goes before make)
 endif
-not = $(if $(call typed,$(1)),$(error $(1)= has no meaning for make $@: it is $(2) there))
+# what each target takes besides PYTHON; of several targets, one is enough to take it
+OF_test-slow := WORKERS
+OF_test-oldest := WORKERS
+OF_bench := BENCH
+OF_demo := SET
+OF_recipe := RECIPE SET
+OF_verify := RECIPE SET
+OF_pack := RECIPE SET
+OF_folds := RECIPE SET
+OF_phantom := RECIPE SET
+OF_tune := RECIPE SET
+OF_train := RECIPE SET FOLD STAGE GPUS
+OF_cv := RECIPE SET FOLDS GPUS JOBS
+OF_oof := RECIPE SET GPUS
+OF_submit := RECIPE SET FOLDS GPUS
+OF_score := RECIPE SET SUBMISSION TRUTH
+OF_check-submission := RECIPE SET SUBMISSION TRUTH SAMPLE
+OF_report := RECIPE SET BESIDE
+TAKEN := PYTHON $(foreach goal,$(MAKECMDGOALS),$(OF_$(goal)))
+UNUSED := $(filter-out $(TAKEN),$(call typed,$(VARIABLES)))
+ifneq (,$(UNUSED))
+$(error $(firstword $(UNUSED))= has no meaning for make $(MAKECMDGOALS), which takes $(TAKEN))
+endif
 
 ifdef PYTHON
 READY :=
@@ -107,10 +129,10 @@ phantom: $(READY)  ## write synthetic X-rays
 	$(PYTHON) -m pneumo phantom $(OPTIONS)
 
 train: $(READY)  ## one stage of one fold: FOLD=0 STAGE=2 [GPUS=2]
-	$(call not,FOLDS,FOLD=0)$(LAUNCH) train.py --fold $(FOLD) --stage $(STAGE) $(OPTIONS)
+	$(LAUNCH) train.py --fold $(FOLD) --stage $(STAGE) $(OPTIONS)
 
 cv: $(READY)  ## all folds, all stages; skips what is done [GPUS=2 | JOBS=5 folds side by side, a GPU each]
-	$(call not,FOLD,FOLDS=0)$(LAUNCH) -m pneumo cv --folds $(FOLDS) --jobs $(JOBS) $(OPTIONS)
+	$(LAUNCH) -m pneumo cv --folds $(FOLDS) --jobs $(JOBS) $(OPTIONS)
 
 oof: $(READY)  ## predict each fold's held-out images; cv does it as well [GPUS=2]
 	$(LAUNCH) -m pneumo oof $(OPTIONS)
@@ -119,7 +141,7 @@ tune: $(READY)  ## choose the decision rule on them, cross-fitted -> rule.toml
 	$(PYTHON) -m pneumo tune $(OPTIONS)
 
 submit: $(READY)  ## ensemble -> submission.csv [FOLDS=0,1] [GPUS=2]
-	$(call not,FOLD,FOLDS=0)$(LAUNCH) predict.py --folds $(FOLDS) $(OPTIONS)
+	$(LAUNCH) predict.py --folds $(FOLDS) $(OPTIONS)
 
 score: $(READY)  ## score any submission: SUBMISSION=a.csv TRUTH=train-rle.csv
 	$(PYTHON) -m pneumo score $(SUBMISSION) $(TRUTH) $(OPTIONS)

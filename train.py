@@ -22,6 +22,12 @@ def main(options: argparse.Namespace) -> None:
         raise UsageError(f"--fold {options.fold}: the recipe has folds 0 to {recipe.folds.count - 1}")
     if options.stage not in range(1, recipe.stages + 1):
         raise UsageError(f"--stage {options.stage}: the recipe has stages 1 to {recipe.stages}")
+    if options.stage not in recipe.own_stages:
+        start = recipe.stage[recipe.own_stages[0]].start
+        raise UsageError(
+            f"--stage {options.stage}: {recipe.name} trains from stage {recipe.own_stages[0]} on, which starts from "
+            f"{start}; nothing would use this one"
+        )
     with dist.launch(recipe.train.timeout_seconds) as device:
         training.train_stage(recipe, dataset.load(recipe), options.fold, options.stage, device)
 

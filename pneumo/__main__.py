@@ -6,7 +6,6 @@ if __name__ == "__main__":
     start.prepare()
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +94,7 @@ def cv(options: argparse.Namespace) -> None:
     recipe = cli.load_recipe(options)
     chosen = ensemble.parse_folds(options.folds, recipe.folds.count)
     if options.jobs > 1:
-        if "WORLD_SIZE" in os.environ:
+        if dist.is_launched():
             raise UsageError("--jobs starts processes of its own: run it without torchrun (make cv JOBS=5, no GPUS=)")
         dataset.load(recipe)  # split and packed once, before the folds ask for it
         jobs.run_folds(chosen, options.jobs, lambda fold: jobs.python("cv", "--folds", str(fold), *cli.words(options)))
@@ -236,6 +235,7 @@ def phantom(options: argparse.Namespace) -> None:
         train=settings.train,
         test=settings.test,
         side=settings.side,
+        annotation_size=recipe.data.annotation_size,
         positive_fraction=settings.positive_fraction,
         seed=recipe.seed,
     )
@@ -270,7 +270,7 @@ def main() -> int:
             subparser.add_argument("--force", action="store_true", help="split anew though folds.csv is there")
         if command is cv:
             subparser.add_argument("--folds", default="all", help="all (default), or some as 0,1")
-            subparser.add_argument("--jobs", type=int, default=1, help="folds side by side, each on its own GPU")
+            subparser.add_argument("--jobs", type=cli.positive, default=1, help="folds side by side, a GPU each")
         if command is oof:
             subparser.add_argument("--maps", action="store_true", help="keep each case's probabilities as a PNG, too")
         if command is report:

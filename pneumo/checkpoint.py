@@ -193,7 +193,7 @@ def read(path: Path) -> Any:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file.") from None
     except Exception as error:  # zipfile, pickle and torch raise a dozen types on damaged or hostile files
-        text = " ".join(str(error).split())
+        text = one_line(error)
         if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
             raise OutOfMemory(
                 f"{path}: not enough memory to read it ({megabytes(path.stat().st_size)}); it was left as it is. Close "

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pneumo import checkpoint, config, dist, start
 from pneumo.config import Recipe
-from pneumo.errors import OutOfMemory, PneumoError, Stopped, UsageError, is_gpu_full, printable
+from pneumo.errors import OutOfMemory, PneumoError, Stopped, UsageError, is_gpu_full, one_line, printable
 
 BUG = 1
 _NOTHING_FITS = "unable to find an engine"  # cuDNN has tried all of its ways; what each lacked, mostly memory, is lost
@@ -33,9 +33,17 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         nargs="+",
         metavar="KEY=VALUE",
-        help="override, as stage.2.lr=1e-4",
+        help="overrides, as stage.2.lr=1e-4; put files before it",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as argparse wants its types."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def words(options: argparse.Namespace) -> list[str]:
@@ -86,7 +94,7 @@ def _run(command: Callable[[argparse.Namespace], None], options: argparse.Namesp
             message, code = _bug(error, options), BUG
         else:
             message, code = str(known), known.exit_code
-            if isinstance(known, (UsageError, Stopped)) and dist.world() == 1 and _another_says_it():
+            if isinstance(known, (UsageError, Stopped)) and dist.world() == 1 and dist.another_says_it():
                 message = ""
             elif not isinstance(known, Stopped):
                 message = f"error: {message}"
@@ -101,7 +109,7 @@ def _run(command: Callable[[argparse.Namespace], None], options: argparse.Namesp
 
 def _known(error: Exception) -> PneumoError | None:
     """The error in our words; None for one that nobody foresaw."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, PneumoError):
         return error
     nothing_fits = isinstance(error, RuntimeError) and _NOTHING_FITS in text
@@ -162,10 +170,5 @@ def _bug(error: Exception, options: argparse.Namespace) -> str:
         where = f"the traceback is in {path}"
     except OSError:
         where = "--debug shows the traceback"
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error)[:300]
     return f"error: {type(error).__name__}: {text} (an error of this program; {where})"
-
-
-def _another_says_it() -> bool:
-    """Whether an error outside of a launch's group was met by all its processes; one on each host prints it."""
-    return os.environ.get("LOCAL_RANK", "").strip("0").isdecimal()

@@ -425,7 +425,7 @@ def _override(name: str, table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     key, text = key.strip(), text.strip()
     if not equals:
-        raise UsageError(f"{where}: expected key=value")
+        raise UsageError(f"{where}: expected key=value; what is none goes before --set")
     parts = key.split(".")
     found: Any = table
     for at, part in enumerate(parts):

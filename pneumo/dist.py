@@ -162,6 +162,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_launched() -> bool:
+    """Whether this process was started by torchrun, or by something that sets its variables; asked before `launch`."""
+    return "WORLD_SIZE" in os.environ
+
+
+def another_says_it() -> bool:
+    """Whether an error outside of a launch's group was met by all its processes; one on each host prints it."""
+    return os.environ.get("LOCAL_RANK", "").strip("0").isdecimal()
+
+
 def wrap(model: nn.Module) -> nn.Module:
     """Let the backward passes of `model` add up gradients over processes; the model itself in one process.
 

@@ -11,7 +11,7 @@ from pneumo import checkpoint
 from pneumo.data import cases, rle
 from pneumo.data.cases import Problem
 from pneumo.errors import DataError
-from pneumo.kernels.runs import join
+from pneumo.kernels.runs import area, join
 
 HEADER = "ImageId,EncodedPixels"
 
@@ -82,7 +82,7 @@ def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) ->
         where += f", {field}" if field else ""
         problems.append(Problem(str(path), line, image_id, f"{where}: {text}", fatal))
 
-    found = cases.read_rows(path, ("ImageId", "EncodedPixels"), problems, blank_before_quote=False)
+    found = cases.read_rows(path, ("ImageId", "EncodedPixels"), problems, blanks=False)
     for line, (image_id, code) in found:
         rows += 1
         if lines.setdefault(image_id, line) != line:
@@ -98,10 +98,9 @@ def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) ->
             text = "runs that touch, or zeros or blanks too many. Encode it anew."
             complain(text, line, image_id, field="EncodedPixels")
     if lines:
-        with open(path, "rb") as file:
-            first = file.readline(100).strip()
-        if first != HEADER.encode():
-            complain(f"the first line must be {HEADER}, it is {first.decode(errors='replace')!a}", 1)
+        first = cases.first_line(path)
+        if first != HEADER:
+            complain(f"the first line must be {HEADER}, it is {first[:100]!a}", 1)
     if sample_ids is not None and lines:
         wanted = set(sample_ids)
         for what, odd in (
@@ -129,4 +128,4 @@ def summary(codes: Mapping[str, str], annotation_size: int) -> str:
 
 def _area(code: str, size: int) -> int:
     runs = rle.decode_runs(code, size, size)
-    return int((runs[:, 1] - runs[:, 0]).sum())
+    return area(runs)

@@ -178,6 +178,8 @@ def test_report(place, options, trained):
         (["train.py", "--set", "stage.1.epoch=3"], 2, 'Did you mean "epochs"?'),
         (["train.py", "--fold", "9"], 2, "--fold 9: the recipe has folds 0 to 4"),
         (["train.py", "--stage", "0"], 2, "--stage 0"),
+        (["train.py", "--recipe", "seed-focal", "--stage", "1"], 2, "trains from stage 3 on, which starts from seed;"),
+        (["predict.py", "--set", "predict.mirror=true", "a.png"], 2, "a.png: expected key=value; what is none goes"),
         (["train.py", "--set", "data.root=nowhere"], 3, "nowhere: no such folder. Set data.root."),
         (["predict.py", "--folds", "0,7"], 2, "--folds 0,7"),
         (["predict.py", "--folds", "0"], 2, "Run: make cv FOLDS=0"),
@@ -248,9 +250,11 @@ def test_where_many_images_have_one_fault_the_file_with_all_is_named(repo, tmp_p
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["cv", "FOLD=1"], "FOLD= has no meaning for make cv: it is FOLDS=0 there"),
+        (["cv", "FOLD=1"], "FOLD= has no meaning for make cv, which takes PYTHON RECIPE SET FOLDS GPUS JOBS"),
         (["submit", "FOLD=1"], "FOLD= has no meaning for make submit"),
-        (["train", "FOLDS=1"], "FOLDS= has no meaning for make train: it is FOLD=0 there"),
+        (["train", "FOLDS=1"], "FOLDS= has no meaning for make train, which takes PYTHON RECIPE SET FOLD STAGE GPUS"),
+        (["oof", "FOLDS=0"], "FOLDS= has no meaning for make oof"),
+        (["demo", "RECIPE=seed"], "RECIPE= has no meaning for make demo, which takes PYTHON SET"),
         (["train", "RECIPES=demo"], "no variable RECIPES; there are RECIPE FOLD"),
         (["train", "recipe=demo"], "no variable recipe;"),
     ],
@@ -260,3 +264,10 @@ def test_make_starts_nothing_else_than_what_was_meant(repo, words, said):
         ["make", "-n", "PYTHON=python3", *words], cwd=repo, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 2 and said in done.stderr and "python3" not in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_one_of_several_targets_may_take_a_variable(repo):
+    words = ["make", "-n", "PYTHON=python3", "cv", "tune", "report", "GPUS=2", "BESIDE=demo", "SET=stage.1.epochs=1"]
+    done = subprocess.run(words, cwd=repo, capture_output=True, text=True, timeout=60, check=True)
+    assert "--nproc_per_node=2 -m pneumo cv" in done.stdout and "--beside demo" in done.stdout

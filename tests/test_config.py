@@ -96,7 +96,7 @@ OVERRIDES = {
         ("train.root=x", r"unknown key train\.root\. Did you mean data\.root\?$"),
         ("wokers=8", r"unknown key wokers\.$"),
         ("seed.x=8", r"unknown key seed\.x\.$"),
-        ("seed", "expected key=value$"),
+        ("seed", "expected key=value; what is none goes before --set$"),
         ("stage.2=1", "stage.2 is a table; set one of its keys: epochs, "),
     ],
     "C2": [

@@ -675,26 +675,29 @@ def _in_threads(
 
 
 def read_rows(
-    path: Path, columns: Sequence[str], problems: list[Problem], *, blank_before_quote: bool = True
+    path: Path, columns: Sequence[str], problems: list[Problem], *, blanks: bool = True
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Line number and stripped values of the named columns of each row; the first is an id, and checked.
+    """Line number and values of the named columns of each row; the first is an id, and checked.
 
     Every value is text, and a row must have as many fields as the header: nothing is guessed, padded or
     shifted.
 
     Args:
-        blank_before_quote: a value may be quoted after a blank; else the quotes are part of it, as others read it.
+        blanks: values are stripped, and may be quoted after a blank; else blanks and such quotes are part of them, as
+            others read them.
     """
     try:
         content = io.StringIO(_text(path), newline="")
-        reader = csv.reader(content, strict=True, skipinitialspace=blank_before_quote)
+        reader = csv.reader(content, strict=True, skipinitialspace=blanks)
         header: list[str] | None = None
         for count, fields in enumerate(reader):
             if count > MAX_ROWS:
                 raise DataError(f"more than {MAX_ROWS:,} rows")
-            fields = [field.strip() for field in fields]
-            if not any(fields):
+            stripped = [field.strip() for field in fields]
+            if not any(stripped):
                 continue
+            if blanks or header is None:
+                fields = stripped
             if header is None:
                 header = [ALIASES.get(field, field) for field in fields]
                 places = _places(header, columns)
@@ -717,6 +720,15 @@ def read_rows(
         problems.append(_problem(path, f"not a CSV: {error}", row=reader.line_num))
     except DataError as error:
         problems.append(_problem(path, f"{error}. Expected: a CSV with columns {', '.join(columns)}."))
+
+
+def first_line(path: Path) -> str:
+    """The first line of a file that `read_rows` reads, as it stands there, with a byte order mark if it has one.
+
+    Raises:
+        DataError: it is no such file.
+    """
+    return _text(path, "utf-8").partition("\n")[0].rstrip("\r")
 
 
 def _places(header: list[str], columns: Sequence[str]) -> list[int]:
@@ -747,7 +759,7 @@ def _bounded(file: IO[bytes]) -> bytes:
     return b"".join(parts)
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, encoding: str = "utf-8-sig") -> str:
     """The text of a UTF-8 file, perhaps gzipped; what else downloads turn out to be is refused by name."""
     try:
         if not Path(path).is_file():  # to open a pipe is to wait for ever
@@ -772,6 +784,6 @@ def _text(path: Path) -> str:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:1024]:
         raise DataError("UTF-16 or binary; save it as UTF-8")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 at byte {error.start:,}; save it as UTF-8") from None

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pneumo.data import dicom
-from pneumo.errors import DataError, OutOfMemory
+from pneumo.errors import DataError, OutOfMemory, one_line
 
 MAX_PIXELS = 64 * 2**20
 MAX_SIDE = 16_384  # images are padded to squares: 32 x 2,000,000 pixels would become 4e12
@@ -240,7 +240,7 @@ def _naming(path: str | Path) -> Iterator[None]:
     except UnidentifiedImageError:  # its text is the address of a buffer
         raise DataError(f"{path}: the header is damaged. Copy it again.") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)[:200] or type(error).__name__
         raise DataError(f"{path}: {reason}. Copy it again.") from error
 
 

@@ -79,7 +79,9 @@ def draw(rng: np.random.Generator, side: int, positive: bool) -> Phantom:
     return Phantom(_mark(image), mask)
 
 
-def write(root: Path, *, train: int, test: int, side: int, positive_fraction: float, seed: int) -> None:
+def write(
+    root: Path, *, train: int, test: int, side: int, annotation_size: int, positive_fraction: float, seed: int
+) -> None:
     """Write a data set: train/, test/, train-rle.csv, patients.csv, sample_submission.csv, test-truth.csv.
 
     Most images are 8-bit PNG; some are 16-bit PNG, some DICOM, of 8 or 12 bits, a few with inverted grey, in nested
@@ -88,7 +90,8 @@ def write(root: Path, *, train: int, test: int, side: int, positive_fraction: fl
     Args:
         root: folder to make, or an empty one; SYNTHETIC.txt in it says what it holds.
         train, test: how many images.
-        side: of the images and of the grid of the codes, pixels.
+        side: of the images, pixels.
+        annotation_size: side of the grid of the codes, pixels.
         positive_fraction: share of images with pneumothorax, exact to one image in either part.
 
     Raises:
@@ -115,8 +118,10 @@ def write(root: Path, *, train: int, test: int, side: int, positive_fraction: fl
             # the file type must not give the answer away: types are dealt anew to every ten images
             turns = np.random.default_rng([*_key(seed, part, index // 10), 10]).permutation(10)
             _write_image(root / part, image_id, drawn.image, index, int(turns[index % 10]))
-            codes = [rle.encode(region) for region in _regions(drawn.mask, rng)]
-            tables[part] += [f"{image_id},{code}" for code in codes]
+            centres = (np.arange(annotation_size) * 2 + 1) * side // (2 * annotation_size)
+            codes = [rle.encode(region[np.ix_(centres, centres)]) for region in _regions(drawn.mask, rng)]
+            found = [code for code in codes if code != rle.EMPTY] or [rle.EMPTY]  # a coarse grid may miss a small one
+            tables[part] += [f"{image_id},{code}" for code in found]
             if part == "test":
                 sample.append(f"{image_id},{rle.EMPTY}")
             else:

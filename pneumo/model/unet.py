@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from pneumo import checkpoint
-from pneumo.errors import DataError, UsageError
+from pneumo.errors import DataError, UsageError, one_line
 from pneumo.kernels import thin_conv
 from pneumo.kernels.upconv import upsampled_conv, upsampled_conv_ref
 
@@ -245,7 +245,7 @@ def _create_encoder(name: str, pretrained: bool | str) -> nn.Module:
     except Exception as error:  # offline, hub and timm raise many types, some without a message
         if not pretrained:
             raise UsageError(f"model.encoder: timm cannot make features of {name}: {error}") from None
-        raise UsageError(_no_weights(name, " ".join(str(error).split())[:160] or type(error).__name__)) from None
+        raise UsageError(_no_weights(name, one_line(error)[:160] or type(error).__name__)) from None
 
 
 def _from_hub(name: str) -> dict[str, Any] | None:
@@ -316,7 +316,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         try:
             state: Any = safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise DataError(
                 f"{path} cannot be read as weights: {reason}. Download them again, or {OTHERWISE}."
             ) from None

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pneumo.data import cases, phantom
+from pneumo.data import cases, images, pack, phantom
 from pneumo.decision.components import drop_small
 from pneumo.decision.metrics import dice
 from pneumo.errors import UsageError
@@ -47,10 +47,10 @@ def test_no_grey_level_finds_the_pneumothorax():
     low, high = raw.min(axis=(1, 2), keepdims=True), raw.max(axis=(1, 2), keepdims=True)
     baseline = float(np.mean(~truth.any(axis=(1, 2))))
     gains = []
-    for images in (raw, (raw - low) / (high - low)):
+    for greys in (raw, (raw - low) / (high - low)):
         for start in np.arange(0, 1, 0.04):
             for width in (0.05, 0.1, 0.2, 1.0):
-                pred = (images >= start) & (images < start + width)
+                pred = (greys >= start) & (greys < start + width)
                 kept = np.stack([drop_small(mask, 60) for mask in pred])
                 gains += [dice(masks, truth).mean() - baseline for masks in (pred, kept)]
     assert len(gains) == 400
@@ -60,7 +60,7 @@ def test_no_grey_level_finds_the_pneumothorax():
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phantom")
-    phantom.write(folder, train=40, test=12, side=64, positive_fraction=0.25, seed=3)
+    phantom.write(folder, train=40, test=12, side=64, annotation_size=64, positive_fraction=0.25, seed=3)
     return folder
 
 
@@ -85,8 +85,23 @@ def test_it_has_what_real_data_have(root):
     assert max(rows.values()) == 2  # several rows an image
 
 
+@pytest.mark.parametrize("grid", [32, 128])
+def test_codes_live_on_the_annotation_grid(root, tmp_path, grid):
+    """Whatever the size of the images: the same masks, finer or coarser."""
+    phantom.write(tmp_path / "x", train=40, test=12, side=64, annotation_size=grid, positive_fraction=0.25, seed=3)
+    found, problems = cases.load_train(tmp_path / "x", annotation_size=grid)
+    wanted, _ = cases.load_train(root, annotation_size=64)
+    assert not any(problem.fatal for problem in problems)
+    for one, other in zip(found, wanted, strict=True):
+        assert np.array_equal(pack.pack_image(images.read(one.path).pixels, 64), images.read(other.path).pixels)
+        if grid > 64:
+            np.testing.assert_array_equal(pack.pack_mask(one.runs, grid, 64), pack.pack_mask(other.runs, 64, 64))
+        else:
+            np.testing.assert_array_equal(pack.pack_mask(one.runs, grid, 32), pack.pack_mask(other.runs, 64, 32))
+
+
 def test_the_file_type_does_not_give_the_answer_away(tmp_path):
-    phantom.write(tmp_path / "x", train=60, test=1, side=64, positive_fraction=0.5, seed=0)
+    phantom.write(tmp_path / "x", train=60, test=1, side=64, annotation_size=64, positive_fraction=0.5, seed=0)
     found, _ = cases.load_train(tmp_path / "x", annotation_size=64)
     of_dicom = Counter(case.positive for case in found if case.path.suffix == ".dcm")
     assert min(of_dicom[True], of_dicom[False]) >= 2
@@ -95,10 +110,10 @@ def test_the_file_type_does_not_give_the_answer_away(tmp_path):
 def test_a_writing_that_was_cut_off_does_not_look_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(phantom, "_regions", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        phantom.write(tmp_path / "x", train=2, test=1, side=64, positive_fraction=0.5, seed=0)
+        phantom.write(tmp_path / "x", train=2, test=1, side=64, annotation_size=64, positive_fraction=0.5, seed=0)
     assert not (tmp_path / "x").exists()
     monkeypatch.undo()
-    phantom.write(tmp_path / "x", train=2, test=1, side=64, positive_fraction=0.5, seed=0)
+    phantom.write(tmp_path / "x", train=2, test=1, side=64, annotation_size=64, positive_fraction=0.5, seed=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
 
 
@@ -114,7 +129,7 @@ def test_a_users_own_folders_beside_it_stay(tmp_path):
     unmarked = tmp_path / f"x.0{dead.pid}.tmp", tmp_path / f"x.1{10**12}.tmp"
     for folder in unmarked:
         folder.mkdir()
-    options = {"train": 2, "test": 1, "side": 64, "positive_fraction": 0.5, "seed": 0}
+    options = {"train": 2, "test": 1, "side": 64, "annotation_size": 64, "positive_fraction": 0.5, "seed": 0}
     phantom.write(tmp_path / "x", **options)
     kept = [*theirs, *(folder.name for folder in unmarked)]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["x", *kept])

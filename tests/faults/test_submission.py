@@ -1,6 +1,7 @@
 """Submissions: rows S1 to S5 and S9."""
 
 import csv
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +201,8 @@ def test_a_submission_is_checked(recipe, tmp_path, capsys, figure):
         ),
         ("test-000,x\n", f"{bad}: 1 row, 1 id; no row is good"),
         (rest + 'test-000, "-1"\n', "line 10, ImageId test-000, EncodedPixels: token 1 is not"),  # to others no code
+        (rest + "test-000, 1 2\n", "line 10, ImageId test-000, EncodedPixels: runs that touch, or zeros or blanks too"),
+        (rest + "test-000 ,-1\n", "line 10: ImageId 'test-000 '"),
         (rest + "test-000,-1,\n", "line 10: 3 fields, the header has 2"),
     ):
         bad.write_text(head + text)
@@ -209,6 +212,9 @@ def test_a_submission_is_checked(recipe, tmp_path, capsys, figure):
         assert "line 1: the first line must be ImageId,EncodedPixels" in check(recipe, capsys, str(bad), code=3)
     bad.write_text(head + rest + "test-000,-1\n")
     assert "9 rows, 9 ids; 9 images, 100.0% empty" in check(recipe, capsys, str(bad), code=0)
+    packed = bad.with_suffix(".csv.gz")
+    packed.write_bytes(gzip.compress(bad.read_bytes()))
+    assert "9 rows, 9 ids; 9 images, 100.0% empty" in check(recipe, capsys, str(packed), code=0)
     path = recipe.folder / "submission.csv"
     path.write_text(head + rest + "test-000,-1\n")
     assert "tells of another file" in check(recipe, capsys, code=0)

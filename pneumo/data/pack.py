@@ -21,7 +21,7 @@ import numpy as np
 from pneumo import checkpoint, log
 from pneumo.data import images
 from pneumo.data.cases import Case, Problem, raise_fatal
-from pneumo.errors import DataError, WriteError
+from pneumo.errors import DataError
 from pneumo.kernels.runs import runs_to_mask
 
 FORMAT = 3  # change it when the same files would give other pixels
@@ -273,22 +273,30 @@ def _judge(problems: Sequence[Problem], report: Path | None) -> None:
 
 
 def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> tuple[np.ndarray, bool]:
-    """Open, or create full of zeros with its space reserved, a memory-mapped array; says whether it is new."""
+    """Open, or create full of zeros, a memory-mapped array with its space reserved; says whether it is new."""
+    new = not _is_whole(path, dtype, shape)
     try:
-        array = np.load(path, mmap_mode="r+")
-        if array.dtype == dtype and array.shape == shape:
-            return array, False
-    except (FileNotFoundError, ValueError, EOFError):
-        pass  # not there, or a creation that was cut off
-    try:
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        if new:
+            np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
         with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)  # a full disk says so here, not as a bus error
+            found = os.fstat(file.fileno())
+            if found.st_blocks * 512 < found.st_size:  # a full disk says so here, not as a bus error
+                os.posix_fallocate(file.fileno(), 0, found.st_size)
     except OSError as error:
-        path.unlink(missing_ok=True)
+        if new:
+            path.unlink(missing_ok=True)
         need = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        raise WriteError(f"Cannot make {path}: {need / 1e6:.0f} MB needed; {error.strerror}.") from None
-    return array, True
+        raise checkpoint.refusal(f"{path} ({checkpoint.megabytes(need)})", error) from None
+    return np.load(path, mmap_mode="r+"), new
+
+
+def _is_whole(path: Path, dtype: type, shape: tuple[int, ...]) -> bool:
+    """Whether a file is such an array; numpy itself would fill up one that was cut off, as by a copy, with zeros."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (FileNotFoundError, ValueError, EOFError):
+        return False
+    return array.dtype == dtype and array.shape == shape and array.offset + array.nbytes == path.stat().st_size
 
 
 def _crc(pictures: np.ndarray, masks: np.ndarray, shapes: np.ndarray, row: int) -> int:

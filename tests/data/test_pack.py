@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from PIL import Image
 
 from pneumo.data import images, pack
 from pneumo.data.cases import Case
-from pneumo.errors import DataError
+from pneumo.errors import DataError, NoSpaceError
 from pneumo.kernels.runs import mask_to_runs
 
 GRID = 128
@@ -165,15 +167,43 @@ def test_a_missing_image_is_named(tmp_path):
         open_it(tmp_path / "p", cases)
 
 
-@pytest.mark.parametrize("name", ["images.npy", "masks.npy", "rows.npy"])
-def test_a_creation_that_was_cut_off_is_made_anew(tmp_path, name):
+@pytest.mark.parametrize("size", [50, -1, -64 * 64, 1], ids="{:+d} bytes".format)
+@pytest.mark.parametrize("name", ["images.npy", "masks.npy", "shapes.npy", "rows.npy"])
+def test_a_file_that_was_cut_off_is_made_anew(tmp_path, name, size):
+    """In its header, or in its data, as by a copy that was interrupted; or something was added to it."""
     cases = made_up(tmp_path / "x")
     first = open_it(tmp_path / "p", cases)
-    wanted = np.array(first.images), np.array(first.masks)
+    wanted = np.array(first.images), np.array(first.masks), first.shapes
     (file,) = (tmp_path / "p").glob(f"*/{name}")
-    file.write_bytes(file.read_bytes()[:50])
+    content = file.read_bytes()
+    file.write_bytes(content + b"x" if size == 1 else content[:size])
     again = open_it(tmp_path / "p", cases)
-    assert np.array_equal(again.images, wanted[0]) and np.array_equal(again.masks, wanted[1])
+    for array, before in zip((again.images, again.masks, again.shapes), wanted, strict=True):
+        assert np.array_equal(array, before)
+    assert file.stat().st_size == len(content)
+
+
+def test_space_is_reserved_in_a_file_that_has_holes(tmp_path, monkeypatch):
+    """As a kill between its creation and that leaves it."""
+    cases = made_up(tmp_path / "x")
+    wanted = np.array(open_it(tmp_path / "p", cases).images)
+    (file,) = (tmp_path / "p").glob("*/images.npy")
+    size = file.stat().st_size
+    os.truncate(file, 128)  # its header
+    os.truncate(file, size)
+    assert file.stat().st_blocks * 512 < size
+    assert np.array_equal(open_it(tmp_path / "p", cases, check=True).images, wanted)
+    assert file.stat().st_blocks * 512 >= size
+    os.truncate(file, 128)
+    os.truncate(file, size)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(NoSpaceError, match=r"images.npy \(0.02 MB\): No space left on device. Free space, then run"):
+        open_it(tmp_path / "p", cases)
+    assert file.stat().st_size == size
 
 
 def test_thumbnails_are_block_means(tmp_path):

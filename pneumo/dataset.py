@@ -87,6 +87,19 @@ def open_pack(recipe: Recipe, name: str, found: Sequence[Case], side: int, *, ch
     )
 
 
+def open_train(recipe: Recipe, data: Dataset, side: int) -> Pack:
+    """The packed images of a data set at this side.
+
+    Raises:
+        DataError: they are other images than when the data set was loaded.
+    """
+    packed = open_pack(recipe, "train", data.cases, side)
+    if packed.digest != data.digest:
+        folder = Path(recipe.data.root) / recipe.data.train
+        raise DataError(f"{folder}: images have changed since this command read them. Run the same command again")
+    return packed
+
+
 def load(recipe: Recipe) -> Dataset:
     """The recipe's training set, split into folds as folds.csv says; splits it first if that is not there.
 

@@ -166,7 +166,7 @@ def _write_fold(
             f"{recipe.folder / 'folds.csv'} now hold; its predictions would not be out of fold"
         )
     rows = np.flatnonzero(data.folds == fold)
-    pack = dataset.open_pack(recipe, "train", data.cases, models.image_size)
+    pack = dataset.open_train(recipe, data, models.image_size)
     batches = cut(rows, models.batch_size)
     mine = batches[dist.rank() :: dist.world()]
     reserve = int(recipe.train.gpu_reserve_gb * 2**30)

@@ -296,7 +296,7 @@ class _Run:
             settings = ", ".join(f"{key} {value}" for key, value in asdict(self.settings).items())
             log.say(f"{self.folder / 'config.toml'}: {settings}")
             self._status("running")
-        pack = dataset.open_pack(self.recipe, "train", self.data.cases, self.settings.image_size)
+        pack = dataset.open_train(self.recipe, self.data, self.settings.image_size)
         reserve = int(self.recipe.train.gpu_reserve_gb * 2**30)
         feed = Feed(pack, self.device, np.arange(len(self.data.cases)), reserve=reserve)
         log.say(

@@ -47,7 +47,7 @@ def test_every_case_by_the_fold_that_did_not_see_it(recipe, capsys):
     assert len(np.unique(found.groups)) == 10  # nine pairs but for one image of unknown patient
     rule = Rule(**asdict(recipe.rule))
     dice = tables.dice(found.tables, rule)
-    pack = dataset.open_pack(recipe, "train", data.cases, 64)
+    pack = dataset.open_train(recipe, data, 64)
     for fold in range(3):
         models = ensemble.load(recipe, [fold], CPU)
         inside = np.flatnonzero(found.folds == fold)
@@ -86,7 +86,7 @@ def test_tables_and_a_submission_score_alike(recipe, root, tmp_path):
     middle = np.searchsorted(found.tables.histogram.sum(axis=0).cumsum(), found.tables.histogram.sum() / 2)
     level = found.tables.levels[np.abs(found.tables.levels - middle).argmin()]
     rule = Rule(threshold=int(level) / 256, min_area=3)
-    pack = dataset.open_pack(recipe, "train", data.cases, 64)
+    pack = dataset.open_train(recipe, data, 64)
     lines = []
     for fold in range(3):
         models = ensemble.load(recipe, [fold], CPU)
@@ -121,7 +121,7 @@ def test_padding_counts_nowhere(repo, root, tmp_path):
 
     models = ensemble.load(recipe, [0], CPU)
     rows = np.flatnonzero(data.folds == 0)
-    pack = dataset.open_pack(recipe, "train", data.cases, 64)
+    pack = dataset.open_train(recipe, data, 64)
     ((image, _),) = Feed(pack, CPU, rows).batches([rows])
     ((plain, mirrored),) = ensemble._views(models, models.models[0], image)
     for row, first, second in zip(rows, *(resize_quantise(probs, 64) for probs in (plain, mirrored)), strict=True):
@@ -157,7 +157,7 @@ def test_mirror_agreement_is_recorded(recipe):
     oof.write(recipe, data, CPU)
     models = ensemble.load(recipe, [0], CPU)
     rows = np.flatnonzero(data.folds == 0)
-    pack = dataset.open_pack(recipe, "train", data.cases, 64)
+    pack = dataset.open_train(recipe, data, 64)
     ((image, _),) = Feed(pack, CPU, rows).batches([rows])
     ((plain, mirrored),) = ensemble._views(models, models.models[0], image)
     plain, mirrored = (resize_quantise(probs, 64) for probs in (plain, mirrored))

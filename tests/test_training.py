@@ -7,7 +7,7 @@ import small_run
 import torch
 from small_run import differing
 
-from pneumo import checkpoint, dataset, engine, log, training
+from pneumo import checkpoint, dataset, engine, log, oof, training
 from pneumo.errors import DataError, NotFiniteError, UsageError
 
 CPU = torch.device("cpu")
@@ -297,6 +297,21 @@ def test_other_data_are_refused(repo, straight, tmp_path):
         train(other)
     with pytest.raises(DataError, match="trained on other data"):  # stage 3 would start from stage 2
         train(other, stage=3)
+
+
+@pytest.mark.fault("R21", "an image replaced after a command read the data, before it trains or predicts on them")
+def test_images_that_change_meanwhile_are_refused(repo, tmp_path):
+    small_run.write_data(tmp_path / "data")
+    recipe = small_run.recipe(repo, tmp_path / "data", tmp_path / "runs")
+    data = small_run.pretend_trained(recipe)
+    images = tmp_path / "data" / "train"
+    shutil.copy(images / "train-001.png", images / "train-002.png")
+    changed = r"data/train: images have changed since this command read them\. Run the same command again$"
+    with pytest.raises(DataError, match=changed):
+        training.train_stage(recipe, data, 0, 1, CPU)
+    assert not (recipe.stage_folder(0, 1) / "last.pt").exists()
+    with pytest.raises(DataError, match=changed):
+        oof.write(recipe, data, CPU)
 
 
 @pytest.mark.fault("R21", "stage 1 trained with another split than folds.csv now has")

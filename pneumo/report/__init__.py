@@ -73,7 +73,7 @@ def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
     if logs.empty:
         raise DataError(f"{recipe.folder}: no log.jsonl yet. Run: {recipe.command('cv')}")
     data = dataset.load(recipe)
-    packed = dataset.open_pack(recipe, "train", data.cases, recipe.stage[1].image_size)
+    packed = dataset.open_train(recipe, data, recipe.stage[1].image_size)
     note = " (SYNTHETIC X-rays)" if (Path(recipe.data.root) / "SYNTHETIC.txt").exists() else ""
     content = page.Content(
         title=f"{recipe.name}{note}",
@@ -197,7 +197,7 @@ def _logs(recipe: Recipe) -> pd.DataFrame:
 
 def _draw_augmentations(recipe: Recipe, data: Dataset, note: str, path: Path) -> None:
     """Some positive images as the last stage's training sees them."""
-    pack = dataset.open_pack(recipe, "train", data.cases, recipe.stage[recipe.stages].image_size)
+    pack = dataset.open_train(recipe, data, recipe.stage[recipe.stages].image_size)
     rows = np.flatnonzero(data.positive)[:ROWS]
     feed = Feed(pack, torch.device("cpu"), rows)
     images, masks = [], []

@@ -89,7 +89,7 @@ def _predict_again(
     with dist.launch(recipe.train.timeout_seconds) as device:
         for fold in np.unique(found.folds[places]).tolist():
             models = ensemble.load(recipe, [fold], device)
-            pack = dataset.open_pack(recipe, "train", data.cases, models.image_size)
+            pack = dataset.open_train(recipe, data, models.image_size)
             inside = places[found.folds[places] == fold]
             rule: Rule = tuning.recipe_rule(recipe) if fold_rules is None else fold_rules[fold]
             batches = [found.rows[[place]] for place in inside]

@@ -1,6 +1,6 @@
 """Folds side by side on one host: a process for each, on a GPU of its own where there are any.
 
-Imports dist, log, errors.
+Imports dist, log, start, errors.
 """
 
 import os
@@ -14,15 +14,15 @@ from concurrent.futures import wait as wait_for
 
 import torch
 
-from pneumo import dist, log
+from pneumo import dist, log, start
 from pneumo.errors import PneumoError, Stopped, UsageError
 
 
 def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence[str]]) -> None:
     """Run a command for each fold, several at a time; what they print is shown, marked by its fold.
 
-    Each has a GPU of its own; on a CPU they share the cores. A fold that fails does not stop the others. A SIGINT or
-    SIGTERM is passed on, and no further fold is started.
+    Each has a GPU of its own; on a CPU they share the cores. A fold that fails does not stop the others. A SIGINT,
+    SIGTERM or SIGHUP is passed on, and no further fold is started.
 
     Args:
         folds: in the order in which they start.
@@ -77,7 +77,7 @@ def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence
         for process in list(running.values()):
             process.send_signal(number)
 
-    old = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, pass_on) for number in start.endings()}
     try:
         with ThreadPoolExecutor(jobs) as pool:
             futures = [pool.submit(one, fold) for fold in folds]

@@ -28,6 +28,12 @@ def prepare() -> None:
         setattr(sys, name, _stream(number, getattr(sys, name)))
 
 
+def endings() -> list[signal.Signals]:
+    """The signals that ask a command to end; that of a closed terminal only where it is not ignored, as by nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Within, Ctrl-C is a KeyboardInterrupt again: the imports are done."""

@@ -1,6 +1,6 @@
 """One stage of one fold: chained to the stage before it, resumable at any step, stopped cleanly by a signal.
 
-Imports config, dataset, engine, measured, checkpoint, log, dist, model, data, decision, kernels.
+Imports config, dataset, engine, measured, checkpoint, log, dist, start, model, data, decision, kernels.
 """
 
 import math
@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from pneumo import checkpoint, config, dataset, dist, engine, log, measured
+from pneumo import checkpoint, config, dataset, dist, engine, log, measured, start
 from pneumo.config import AugmentConfig, Recipe, StageConfig
 from pneumo.data import feed as feeds
 from pneumo.data.feed import Feed
@@ -49,31 +49,55 @@ COMPILER = "It takes gcc and g++, Python's headers (python3-dev) and, on a GPU, 
 KEPT = "epoch{}.pt"  # one of the `train.keep_best` epochs that an ensemble may average
 
 
+class _StopAsked(Exception):
+    """A signal came during validation."""
+
+
+class _Interrupted(BaseException):
+    """A signal came where the run may end at once; no handler of what it calls is to take it for an error."""
+
+
 class _Signals:
-    """Remembers the first SIGTERM or SIGINT; the step in hand is finished first, whatever comes after it."""
+    """Remembers the first signal that asks a run to end; the step in hand is finished first, whatever comes after it.
+
+    Attributes:
+        number: of that signal; 0 if none came.
+    """
 
     number = 0
+    _waited_for = False
 
     @contextmanager
     def caught(self) -> Iterator[None]:
         self.number = 0
 
         def remember(number: int, _frame: object) -> None:
-            self.number = self.number or number
+            first, self.number = not self.number, self.number or number
+            if first and self._waited_for:
+                raise _Interrupted
 
-        old = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        old = {number: signal.signal(number, remember) for number in start.endings()}
         try:
             yield
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+        if self.number:  # it came after the run had looked for the last time
+            signal.raise_signal(self.number)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, where a run may wait for long and has nothing to lose, a signal raises `_Interrupted`."""
+        self._waited_for = True
+        try:
+            if self.number:
+                raise _Interrupted
+            yield
+        finally:
+            self._waited_for = False
 
 
 _signals = _Signals()
-
-
-class _StopAsked(Exception):
-    """A signal came during validation."""
 
 
 @dataclass
@@ -121,7 +145,7 @@ def train_stage(recipe: Recipe, data: Dataset, fold: int, stage: int, device: to
         UsageError: the folder is in use, belongs to other settings, or the stage before is not done.
         DataError: a checkpoint is damaged or of other data.
         NotFiniteError: too many steps in a row were not finite.
-        Stopped: after SIGTERM or SIGINT, with a checkpoint.
+        Stopped: after SIGTERM, SIGINT or SIGHUP, with a checkpoint; or when the stage is done.
     """
     folder = recipe.stage_folder(fold, stage)
     dataset.check_fold(recipe, data, fold)
@@ -271,34 +295,43 @@ class _Run:
         self.position = Position()
         self.saved: dict[str, Any] | None = None  # the position that last.pt holds
         self.noted = 0  # the step of the epoch whose numbers the host reads next
+        self.done = False
 
     def train(self) -> None:
         """Run all epochs that are left."""
         try:
             self._train()
+        except _Interrupted:
+            self._leave_alone("before it trained")
         except RuntimeError as error:
             if not (_signals.number and engine.is_of_the_compiler(error)):
                 raise
-            self._leave_the_compiler()
+            self._leave_alone("while it compiled")
+        if _stop_asked():
+            self._stop()
 
     def _train(self) -> None:
         saved = self._load_last()
-        if saved is not None and saved["position"]["epoch"] > self.settings.epochs:
-            self.position = Position(**saved["position"])
+        if saved is not None:
+            self.position, self.saved = Position(**saved["position"]), saved["position"]
+        if self.position.epoch > self.settings.epochs:
             if dist.is_main():
                 self._publish()  # in case that the run ended just before
-                self._status("done")
+            self._finish()
             log.say(f"{self.folder}: done, nothing to do")
             return
-        self._build(saved)
+        with _signals.at_once():
+            self._build(saved)
+        self._compile()
         if dist.is_main():
             checkpoint.write_atomic(self.folder / "config.toml", config.dumps(self.recipe).encode())
             settings = ", ".join(f"{key} {value}" for key, value in asdict(self.settings).items())
             log.say(f"{self.folder / 'config.toml'}: {settings}")
             self._status("running")
-        pack = dataset.open_train(self.recipe, self.data, self.settings.image_size)
         reserve = int(self.recipe.train.gpu_reserve_gb * 2**30)
-        feed = Feed(pack, self.device, np.arange(len(self.data.cases)), reserve=reserve)
+        with _signals.at_once():
+            pack = dataset.open_train(self.recipe, self.data, self.settings.image_size)
+            feed = Feed(pack, self.device, np.arange(len(self.data.cases)), reserve=reserve)
         log.say(
             f"fold {self.fold} stage {self.stage}: {len(self.training)} images to train on, {len(self.validation)} to "
             f"validate, {self.settings.image_size} px {feed}; {dist.world()} x {self.device.type}, "
@@ -320,6 +353,10 @@ class _Run:
             )
             self._train_epoch(feed, feeds.steps(plan, self.settings.batch_size, self.settings.accumulation))
             self._finish_epoch(feed)
+        self._finish()
+
+    def _finish(self) -> None:
+        self.done = True
         if dist.is_main():
             self._status("done")
 
@@ -371,7 +408,9 @@ class _Run:
                 self.scaler.load_state_dict(saved["scaler"])
                 if self.average is not None:
                     self.average.load_state_dict(saved["average"])
-                self.position, self.saved = Position(**saved["position"]), saved["position"]
+
+    def _compile(self) -> None:
+        """Let the networks be compiled, recorded and wrapped for several processes, as the recipe says."""
         how, gpu = self.recipe.train.compile, self.device.type == "cuda"
         recordable = gpu and dist.world() == 1 and not self.recipe.model.checkpointing
         if how == "graph" and not recordable:
@@ -405,7 +444,7 @@ class _Run:
         """
         trouble = engine.compiler_trouble(self.device)
         if trouble and _signals.number:
-            self._leave_the_compiler()
+            self._leave_alone("while it compiled")
         if trouble and self.recipe.train.compile != "auto":
             raise UsageError(f"Nothing can be compiled here: {trouble}. {COMPILER}; or --set train.compile=off")
         if trouble:
@@ -766,16 +805,17 @@ class _Run:
         """Leave after a signal to any process; the checkpoint has been written."""
         numbers = [number for number in dist.gather(_signals.number) if number]
         _signals.number = _signals.number or numbers[0]
-        self._leave(f"at {_place(asdict(self.position))}. The same command goes on from there.")
+        where = "when it was done" if self.done else f"at {_place(asdict(self.position))}"
+        self._leave(f"{where}. The same command goes on from there.")
 
-    def _leave_the_compiler(self) -> None:
-        """Leave after a signal that ended the compiler's helpers too, which are of the same group or job."""
+    def _leave_alone(self, where: str) -> None:
+        """Leave after a signal where nothing is saved: while the run waits, or when the compiler's helpers had it too."""
         self.position = Position(**(self.saved or {}))
         intact = f"; {self._intact()}" if dist.is_main() else ""  # which the others do not know
-        self._leave(f"while it compiled{intact}. The same command goes on.", StoppedAlone)
+        self._leave(f"{where}{intact}. The same command goes on.", StoppedAlone)
 
     def _leave(self, where: str, kind: type[Stopped] = Stopped) -> None:
-        if dist.is_main():
+        if dist.is_main() and not self.done:
             self._status("stopped", signal=_signals.number)
         stopped = kind(f"{self.folder}: stopped by {signal.Signals(_signals.number).name} {where}")
         stopped.exit_code = 128 + _signals.number

@@ -27,6 +27,7 @@ from fault_table import (  # noqa: F401 - fixtures and hooks
 )
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background deaf to it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and so does nohup
 
 WITH_GPUS = dict(os.environ)  # for those commands that are to see them
 if torch.cuda.is_available():

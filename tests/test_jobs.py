@@ -48,11 +48,11 @@ def test_no_more_at_a_time_than_asked_for_and_each_on_its_own_gpu(monkeypatch, c
         jobs.run_folds(range(4), 3, lambda fold: python(code))
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_reaches_every_fold_and_no_other_is_started(capsys, number, exit_code):
     code = (
         "import signal, sys, time\n"
-        "for number in (signal.SIGTERM, signal.SIGINT):\n"
+        "for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):\n"
         "    signal.signal(number, lambda n, _: (print('got', n), sys.exit(128 + n)))\n"
         "print('up'); time.sleep(30)"
     )

@@ -1,14 +1,20 @@
 import copy
+import fcntl
 import json
+import os
 import shutil
+import signal
+import threading
+import time
+from contextlib import suppress
 
 import pytest
 import small_run
 import torch
 from small_run import differing
 
-from pneumo import checkpoint, dataset, engine, log, oof, training
-from pneumo.errors import DataError, NotFiniteError, UsageError
+from pneumo import checkpoint, dataset, engine, log, oof, start, training
+from pneumo.errors import DataError, NotFiniteError, Stopped, UsageError
 
 CPU = torch.device("cpu")
 
@@ -355,6 +361,58 @@ def test_other_choices_train(repo, root, tmp_path, change):
     recipe = small_run.recipe(repo, root, tmp_path, change, "stage.1.epochs=1")
     (line,) = log.read_jsonl(train(recipe) / "log.jsonl")
     assert line["val_loss"] > 0
+
+
+@pytest.mark.fault("R4", "a signal while a run waits for the pack's lock, or for weights from a network that stalls")
+@pytest.mark.parametrize("number", start.endings())
+@pytest.mark.parametrize("wait", ["lock", "weights"])
+def test_a_signal_ends_what_only_waits(repo, root, tmp_path, monkeypatch, figure, wait, number):
+    def stalls(*_):
+        with suppress(Exception):  # as libraries do that try again
+            time.sleep(30)
+        raise AssertionError("the signal was swallowed")
+
+    recipe = small_run.recipe(repo, root, tmp_path)
+    data = dataset.load(recipe)
+    if wait == "weights":
+        monkeypatch.setattr(training, "UNet", stalls)
+    with open(tmp_path / "pack" / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        free = threading.Timer(15, fcntl.flock, (lock, fcntl.LOCK_UN))
+        for timer in (threading.Timer(0.5, os.kill, (os.getpid(), number)), free):
+            timer.start()
+        began = time.monotonic()
+        with pytest.raises(
+            Stopped, match=rf"by {number.name} before it trained; nothing was saved before\. "
+        ) as caught:
+            training.train_stage(recipe, data, 0, 1, CPU)
+        free.cancel()
+    assert caught.value.exit_code == 128 + number
+    assert time.monotonic() - began < 10
+    status = log.read_status(recipe.stage_folder(0, 1))
+    assert (status["state"], status["signal"], status["step"]) == ("stopped", number, 0)
+    figure(f"{wait}, {number.name}: at once, code {caught.value.exit_code}")
+
+
+@pytest.mark.fault("R4", "a signal while a stage that was made ready earlier is looked at, and after its last look")
+def test_a_signal_is_not_forgotten_where_nothing_is_left_to_do(copied, monkeypatch, figure):
+    recipe, folder = copied
+    data, load_last, look = dataset.load(recipe), training._Run._load_last, training._stop_asked
+
+    def signalled(self):
+        signal.raise_signal(signal.SIGTERM)
+        return load_last(self)
+
+    monkeypatch.setattr(training._Run, "_load_last", signalled)
+    with pytest.raises(Stopped, match="stage1: stopped by SIGTERM when it was done") as caught:
+        training.train_stage(recipe, data, 0, 1, CPU)
+    assert caught.value.exit_code == 143
+    assert log.read_status(folder)["state"] == "done"
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "_stop_asked", lambda: look() or signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):  # as it would end any command
+        training.train_stage(recipe, data, 0, 1, CPU)
+    figure("stopped, status done")
 
 
 @pytest.mark.fault("R15", "a Dice that is no number, in the first of two epochs")

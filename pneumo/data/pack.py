@@ -162,7 +162,10 @@ def file_hashes(
             return Problem(str(path), None, "", str(error), True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        entries = list(progress(pool.map(entry, paths), total=len(paths), title="hash"))
+        try:
+            entries = list(progress(pool.map(entry, paths), total=len(paths), title="hash"))
+        finally:
+            pool.shutdown(cancel_futures=True)
     _judge([found for found in entries if isinstance(found, Problem)], report)
     fresh = {os.path.abspath(path): value for path, value in zip(paths, entries, strict=True)}
     if any(known.get(path) != value for path, value in fresh.items()):

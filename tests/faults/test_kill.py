@@ -198,6 +198,7 @@ def test_a_start_from_the_checkpoint_before_is_said(data, tmp_path, straight, fi
 SIGNALS = {
     "SIGTERM": (signal.SIGTERM,),
     "SIGINT": (signal.SIGINT,),
+    "SIGHUP": (signal.SIGHUP,),
     "SIGINT, then SIGTERM": (signal.SIGINT, signal.SIGTERM, signal.SIGTERM),
 }
 

@@ -22,13 +22,23 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from pneumo.errors import DataError, NoSpaceError, NotFiniteError, OutOfMemory, UsageError, WriteError, one_line
+from pneumo.errors import (
+    DataError,
+    FolderGoneError,
+    NoSpaceError,
+    NotFiniteError,
+    OutOfMemory,
+    UsageError,
+    WriteError,
+    one_line,
+)
 
 FORMAT = 1
 INSTEAD = "another place, as with --set runs=DIR or --out DIR"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, largest file
 
 _NOT_ITS_FAULT = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+_held: dict[Path, IO[str]] = {}  # lock files of the folders that this process is the writer of
 _TEMPORARY = re.compile(r"(?s)(.+)\.([1-9][0-9]*)\.tmp")  # a name of `temporary`
 
 
@@ -67,8 +77,10 @@ def write_atomic(path: Path, content: bytes, *, keep: Path | None = None) -> Non
     """Replace a file's content, all or nothing, and durably.
 
     Raises:
+        FolderGoneError: its folder is no longer the one that this process has locked.
         NoSpaceError, WriteError: no space, no permission; what was there is intact.
     """
+    check_held(path.parent)
     unfinished = temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +317,7 @@ def lock(folder: Path, *, instead: str = "another recipe or --set runs=DIR") -> 
         UsageError: another process holds it; names that process.
         WriteError: the folder cannot be made, or nothing can be written or locked in it.
     """
-    with _open_lock(folder / "lock", instead) as file:
+    with _open_lock(folder / "lock", instead) as file, contextlib.ExitStack() as stack:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -323,10 +335,29 @@ def lock(folder: Path, *, instead: str = "another recipe or --set runs=DIR") -> 
             file.truncate()
             file.write(f"process {os.getpid()} (since {time.strftime('%H:%M')})")
             file.flush()
+        _held[folder] = file
+        stack.callback(_held.pop, folder)
         clean(folder.glob("*.tmp"), "*")
         yield
         file.seek(0)
         file.truncate()
+
+
+def check_held(folder: Path) -> None:
+    """Refuse to go on writing into a folder that somebody has removed, or put another in place of, since it was locked.
+
+    A second run could have started there, and hold the lock of the new one.
+
+    Raises:
+        FolderGoneError: says so; never of a folder that this process has not locked.
+    """
+    if folder in _held:
+        try:
+            same = os.path.samestat(os.stat(folder / "lock"), os.fstat(_held[folder].fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            same = False
+        if not same:
+            raise FolderGoneError(f"{folder}: the folder was removed or replaced under this run, which ends here.")
 
 
 @contextlib.contextmanager

@@ -73,6 +73,10 @@ class NoSpaceError(WriteError):
     """A file for which the disk has no room."""
 
 
+class FolderGoneError(WriteError):
+    """A run folder that was removed or replaced while a run held it."""
+
+
 class OutOfMemory(PneumoError):
     """The device or the host ran out of memory."""
 

@@ -28,6 +28,7 @@ from pneumo.decision.rule import Rule
 from pneumo.engine import LossSettings, RunningStatistics
 from pneumo.errors import (
     DataError,
+    FolderGoneError,
     NoSpaceError,
     NotFiniteError,
     PneumoError,
@@ -735,6 +736,7 @@ class _Run:
 
     def _prune(self) -> None:
         """Remove kept epochs that others have overtaken, before the next is kept: the disk need not hold more."""
+        checkpoint.check_held(self.folder)
         for path in self.folder.glob(KEPT.format("*")):
             if path.name not in map(KEPT.format, self.position.kept):
                 path.unlink()
@@ -783,6 +785,8 @@ class _Run:
                 log.warn(f"{error} Removing {previous} to make room.")
                 previous.unlink()
                 checkpoint.save(state, path, keep=keep)
+        except FolderGoneError:
+            raise
         except WriteError as error:
             keeps = self.recipe.train.keep_best > 1
             raise type(error)(
@@ -809,7 +813,7 @@ class _Run:
         self._leave(f"{where}. The same command goes on from there.")
 
     def _leave_alone(self, where: str) -> None:
-        """Leave after a signal where nothing is saved: while the run waits, or when the compiler's helpers had it too."""
+        """Leave after a signal where nothing is saved: while the run waits, or where it ended the compiler, too."""
         self.position = Position(**(self.saved or {}))
         intact = f"; {self._intact()}" if dist.is_main() else ""  # which the others do not know
         self._leave(f"{where}{intact}. The same command goes on.", StoppedAlone)

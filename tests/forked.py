@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -329,6 +330,18 @@ def signal_at_step(step: int, *numbers: int) -> None:
             _kill(number)
 
     at_step(step, send)
+
+
+def lose_folder_at_step(step: int, folder: Path, again: bool) -> None:
+    """Delete a run folder before a step, and make it again as the next run does."""
+
+    def lose() -> None:
+        shutil.rmtree(folder)
+        if again:
+            folder.mkdir()
+            (folder / "lock").touch()
+
+    at_step(step, lose)
 
 
 def status(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from pneumo import checkpoint
-from pneumo.errors import DataError, NoSpaceError, NotFiniteError, UsageError, WriteError
+from pneumo.errors import DataError, FolderGoneError, NoSpaceError, NotFiniteError, UsageError, WriteError
 
 
 def state(value: float = 1.0) -> dict:
@@ -123,6 +124,23 @@ def test_a_second_writer_is_refused_by_the_firsts_number(tmp_path):
         first.communicate()
     with checkpoint.lock(tmp_path):  # killed, it holds nothing
         pass
+
+
+@pytest.mark.parametrize("how", ["removed", "lock removed", "replaced"])
+def test_a_folder_that_is_gone_is_not_written_to(tmp_path, how):
+    folder = tmp_path / "run"
+    with checkpoint.lock(folder):
+        checkpoint.write_atomic(folder / "status.json", b"")
+        (folder / "lock").unlink()
+        if how != "lock removed":
+            shutil.rmtree(folder)
+        if how == "replaced":
+            folder.mkdir()
+            (folder / "lock").touch()
+        with pytest.raises(FolderGoneError, match=r"run: the folder was removed or replaced under this run"):
+            checkpoint.write_atomic(folder / "last.pt", b"")
+        assert folder.exists() == (how != "removed") and not (folder / "last.pt").exists()
+    checkpoint.write_atomic(folder / "last.pt", b"")
 
 
 def test_a_lock_that_cannot_be_made_says_so(tmp_path):

@@ -195,6 +195,18 @@ def test_a_start_from_the_checkpoint_before_is_said(data, tmp_path, straight, fi
     figure("said, and equal")
 
 
+@pytest.mark.fault("R18", "a run folder deleted while the run is alive, and another started there")
+@pytest.mark.parametrize("again", [False, True])
+def test_a_folder_that_is_deleted_under_a_run(data, tmp_path, figure, again):
+    folder, command = tmp_path / "seed" / "fold0" / "stage1", forked.train(data, tmp_path)
+    job = forked.start(*command, cwd=tmp_path, hook=partial(forked.lose_folder_at_step, 2, folder, again))
+    assert job.wait() == 5
+    (line,) = job.complaints
+    assert line == f"error: {folder}: the folder was removed or replaced under this run, which ends here."
+    assert sorted(path.name for path in folder.parent.glob("stage1/*")) == (["lock"] if again else [])
+    figure("replaced: left alone, exit 5" if again else "not made again, exit 5")
+
+
 SIGNALS = {
     "SIGTERM": (signal.SIGTERM,),
     "SIGINT": (signal.SIGINT,),

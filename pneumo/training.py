@@ -137,14 +137,15 @@ def train_stage(recipe: Recipe, data: Dataset, fold: int, stage: int, device: to
     """Train one stage of one fold to its end, from where it was left if it was started before.
 
     A stage that is done goes on if it is given more epochs: on a plateau schedule an epoch does not depend on how many
-    follow, so it ends as if it had had them from the start.
+    follow, so it ends as if it had had them from the start. One that gets no more of them needs last.pt and prev.pt no
+    longer.
 
     Writes last.pt, best.pt, log.jsonl, config.toml and status.json into the recipe's run folder, and ema.pt and the
     kept epochs where the recipe asks for them.
 
     Raises:
         UsageError: the folder is in use, belongs to other settings, or the stage before is not done.
-        DataError: a checkpoint is damaged or of other data.
+        DataError: a checkpoint is damaged, of other data or gone.
         NotFiniteError: too many steps in a row were not finite.
         Stopped: after SIGTERM, SIGINT or SIGHUP, with a checkpoint; or when the stage is done.
     """
@@ -198,8 +199,10 @@ def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int
         DataError: damaged, or trained on other data, another split or another fold.
         NotFiniteError: a weight is NaN or infinite.
     """
+    again = _again(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file. {again}")
     state = checkpoint.load(path)
-    again = f"Restore it, or delete {path.parent} and train that stage again."
     if missing := [key for key in ("settings", "digest", "split", "fold", "model") if key not in state]:
         raise DataError(f"{path} is no checkpoint of a stage: it has no {missing[0]}. {again}")
     for key, kind in (("settings", dict), ("digest", str), ("split", str), ("fold", int), ("model", dict)):
@@ -222,6 +225,10 @@ def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int
                 f"may have seen this fold's validation images. Restore the data or train from stage 1 again."
             )
     return state
+
+
+def _again(path: Path) -> str:
+    return f"Restore it, or delete {path.parent} and train that stage again."
 
 
 def evaluation_batch(recipe: Recipe, model: FoldedUNet, side: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -315,6 +322,10 @@ class _Run:
         saved = self._load_last()
         if saved is not None:
             self.position, self.saved = Position(**saved["position"]), saved["position"]
+        elif dist.broadcast(dist.is_main() and self._outlived()):
+            self.done = True
+            log.say(f"{self.folder}: done, nothing to do; last.pt is not there, so it cannot be given more epochs")
+            return
         if self.position.epoch > self.settings.epochs:
             if dist.is_main():
                 self._publish()  # in case that the run ended just before
@@ -503,6 +514,9 @@ class _Run:
                     )
                 self._check_same(saved, path)
                 self._check_start(saved, path)
+                best = self.folder / "best.pt"
+                if saved["position"]["best_epoch"] and not best.exists():
+                    raise DataError(f"{best}: no such file, but {path.name} tells of one. {_again(best)}")
                 if name := checkpoint.not_finite(saved):
                     raise NotFiniteError(
                         f"{path} cannot be used: {one_line(name)} is not finite. Restore it, or delete "
@@ -515,6 +529,34 @@ class _Run:
                 ]:
                     log.warn(f"{path}: made with {', '.join(changed)}; the last digits may come out otherwise")
         return dist.broadcast(None if found is None else saved)
+
+    def _outlived(self) -> bool:
+        """Whether the stage is done though last.pt and prev.pt were deleted, as may be; no if it has never begun.
+
+        Raises:
+            UsageError: it is done, but under other settings or data, or with fewer epochs.
+            DataError: it had begun, and nothing is left to go on from.
+        """
+        best, status = self.folder / "best.pt", log.read_status(self.folder)
+        if not best.exists() and not (self.folder / "log.jsonl").exists():
+            return False
+        if status["state"] != "done" or not best.exists():
+            how = "is done, but no best.pt" if status["state"] == "done" else "has begun"
+            raise DataError(
+                f"{self.folder} holds a stage that {how}, and neither last.pt nor prev.pt to go on from. Restore them, "
+                f"or delete the folder to start this stage anew."
+            )
+        state = load_weights(best, digest=None, split=None, fold=self.fold)
+        theirs = {**state["settings"], f"stage.{self.stage}.epochs": status.get("epochs")}  # it may have got more later
+        self._check_same({**state, "settings": theirs, "processes": dist.world(), "autocast": str(self.dtype)}, best)
+        if "start" in state:
+            self._check_start(state, best)
+        if self.settings.epochs != status.get("epochs"):
+            raise UsageError(
+                f"{self.folder} is done with {status.get('epochs')} epochs, and without last.pt it cannot go on to "
+                f"{self.settings.epochs}. Restore last.pt, or delete the folder to start this stage anew."
+            )
+        return True
 
     def _check_same(self, saved: dict[str, Any], path: Path) -> None:
         """Refuse to go on with a run under other settings, other data or another number of processes."""
@@ -647,6 +689,8 @@ class _Run:
     def _finish_epoch(self, feed: Feed) -> None:
         """Validate, log, keep the best, and save."""
         position, epoch = self.position, self.position.epoch
+        if self.saved is None:
+            self._save()  # so that there is no best.pt without it
         try:
             result = self._validate(feed)
             if self.average is not None:

@@ -415,6 +415,71 @@ def test_a_signal_is_not_forgotten_where_nothing_is_left_to_do(copied, monkeypat
     figure("stopped, status done")
 
 
+@pytest.mark.fault("R5", "last.pt and prev.pt of a finished stage deleted, to save space or by accident")
+def test_a_finished_stage_needs_its_best_only(repo, root, tmp_path, copied, capsys, figure):
+    recipe, folder = copied
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    for name in ("last.pt", "prev.pt"):
+        (folder / name).unlink()
+    size -= sum(path.stat().st_size for path in folder.iterdir())
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.name != "lock"}
+    train(recipe)
+    assert "stage1: done, nothing to do; last.pt is not there" in capsys.readouterr().out
+    best = checkpoint.load(folder / "best.pt")
+    best["settings"]["stage.1.epochs"] = 1  # the stage was given more since
+    checkpoint.save(best, folder / "best.pt")
+    train(recipe)
+    checkpoint.write_atomic(folder / "best.pt", before[folder / "best.pt"])
+    for change, message in (
+        (
+            "stage.1.epochs=3",
+            r"is done with 2 epochs, and without last\.pt it cannot go on to 3\. Restore last\.pt",
+        ),
+        ("stage.1.epochs=1", r"stage\.1\.epochs: 2 -> 1"),
+        ("stage.1.lr=1e-4", r"best\.pt was made with other settings \(stage\.1\.lr: 0\.001 -> 0\.0001\)"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train(small_run.recipe(repo, root, tmp_path, change))
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.name != "lock"} == before
+    train(recipe, stage=2)
+    figure(f"done as before, {size / 1e6:.1f} MB less; more epochs are refused")
+
+
+@pytest.mark.fault("R5", "what is needed of a stage deleted: last.pt of one that is half done, best.pt")
+def test_what_a_stage_lacks_is_named(copied, figure):
+    recipe, folder = copied
+    (folder / "best.pt").unlink()
+    with pytest.raises(DataError, match=r"best\.pt: no such file, but last\.pt tells of one\. Restore it, or delete "):
+        train(recipe)
+    with pytest.raises(DataError, match=r"stage1/best\.pt: no such file\. Restore it, or delete .*stage1 and train"):
+        train(recipe, stage=2)
+    for name in ("last.pt", "prev.pt"):
+        (folder / name).unlink()
+    with pytest.raises(DataError, match=r"a stage is done, but no best\.pt, and neither .* Restore them, or delete"):
+        train(recipe)
+    log.write_status(folder, "stopped", epoch=2, epochs=2)
+    with pytest.raises(DataError, match=r"stage1 holds a stage that has begun, and neither last\.pt nor prev"):
+        train(recipe)
+    (folder / "log.jsonl").unlink()
+    train(recipe)
+    figure("named, with what to restore or delete")
+
+
+@pytest.mark.fault("R1", "killed after the first best.pt, before the first last.pt that the settings ask for")
+def test_a_best_has_a_last_beside_it(repo, root, tmp_path, monkeypatch):
+    def killed(run, *_):
+        keep(run, *_)
+        raise SystemExit
+
+    recipe, keep = small_run.recipe(repo, root, tmp_path), training._Run._keep
+    monkeypatch.setattr(training._Run, "_keep", killed)
+    with pytest.raises(SystemExit):
+        train(recipe)
+    assert (recipe.stage_folder(0, 1) / "best.pt").exists()
+    monkeypatch.undo()
+    train(recipe)
+
+
 @pytest.mark.fault("R15", "a Dice that is no number, in the first of two epochs")
 def test_a_dice_that_is_no_number_never_wins(repo, root, tmp_path, monkeypatch, figure):
     real, calls = training._record, []

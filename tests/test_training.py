@@ -455,7 +455,7 @@ def test_what_a_stage_lacks_is_named(copied, figure):
         train(recipe, stage=2)
     for name in ("last.pt", "prev.pt"):
         (folder / name).unlink()
-    with pytest.raises(DataError, match=r"a stage is done, but no best\.pt, and neither .* Restore them, or delete"):
+    with pytest.raises(DataError, match=r"that is done, but no best\.pt, and neither .* Restore them, or delete"):
         train(recipe)
     log.write_status(folder, "stopped", epoch=2, epochs=2)
     with pytest.raises(DataError, match=r"stage1 holds a stage that has begun, and neither last\.pt nor prev"):

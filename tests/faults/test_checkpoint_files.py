@@ -207,7 +207,7 @@ def test_a_hostile_file_runs_nothing(data, half, tmp_path, figure):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("stage.1.epochs=3", r"stage\.1\.epochs: 2 -> 3"),
+        ("stage.1.epochs=1", r"stage\.1\.epochs: 2 -> 1"),
         ("stage.1.lr=3e-3", r"stage\.1\.lr: 0\.001 -> 0\.003"),
         ("stage.1.image_size=96", r"stage\.1\.image_size: 64 -> 96"),
         ("seed=1", "seed: 0 -> 1"),

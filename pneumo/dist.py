@@ -78,6 +78,8 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     processes = _number("WORLD_SIZE", 1, default=1)
+    if processes > 1 or dist.is_torchelastic_launched():
+        _end_with_parent(os.getppid())
     if processes == 1:
         yield device
         return
@@ -85,7 +87,6 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
     address = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", 1, 65535)
     if not address[0]:
         raise UsageError(f"MASTER_ADDR must name the host of process 0. {_BY_TORCHRUN}")
-    _end_with_parent(os.getppid())
     timeout = timedelta(seconds=timeout_seconds)
     # NCCL's own timeout aborts the process without a word, so it must not be the first
     backend, longest = ("cpu:gloo,cuda:nccl", 2 * (timeout + SLACK)) if device.type == "cuda" else ("gloo", timeout)

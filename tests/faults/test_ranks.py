@@ -261,10 +261,10 @@ def refused(*_given):
     raise PermissionError
 
 
-def torchrun(*arguments: str, cwd: Path) -> subprocess.Popen:
-    """Start a real launch of two processes."""
+def torchrun(*arguments: str, cwd: Path, world: int = 2) -> subprocess.Popen:
+    """Start a real launch."""
     script = [str(forked.REPO / arguments[0]), *arguments[1:]]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", *script]
     with open(cwd / "torchrun.txt", "a") as output:
         environment = {**os.environ, "PYTHONPATH": str(forked.REPO), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -310,22 +310,40 @@ def test_an_agent_is_killed(data, tmp_path, figure):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("R4", "SIGTERM to torchrun's agent, then the same command again")
-def test_a_signal_to_torchrun(data, tmp_path, figure):
+@pytest.mark.fault("R3", "torchrun's agent of one process killed -9")
+def test_an_agent_of_one_process_is_killed(data, tmp_path, figure):
+    agent = torchrun(*forked.train(data, tmp_path, "stage.1.epochs=400", "train.amp=off"), cwd=tmp_path, world=1)
+    forked.wait_for(lambda: (tmp_path / STAGE / "prev.pt").exists(), 90)
+    (rank,) = children(agent.pid)
+    agent.kill()
+    killed = time.monotonic()
+    agent.wait()
+    try:
+        forked.wait_for(lambda: not alive(rank), 10)
+    finally:
+        if alive(rank):
+            os.kill(rank, signal.SIGKILL)
+    figure(f"the orphan lived {time.monotonic() - killed:.1f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R4", "a signal to torchrun's agent, then the same command again")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_torchrun(data, tmp_path, figure, number):
     settings = ("train.amp=bf16", "train.checkpoint_steps=0", "stage.1.epochs=12")
     reference = forked.launch(*forked.train(data, tmp_path / "straight", *settings), cwd=tmp_path / "straight")
     assert [job.wait() for job in reference] == [0, 0]
     command = forked.train(data, tmp_path / "runs", *settings)
     agent = torchrun(*command, cwd=tmp_path)
     forked.wait_for(lambda: (tmp_path / "runs" / STAGE / "log.jsonl").exists(), 90)
-    agent.send_signal(signal.SIGTERM)
+    agent.send_signal(number)
     sent = time.monotonic()
     assert agent.wait(60) != 0
     seconds = time.monotonic() - sent
     assert forked.status(tmp_path / "runs" / STAGE)["state"] == "stopped"
     assert [job.wait() for job in forked.launch(*command, cwd=tmp_path / "runs")] == [0, 0]
     assert forked.differing_files(tmp_path / "straight", tmp_path / "runs") == []
-    figure(f"gone after {seconds:.1f} s; equal")
+    figure(f"{number.name}: gone after {seconds:.1f} s; equal")
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import shutil
 import time
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -321,20 +321,11 @@ def lock(folder: Path, *, instead: str = "another recipe or --set runs=DIR") -> 
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            for _ in range(20):  # the holder may have just come
-                file.seek(0)
-                if holder := file.read().strip():
-                    break
-                time.sleep(0.05)
-            holder = holder or "another process"
-            raise UsageError(f"{folder} is in use by {holder}. Stop it, or choose {instead}.") from None
+            raise UsageError(f"{folder} is in use by {_holder(file)}. Stop it, or choose {instead}.") from None
         except OSError as error:  # a file system without locks
             raise refusal(folder, error, instead) from error
         with writing(folder, instead=instead):
-            file.seek(0)
-            file.truncate()
-            file.write(f"process {os.getpid()} (since {time.strftime('%H:%M')})")
-            file.flush()
+            _sign(file)
         _held[folder] = file
         stack.callback(_held.pop, folder)
         clean(folder.glob("*.tmp"), "*")
@@ -361,16 +352,46 @@ def check_held(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def wait_lock(path: Path) -> Iterator[None]:
+def wait_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
     """Hold a lock file while the processes that want it as well wait their turn.
+
+    Args:
+        say: is told, once, whom a wait is for that takes longer than a moment.
 
     Raises:
         WriteError: it cannot be made or locked.
     """
     with _open_lock(path) as file:
         with writing(path):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            for _ in range(40):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.05)
+            else:
+                say(f"{path}: waiting for {_holder(file)}, which holds it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # on a full disk nothing may be left to do
+            _sign(file)
         yield
+        with contextlib.suppress(OSError):
+            os.truncate(file.fileno(), 0)
+
+
+def _sign(file: IO[str]) -> None:
+    """Write into a lock file who holds it."""
+    os.truncate(file.fileno(), 0)
+    os.write(file.fileno(), f"process {os.getpid()} (since {time.strftime('%H:%M')})".encode())
+
+
+def _holder(file: IO[str]) -> str:
+    for _ in range(20):  # it may have just come
+        file.seek(0)
+        if holder := file.read().strip():
+            return holder
+        time.sleep(0.05)
+    return "another process"
 
 
 def _open_lock(path: Path, instead: str = INSTEAD) -> IO[str]:

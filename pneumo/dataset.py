@@ -110,7 +110,7 @@ def load(recipe: Recipe) -> Dataset:
     packed = open_pack(recipe, "train", found, recipe.stage[1].image_size)
     ids = [case.image_id for case in found]
     path = recipe.folder / "folds.csv"
-    with checkpoint.wait_lock(recipe.folder / "folds.lock"):  # processes that start together: one splits
+    with checkpoint.wait_lock(recipe.folder / "folds.lock", log.say):  # processes that start together: one splits
         if not path.exists():
             split(recipe, found, packed)
     fold_of = read_folds(recipe, found)

@@ -34,7 +34,7 @@ def _once(path: Path, key: str, measure: Callable[[], Any]) -> Any:
         return known[key]
     answer: Any = None
     try:
-        with checkpoint.wait_lock(path.with_suffix(".lock")):  # another run may be measuring the same
+        with checkpoint.wait_lock(path.with_suffix(".lock"), log.say):  # another run may be measuring the same
             known = _read(path)
             if key not in known:
                 answer = known[key] = measure()

@@ -126,6 +126,24 @@ def test_a_second_writer_is_refused_by_the_firsts_number(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("seconds", [0.2, 3.5])
+def test_a_wait_tells_whom_it_is_for(tmp_path, seconds):
+    hold = (
+        "import time; from pathlib import Path; from pneumo import checkpoint\n"
+        f"with checkpoint.wait_lock(Path({str(tmp_path)!r}, 'lock'), print):\n"
+        f"    print('held', flush=True); time.sleep({seconds})"
+    )
+    first = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    said: list[str] = []
+    with checkpoint.wait_lock(tmp_path / "lock", said.append):
+        assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()
+    assert (tmp_path / "lock").read_text() == ""
+    first.communicate()
+    assert len(said) == (seconds > 1)
+    assert all(f"lock: waiting for process {first.pid} (since " in line for line in said)
+
+
 @pytest.mark.parametrize("how", ["removed", "lock removed", "replaced"])
 def test_a_folder_that_is_gone_is_not_written_to(tmp_path, how):
     folder = tmp_path / "run"
@@ -145,6 +163,6 @@ def test_a_folder_that_is_gone_is_not_written_to(tmp_path, how):
 
 def test_a_lock_that_cannot_be_made_says_so(tmp_path):
     too_long = tmp_path / ("x" * 300) / "lock"
-    for held in (checkpoint.lock(too_long), checkpoint.wait_lock(too_long)):
+    for held in (checkpoint.lock(too_long), checkpoint.wait_lock(too_long, print)):
         with pytest.raises(WriteError, match=r"Cannot write .*/lock: File name too long. Choose another"), held:
             pass

@@ -88,7 +88,7 @@ def open_pack(
     """
     assert all(a.image_id < b.image_id for a, b in pairwise(cases)), "cases must be sorted by id"
     folder.mkdir(parents=True, exist_ok=True)
-    with checkpoint.wait_lock(folder / "lock"):
+    with checkpoint.wait_lock(folder / "lock", log.say):
         hashes = file_hashes(folder / "files.json", [case.path for case in cases], progress=progress, report=report)
         digest = content_digest(cases, hashes, annotation_size)
         place = folder / f"{name}-{side}-{digest[:12]}"

@@ -15,7 +15,7 @@ from concurrent.futures import wait as wait_for
 import torch
 
 from pneumo import dist, log, start
-from pneumo.errors import PneumoError, Stopped, UsageError
+from pneumo.errors import OutOfMemory, PeerError, PneumoError, Stopped, UsageError
 
 
 def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence[str]]) -> None:
@@ -31,7 +31,8 @@ def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence
 
     Raises:
         UsageError: fewer GPUs than jobs.
-        PneumoError: folds failed; has the exit code of the first that did.
+        PneumoError: folds failed; has the exit code of the first that did, where a signal killed it that of a lack of
+            memory (SIGKILL) or of a process that is gone.
         Stopped: after a signal.
     """
     gpus = _gpus()
@@ -62,6 +63,8 @@ def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence
                 errors="replace",
                 start_new_session=True,  # a Ctrl-C comes through here, once
             )
+            if caught:  # while it started
+                process.send_signal(caught[0])
         with process:
             for line in process.stdout:
                 log.say(f"[fold {fold}] {line.rstrip()}")
@@ -70,7 +73,7 @@ def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence
             del running[fold]
             free.append(gpu)
             if code:
-                failed.append((fold, code if code > 0 else 128 - code))
+                failed.append((fold, code))
 
     def pass_on(number: int, _frame: object) -> None:
         caught.append(number)
@@ -93,9 +96,16 @@ def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence
         stopped.exit_code = 128 + caught[0]
         raise stopped
     if failed:
-        names = ", ".join(str(fold) for fold, _ in sorted(failed))
-        error = PneumoError(f"fold {names} failed, see above; the others are done. The same command goes on")
-        error.exit_code = failed[0][1]
+        ended = [str(fold) for fold, code in sorted(failed) if code > 0]
+        parts = [f"fold {', '.join(ended)} failed, see above"] if ended else []
+        for fold, code in sorted(failed):
+            if code < 0:
+                why = ", perhaps for lack of host memory" if -code == signal.SIGKILL else ""
+                parts.append(f"fold {fold} was killed by {signal.Signals(-code).name}{why}")
+        error = PneumoError(f"{'; '.join(parts)}; the others are done. The same command goes on")
+        first = failed[0][1]
+        killed = OutOfMemory if -first == signal.SIGKILL else PeerError
+        error.exit_code = first if first > 0 else killed.exit_code
         raise error
 
 

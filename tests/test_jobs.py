@@ -33,6 +33,42 @@ def test_lines_are_marked_and_others_go_on_after_a_failure(capsys):
     assert sorted(capsys.readouterr().out.split("\n")) == ["", *(f"[fold {fold}] hello" for fold in range(3))]
 
 
+@pytest.mark.parametrize(
+    ("number", "exit_code", "message"),
+    [
+        (signal.SIGKILL, 6, "fold 1 was killed by SIGKILL, perhaps for lack of host memory; the others are done"),
+        (signal.SIGSEGV, 7, "fold 1 was killed by SIGSEGV; the others are done"),
+    ],
+)
+def test_a_fold_that_was_killed_is_named(number, exit_code, message):
+    def command(fold: int) -> list[str]:
+        return python(
+            f"import os, sys; {fold} == 1 and os.kill(os.getpid(), {int(number)}); sys.exit({4 * (fold == 2)})"
+        )
+
+    with pytest.raises(PneumoError, match=f"^{message}") as caught:
+        jobs.run_folds([0, 1], 1, command)
+    assert caught.value.exit_code == exit_code
+    with pytest.raises(PneumoError, match=f"^fold 2 failed, see above; {message}") as caught:
+        jobs.run_folds([2, 1], 1, command)
+    assert caught.value.exit_code == 4
+
+
+def test_a_signal_reaches_a_fold_that_is_just_starting(monkeypatch):
+    def started(*words, **options):
+        process = popen(*words, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # in which the main thread passes it on to all that it knows of
+        return process
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", started)
+    began = time.perf_counter()
+    with pytest.raises(Stopped):
+        jobs.run_folds([0, 1], 1, lambda fold: python("import time; time.sleep(20)"))
+    assert time.perf_counter() - began < 10
+
+
 def test_no_more_at_a_time_than_asked_for_and_each_on_its_own_gpu(monkeypatch, capsys):
     monkeypatch.setattr(jobs, "_gpus", lambda: ["4", "6"])
     code = (

@@ -4,8 +4,9 @@ Imports data, config, checkpoint, dist, log.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from pneumo.config import Recipe
 from pneumo.data import cases, folds, pack
 from pneumo.data.cases import Case, Problem
 from pneumo.data.pack import Pack
-from pneumo.errors import DataError
+from pneumo.errors import DataError, NoSpaceError, WriteError
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,42 @@ def read_folds(recipe: Recipe, found: Sequence[Case]) -> np.ndarray:
         DataError: it is damaged, of other images, or parts those of a patient where folds.group is "patient".
     """
     path, ids = recipe.folder / "folds.csv", [case.image_id for case in found]
-    fold_of = folds.load(path, ids, recipe.folds.count)
+    redo = (
+        f"To split anew: `python -m pneumo folds --recipe {recipe.name} --force`; earlier runs cannot go on then. To "
+        f"keep those, choose another folder: --set runs=DIR."
+    )
+    fold_of = folds.load(path, ids, recipe.folds.count, redo=redo)
     if recipe.folds.group == "patient":
-        folds.check_patients(path, ids, fold_of, [case.patient for case in found])
+        folds.check_patients(path, ids, fold_of, [case.patient for case in found], redo=redo)
+    settings = _known_settings(path, folds.fingerprint(ids, fold_of))
+    if changed := [
+        f"{key}: {settings[key]} -> {value}" for key, value in _settings(recipe) if settings.get(key, value) != value
+    ]:
+        log.warn(f"{path} is used as it is, but was split with other settings ({'; '.join(changed)}). {redo}")
     return fold_of
 
 
+def _settings(recipe: Recipe) -> list[tuple[str, Any]]:
+    """What a split depends on, besides the data."""
+    return [("seed", recipe.seed), *((f"folds.{key}", value) for key, value in asdict(recipe.folds).items())]
+
+
+def _known_settings(path: Path, split: str) -> dict[str, Any]:
+    """The settings that made this folds.csv; none where it is the user's own.
+
+    Args:
+        split: hash of who is in which fold.
+    """
+    try:
+        made = log.read_json(path.with_suffix(".json"))
+    except (FileNotFoundError, DataError):
+        return {}
+    settings = made.get("settings")
+    return settings if made.get("split") == split and isinstance(settings, dict) else {}
+
+
 def split(recipe: Recipe, found: Sequence[Case], packed: Pack | None) -> None:
-    """Write folds.csv and its audit, and print the audit.
+    """Write folds.csv, the settings that made it as folds.json, and its audit, and print the audit.
 
     Args:
         packed: of the same cases, to find near-duplicates in; None if there are no images.
@@ -144,6 +173,8 @@ def split(recipe: Recipe, found: Sequence[Case], packed: Pack | None) -> None:
     groups = groups if duplicates is None else folds.join_groups(groups, duplicates)
     fold_of = folds.split(ids, areas, groups, count=settings.count, area_bins=settings.area_bins, seed=recipe.seed)
     checkpoint.write_atomic(recipe.folder / "folds.csv", folds.dumps(ids, fold_of, groups).encode())
+    made = {"split": folds.fingerprint(ids, fold_of), "settings": dict(_settings(recipe))}
+    checkpoint.write_atomic(recipe.folder / "folds.json", log.dumps(made, indent=1).encode() + b"\n")
     text = _write_audit(recipe, found, fold_of, duplicates)
     log.say(f"{recipe.folder / 'folds.csv'}: {len(ids)} images in {settings.count} folds", *text.splitlines())
 
@@ -182,7 +213,12 @@ def _judge(recipe: Recipe, problems: list[Problem]) -> None:
             more = len(problem.each) > cases.SHOWN
             log.warn(f"{problem.message.rstrip('.')}. All are listed in {report}." if more else problem.message)
     if problems:
-        cases.raise_fatal(problems, report if dist.is_main() else None)  # one process writes it; all stop
+        try:
+            cases.raise_fatal(problems, report if dist.is_main() else None)  # one process writes it; all stop
+        except NoSpaceError:
+            raise
+        except WriteError:  # a folder that is only read
+            cases.raise_fatal(problems, None)
 
 
 def check_fold(recipe: Recipe, dataset: Dataset, fold: int) -> None:

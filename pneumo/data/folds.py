@@ -207,8 +207,11 @@ def dumps(image_ids: Sequence[str], folds: np.ndarray, groups: Sequence[str | No
     return text.getvalue()
 
 
-def load(path: Path, image_ids: Sequence[str], count: int) -> np.ndarray:
+def load(path: Path, image_ids: Sequence[str], count: int, *, redo: str) -> np.ndarray:
     """Read folds.csv for exactly these images.
+
+    Args:
+        redo: says how to split anew, for the error.
 
     Returns:
         (N,) int64 in the order of `image_ids`.
@@ -216,7 +219,6 @@ def load(path: Path, image_ids: Sequence[str], count: int) -> np.ndarray:
     Raises:
         DataError: not a fold file, of other images, or of fewer folds; names the first that differ and what to do.
     """
-    redo = f"Delete {path} and run `python -m pneumo folds` to split anew; earlier runs belong to the old split."
     folds: dict[str, int] = {}
     problems: list[Problem] = []
     for line, (image_id, fold) in read_rows(path, ("ImageId", "fold"), problems):
@@ -237,7 +239,7 @@ def load(path: Path, image_ids: Sequence[str], count: int) -> np.ndarray:
     there = set(folds.values())
     if len(there) < count:
         empty = min(set(range(count)) - there)
-        keep = f"Set folds.count={empty} to keep them. Or: " if len(there) == empty > 1 else ""
+        keep = f"Set folds.count={empty} to keep them. " if len(there) == empty > 1 else ""
         raise DataError(
             f"{path} has {counted(len(there), 'fold', 'folds')}, but folds.count is {count}: fold {empty} has no "
             f"image. {keep}{redo}"
@@ -260,11 +262,13 @@ def kept_together(path: Path, image_ids: Sequence[str]) -> list[tuple[int, int]]
     return pairs
 
 
-def check_patients(path: Path, image_ids: Sequence[str], folds: np.ndarray, patients: Sequence[str | None]) -> None:
+def check_patients(
+    path: Path, image_ids: Sequence[str], folds: np.ndarray, patients: Sequence[str | None], *, redo: str
+) -> None:
     """Refuse folds that part the images of a patient.
 
     Args:
-        path: of folds.csv, for the error.
+        path, redo: of folds.csv, and how to split anew, for the error.
         image_ids, folds, patients: of N images; None where the patient is not known.
 
     Raises:
@@ -278,8 +282,7 @@ def check_patients(path: Path, image_ids: Sequence[str], folds: np.ndarray, pati
     if parted:
         raise DataError(
             f"{path}: {counted(len(parted), 'image is', 'images are')} in another fold than one of the same patient, "
-            f"as {' and '.join(parted[0])}. Delete it and run `python -m pneumo folds` to split anew; earlier runs "
-            f"belong to the old split. Or, if that is meant: --set folds.group=image"
+            f"as {' and '.join(parted[0])}. {redo} Or, if that is meant: --set folds.group=image"
         )
 
 

@@ -144,8 +144,8 @@ def test_a_fold_file_reads_back(tmp_path):
     fold_of = folds.split(ids, areas)
     path = tmp_path / "folds.csv"
     path.write_text(folds.dumps(ids, fold_of, [None] * 50))
-    np.testing.assert_array_equal(folds.load(path, ids, 5), fold_of)
-    back = folds.load(path, ids[::-1], 5)
+    np.testing.assert_array_equal(folds.load(path, ids, 5, redo=""), fold_of)
+    back = folds.load(path, ids[::-1], 5, redo="")
     assert folds.fingerprint(ids[::-1], back) == folds.fingerprint(ids, fold_of)
     assert folds.fingerprint(ids, (fold_of + 1) % 5) != folds.fingerprint(ids, fold_of)
 
@@ -162,13 +162,13 @@ def test_a_fold_file_reads_back(tmp_path):
         (
             "ImageId,fold\na,0\nb,1\n",
             r"folds\.csv has 2 folds, but folds\.count is 5: fold 2 has no image\. Set folds\.count=2 to keep them\. "
-            r"Or: Delete .*folds\.csv and run `python -m pneumo folds` to split anew",
+            r"Split anew\.$",
         ),
-        ("ImageId,fold\na,0\nb,2\n", r"2 folds, but folds\.count is 5: fold 1 has no image\. Delete"),
-        ("ImageId,fold\na,0\nb,0\n", r"1 fold, but folds\.count is 5: fold 1 has no image\. Delete"),
+        ("ImageId,fold\na,0\nb,2\n", r"2 folds, but folds\.count is 5: fold 1 has no image\. Split anew\.$"),
+        ("ImageId,fold\na,0\nb,0\n", r"1 fold, but folds\.count is 5: fold 1 has no image\. Split anew\.$"),
     ],
 )
 def test_a_wrong_fold_file_is_refused(tmp_path, text, message):
     (tmp_path / "folds.csv").write_text(text)
     with pytest.raises(DataError, match=message):
-        folds.load(tmp_path / "folds.csv", ["a", "b"], 5)
+        folds.load(tmp_path / "folds.csv", ["a", "b"], 5, redo="Split anew.")

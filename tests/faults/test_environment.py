@@ -15,7 +15,8 @@ import pytest
 import small_run
 import torch
 
-from pneumo import checkpoint
+from pneumo import checkpoint, dataset
+from pneumo.errors import DataError
 
 STAGE = Path("seed") / "fold0" / "stage1"
 
@@ -124,6 +125,19 @@ def test_odd_surroundings(data, tmp_path, figure):
     assert "läufe hier" in (done.stdout + done.stderr).decode()
     assert sorted(path.name for path in data.rglob("*")) == before  # nothing is written beside the images
     figure("pass")
+
+
+@pytest.mark.fault("R24", "runs/ that cannot be written, for a command that only reads")
+def test_a_report_that_cannot_be_written_hides_nothing(repo, data, tmp_path, capsys, figure):
+    (tmp_path / "file").touch()
+    recipe = small_run.recipe(repo, data, tmp_path / "file" / "runs")
+    assert len(dataset.load_cases(recipe)) == 18
+    assert "1 image has rows that overlap" in capsys.readouterr().err
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "train" / "train-003.png").unlink()
+    with pytest.raises(DataError, match="train-003"):
+        dataset.load_cases(small_run.recipe(repo, tmp_path / "data", tmp_path / "file" / "runs"))
+    figure("warned and read; an error is named as ever")
 
 
 @pytest.mark.slow

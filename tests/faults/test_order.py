@@ -2,6 +2,7 @@
 
 import csv
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -120,3 +121,28 @@ def test_patients_that_become_known_are_not_parted(data, tmp_path, figure):
     assert "in more than one fold: 0" in (tmp_path / "runs" / "seed" / "audit.txt").read_text()
     dataset.load(recipe)
     figure("refused by two images' names, no patient's; split anew: 0 of 3 patients parted")
+
+
+@pytest.mark.fault("R20", "settings of the split changed after it; folds.csv replaced by the user's own")
+def test_a_split_of_other_settings_is_said(repo, data, tmp_path, capsys, figure):
+    def warnings(*more: str) -> str:
+        dataset.load(small_run.recipe(repo, data, tmp_path, *more))
+        return "".join(line for line in capsys.readouterr().err.splitlines(True) if "folds.csv" in line)
+
+    path = tmp_path / "seed" / "folds.csv"
+    assert warnings() == warnings("tune.draws=500") == ""
+    first = path.read_bytes()
+    assert warnings("seed=1", "folds.area_bins=2") == (
+        f"warning: {path} is used as it is, but was split with other settings (seed: 0 -> 1; folds.area_bins: 4 -> 2). "
+        "To split anew: `python -m pneumo folds --recipe seed --force`; earlier runs cannot go on then. To keep those, "
+        "choose another folder: --set runs=DIR.\n"
+    )
+    assert path.read_bytes() == first
+    path.write_text(re.sub(",([01]),", lambda found: f",{1 - int(found[1])},", first.decode()))
+    assert warnings("seed=1") == ""  # another split, so folds.json tells nothing of it
+    path.write_bytes(first)
+    path.with_suffix(".json").write_text("{")
+    assert warnings("seed=1") == ""
+    path.with_suffix(".json").unlink()
+    assert warnings("seed=1") == ""
+    figure("said once and used; the user's own in silence")

@@ -110,6 +110,8 @@ def _run(command: Callable[[argparse.Namespace], None], options: argparse.Namesp
 def _known(error: Exception) -> PneumoError | None:
     """The error in our words; None for one that nobody foresaw."""
     text = one_line(error)
+    if os.strerror(errno.EMFILE) in text:  # also of an image that could not be opened; ENFILE's begins so
+        return UsageError(f"{text[:160]}: allow more, as by ulimit -n 4096 in this shell, or close other programs")
     if isinstance(error, PneumoError):
         return error
     nothing_fits = isinstance(error, RuntimeError) and _NOTHING_FITS in text

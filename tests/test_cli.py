@@ -66,6 +66,21 @@ def test_what_is_shown_cannot_move_the_cursor(capsys, monkeypatch):
         (PermissionError(errno.EACCES, "Permission denied", "no/x"), 2, "no/x: Permission denied"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "x: No such file"),
         (OSError(errno.ENOSPC, "No space left on device"), 5, "Cannot write a file: No space left on device. Free"),
+        (
+            OSError(errno.EMFILE, "Too many open files"),
+            2,
+            "[Errno 24] Too many open files: allow more, as by ulimit -n",
+        ),
+        (
+            RuntimeError("Too many open files in system"),
+            2,
+            "Too many open files in system: allow more, as by ulimit -n",
+        ),
+        (
+            DataError("a.png: cannot be read: Too many open files"),
+            2,
+            "a.png: cannot be read: Too many open files: allow",
+        ),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 6, "the host is out of memory ([Errno 12] Cannot allocate"),
         (PermissionError(errno.EPERM, "Operation not permitted"), 1, "PermissionError: [Errno 1] Operation not perm"),
     ],

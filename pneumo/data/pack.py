@@ -5,6 +5,7 @@ Packing can be interrupted at any point and goes on where it was. Imports cases,
 log, errors.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -70,7 +71,8 @@ def open_pack(
 ) -> Pack:
     """Open the pack of these cases at this side, making what is missing of it first.
 
-    Several processes may call this at once: one works, the others wait for it.
+    Several processes may call this at once: one works, the others wait for it. One that is complete may be on a
+    read-only file system.
 
     Args:
         folder: holds packs, and the hashes of files seen before.
@@ -103,11 +105,15 @@ def open_pack(
             rows[:] = UNDONE
         todo = [i for i in range(count) if rows[i] == UNDONE or (check and rows[i] != _crc(*arrays, i))]
         if todo:
+            if not rows.flags.writeable:
+                raise checkpoint.refusal(place, OSError(errno.EROFS, os.strerror(errno.EROFS)))
             rows[todo] = UNDONE
             problems = _fill(cases, todo, side, annotation_size, arrays, rows, progress)
             _judge(problems, report)
         index = {"format": FORMAT, "digest": digest, "image_ids": [case.image_id for case in cases]}
-        checkpoint.write_atomic(place / "index.json", json.dumps(index).encode())
+        content = json.dumps(index).encode()
+        if not (place / "index.json").exists() or (place / "index.json").read_bytes() != content:
+            checkpoint.write_atomic(place / "index.json", content)
     return Pack(
         tuple(case.image_id for case in cases),
         np.load(place / "images.npy", mmap_mode="r"),
@@ -276,8 +282,13 @@ def _judge(problems: Sequence[Problem], report: Path | None) -> None:
 
 
 def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> tuple[np.ndarray, bool]:
-    """Open, or create full of zeros, a memory-mapped array with its space reserved; says whether it is new."""
+    """Open, or create full of zeros, a memory-mapped array with its space reserved; says whether it is new.
+
+    On a read-only file system one that is there cannot be written to.
+    """
     new = not _is_whole(path, dtype, shape)
+    if not new and checkpoint.is_read_only(path.parent):
+        return np.load(path, mmap_mode="r"), False
     try:
         if new:
             np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import forked
 import pytest
+import small_run
 
-from pneumo import checkpoint
+from pneumo import checkpoint, dataset
+from pneumo.errors import WriteError
 
 STAGE = Path("seed") / "fold0" / "stage1"
 
@@ -24,6 +26,9 @@ class Disk:
 
     def grow(self, megabytes: float) -> None:
         self._mount(f"remount,size={int(megabytes * 1024)}k")
+
+    def read_only(self) -> None:
+        self._mount("remount,ro")
 
     def close(self) -> None:
         subprocess.run(["umount", self.place], check=True)
@@ -51,6 +56,23 @@ def straight(data, tmp_path_factory):
     runs = tmp_path_factory.mktemp("straight")
     assert forked.start(*forked.train(data, runs), cwd=runs).wait() == 0
     return runs
+
+
+@pytest.mark.fault("R24", "runs/ on a read-only file system: the data are loaded; a pack that is not whole is named")
+def test_a_read_only_disk(repo, data, disk, figure):
+    small = disk(20)
+    recipe = small_run.recipe(repo, data, small.place)
+    before = dataset.load(recipe)
+    dataset.open_train(recipe, before, 96)
+    (rows,) = small.place.glob("pack/train-96-*/rows.npy")
+    rows.write_bytes(rows.read_bytes()[:-8] + bytes(8))  # the last one is not done
+    small.read_only()
+    loaded = dataset.load(recipe)
+    assert (loaded.digest, loaded.split) == (before.digest, before.split)
+    assert dataset.open_train(recipe, loaded, 64).images.any()
+    with pytest.raises(WriteError, match=r"Cannot write .*pack/train-96.*: Read-only file system\. Allow writing"):
+        dataset.open_train(recipe, loaded, 96)
+    figure("loaded")
 
 
 def sizes(runs: Path) -> tuple[float, float]:

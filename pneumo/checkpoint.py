@@ -386,7 +386,7 @@ def wait_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
 
 def is_read_only(folder: Path) -> bool:
     """Whether a folder is there, on a file system that nobody can write to."""
-    return folder.is_dir() and os.statvfs(folder).f_flag & os.ST_RDONLY != 0
+    return os.path.isdir(folder) and os.statvfs(folder).f_flag & os.ST_RDONLY != 0
 
 
 def _sign(file: IO[str]) -> None:

@@ -71,7 +71,7 @@ def run(
     """Run a command; print an error as one line and return its exit code.
 
     Exit codes: 0 done, 1 an error of this program, 2 usage or recipe, 3 data, 4 not finite, 5 cannot write, 6 out of
-    memory, 7 another process of the launch failed, 130 or 143 stopped.
+    memory, 7 another process of the launch failed, 129, 130 or 143 stopped by a signal.
     """
     options = parser.parse_args(argv)
     with start.interruptible():

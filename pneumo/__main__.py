@@ -1,4 +1,7 @@
-"""The small commands: `python -m pneumo recipe|verify|pack|folds|cv|oof|tune|score|check-submission|phantom|report`."""
+"""The small commands: `python -m pneumo recipe|verify|pack|folds|cv|oof|tune|score|check-submission|phantom|report`.
+
+Each imports what it needs of all rooms.
+"""
 
 from pneumo import start
 

@@ -1,6 +1,6 @@
 """A recipe's data made ready: cases checked, images packed, folds split; one call for all commands.
 
-Imports data, config, checkpoint, dist, log.
+Imports data, config, checkpoint, dist, log, errors.
 """
 
 from collections.abc import Sequence

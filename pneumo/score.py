@@ -1,4 +1,4 @@
-"""A submission file scored against annotations, without images. Imports data, decision, log, errors."""
+"""A submission file scored against annotations, without images. Imports data, decision, kernels, log, errors."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
 """One stage of one fold: chained to the stage before it, resumable at any step, stopped cleanly by a signal.
 
-Imports config, dataset, engine, measured, checkpoint, log, dist, model, data, decision, kernels.
+Imports config, dataset, engine, measured, checkpoint, log, dist, model, data, decision, kernels, errors.
 """
 
 import math

@@ -1,6 +1,7 @@
 """The house: imports point one way, every module says what it imports, and the root holds what it should."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,29 @@ def test_imports_point_one_way(repo):
         assert imported(path) - {room} <= ALLOWED[room], path
         checked += 1
     assert checked > 25
+
+
+def said(path: Path) -> set[str]:
+    """What a module's docstring says that it imports of pneumo."""
+    found = re.search(r"Imports\s([^.]*)\.", ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))
+    return set() if found is None or found[1].startswith("nothing") else set(re.split(r",\s*", found[1]))
+
+
+def by_name(path: Path, room: str) -> set[str]:
+    """Names of what a module imports of pneumo: of its own room the modules, of others the room."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pneumo":
+            parts = node.module.split(".")[1:]
+            parts = parts[1:] if parts[:1] == [room] else parts
+            names |= {parts[0]} if parts else {alias.name for alias in node.names}
+    return names
+
+
+def test_every_module_says_what_it_imports(repo):
+    for room, path in modules(repo):
+        if path.name != "__main__.py":
+            assert said(path) == by_name(path, room), path
 
 
 def test_scripts_alone_stand_at_the_top(repo):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,22 @@ def test_every_module_says_what_it_imports(repo):
     for room, path in modules(repo):
         if path.name != "__main__.py":
             assert said(path) == by_name(path, room), path
+
+
+def test_the_readme_knows_the_house(repo):
+    """Every module and recipe has its place in it, and every target of make that it names is there."""
+    text = (repo / "README.md").read_text(encoding="utf-8")
+    house = text[text.index("## The house") :]
+    for path in sorted((repo / "pneumo").iterdir()):
+        if path.suffix == ".py" and path.stem != "__init__":
+            assert re.search(rf"\b{path.name}", house), path
+        elif path.is_dir() and (path / "__init__.py").exists():
+            assert re.search(rf"\b{path.name}/", house), path
+    targets = set(re.findall(r"^([a-z-]+):", (repo / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^    )make ([a-z][a-z-]*)", text, re.MULTILINE))
+    assert len(named) > 12 and named <= targets
+    recipes = tomllib.loads((repo / "configs.toml").read_text(encoding="utf-8"))
+    assert all(f"`{name}`" in text for name in recipes)
 
 
 def test_scripts_alone_stand_at_the_top(repo):

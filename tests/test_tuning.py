@@ -7,7 +7,7 @@ import pytest
 import small_run
 import torch
 
-from pneumo import ensemble, oof, tuning
+from pneumo import ensemble, inference, oof, tuning
 from pneumo.decision import tune
 from pneumo.decision.rule import Rule
 from pneumo.decision.trust import Trust
@@ -30,6 +30,17 @@ def place(repo, tmp_path_factory):
 
 
 @pytest.mark.fault("S8", "a rule tuned on out-of-fold predictions used with other checkpoints than made these")
+def test_the_queue_begins_with_the_lowest_expected_dice(tmp_path):
+    records = [
+        {"ImageId": name, "expected_dice": dice} for name, dice in (("a", 0.9), ("b", 0.2), ("d", 0.5), ("c", 0.5))
+    ]
+    inference._write_referrals(records, tmp_path / "referral.csv")
+    lines = (tmp_path / "referral.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[:2] for line in lines] == [["1", "b"], ["2", "c"], ["3", "d"], ["4", "a"]]
+    inference._write_referrals([{**records[0], "expected_dice": None}], tmp_path / "referral.csv")
+    assert not (tmp_path / "referral.csv").exists()
+
+
 def test_tune_prints_what_it_found_and_prediction_uses_it(place, capsys):
     recipe, data = place
     tuned = tuning.run(recipe, data)

@@ -203,7 +203,7 @@ def _empty(truth: Path | None, recipe: Recipe) -> tuple[float, str] | None:
     if truth is None and not root.is_dir():
         return None
     if truth is not None:
-        runs_of, problems = cases.read_codes(truth, data.annotation_size)
+        runs_of, problems = cases.read_annotations(truth, data.annotation_size)
         positive = [len(runs) > 0 for runs in runs_of.values()]
     else:
         found, problems = cases.load_train(
@@ -280,14 +280,21 @@ def main() -> int:
         if command is score:
             subparser.add_argument("submission", type=Path, nargs="?", help="CSV file (default: the recipe's)")
             subparser.add_argument(
-                "truth", type=Path, nargs="?", help="CSV file of annotations (default: synthetic data's)"
+                "truth",
+                type=Path,
+                nargs="?",
+                help="CSV file of annotations, or folder of mask pictures (default: synthetic data's)",
             )
             subparser.add_argument("--patients", type=Path, help="CSV file: ImageId,patient_id, for the intervals")
             subparser.add_argument("--json", action="store_true", help="print one JSON object")
         if command is check_submission:
             subparser.add_argument("submission", type=Path, nargs="?", help="CSV file (default: the recipe's)")
             subparser.add_argument("--sample", type=Path, help="CSV file of ids (default: the data folder's)")
-            subparser.add_argument("--truth", type=Path, help="CSV file of annotations (default: the data folder's)")
+            subparser.add_argument(
+                "--truth",
+                type=Path,
+                help="CSV file of annotations, or folder of mask pictures (default: the data folder's)",
+            )
     return cli.run(lambda options: options.run(options), parser)
 
 

@@ -27,7 +27,8 @@ def score_files(
     """Score a submission; its ids are the cases, and rows of the truth for other ids are not scored, which is said.
 
     Args:
-        submission, truth: CSV files of codes, perhaps gzipped; several rows of one id are united.
+        submission, truth: CSV files of codes, perhaps gzipped; several rows of one id are united. The truth may be a
+            folder of mask pictures.
         annotation_size: side of the square grid of the codes, pixels.
         patients: CSV file of ImageId,patient_id; intervals then resample patients.
         draws: bootstrap samples of an interval.
@@ -43,7 +44,7 @@ def score_files(
     """
     decided, problems = cases.read_codes(submission, annotation_size, also_empty=EMPTY_SPELLINGS)
     cases.raise_fatal(problems, None)
-    annotated, problems = cases.read_codes(truth, annotation_size, also_empty=EMPTY_SPELLINGS)
+    annotated, problems = cases.read_annotations(truth, annotation_size, also_empty=EMPTY_SPELLINGS)
     cases.raise_fatal(_of(decided, problems), None)
     if missing := [image_id for image_id in decided if image_id not in annotated]:
         raise DataError(

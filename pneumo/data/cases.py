@@ -260,6 +260,17 @@ def read_codes(
     return runs_of, problems
 
 
+def read_annotations(
+    path: Path, annotation_size: int, *, also_empty: Collection[str] = ()
+) -> tuple[dict[str, np.ndarray], list[Problem]]:
+    """Read annotations as `read_codes` does, or a folder of mask pictures, each brought to the grid as in training."""
+    if not path.is_dir():
+        return read_codes(path, annotation_size, also_empty=also_empty)
+    problems: list[Problem] = []
+    runs_of, _ = _read_masks(path, None, annotation_size, problems)
+    return runs_of, problems
+
+
 def read_patients(path: Path) -> tuple[dict[str, str], list[Problem]]:
     """Read whose image is whose: a CSV, perhaps gzipped, with columns ImageId and patient_id.
 
@@ -762,6 +773,8 @@ def _bounded(file: IO[bytes]) -> bytes:
 def _text(path: Path, encoding: str = "utf-8-sig") -> str:
     """The text of a UTF-8 file, perhaps gzipped; what else downloads turn out to be is refused by name."""
     try:
+        if Path(path).is_dir():
+            raise DataError("a folder, not a file")
         if not Path(path).is_file():  # to open a pipe is to wait for ever
             raise DataError("no such file")
         with open(path, "rb") as file:

@@ -34,6 +34,7 @@ def verify(options: argparse.Namespace) -> None:
         patients=data.patients,
         annotation_size=data.annotation_size,
         allow_missing=data.allow_missing,
+        unmasked=data.unmasked,
     )
     if (root / data.test).is_dir():
         test, _, more = cases.load_test(root, test=data.test, sample=data.sample, allow_missing=data.allow_missing)
@@ -55,6 +56,8 @@ def verify(options: argparse.Namespace) -> None:
         f"{cases.counted(len(test), 'test image', 'test images')}; {cases.counted(errors, 'error', 'errors')}, "
         f"{cases.counted(len(problems) - errors, 'note', 'notes')}; all are in {report}"
     )
+    if warning := cases.one_sided(found):
+        log.warn(warning)
     cases.raise_fatal(problems, report)
 
 
@@ -134,6 +137,7 @@ def score(options: argparse.Namespace) -> None:
         options.submission or recipe.folder / "submission.csv",
         truth,
         annotation_size=recipe.data.annotation_size,
+        unmasked=recipe.data.unmasked,
         patients=options.patients,
         draws=recipe.tune.draws,
         seed=recipe.seed,
@@ -207,7 +211,13 @@ def _empty(truth: Path | None, recipe: Recipe) -> tuple[float, str] | None:
         positive = [len(runs) > 0 for runs in runs_of.values()]
     else:
         found, problems = cases.load_train(
-            root, annotations=data.annotations, annotation_size=data.annotation_size, need_images=False
+            root,
+            train=data.train,
+            annotations=data.annotations,
+            annotation_size=data.annotation_size,
+            allow_missing=True,
+            unmasked=data.unmasked,
+            need_images=data.unmasked == "empty",
         )
         positive = [case.positive for case in found]
     image = "image" if truth else "training image"

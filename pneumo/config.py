@@ -38,6 +38,7 @@ class DataConfig:
     patients: str
     annotation_size: Annotated[int, "[32, 8192]"]
     allow_missing: bool
+    unmasked: Literal["leave", "empty"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -246,6 +246,20 @@ def test_where_many_images_have_one_fault_the_file_with_all_is_named(repo, tmp_p
     assert f"note 3.txt, note 4.txt and 1 more. All are listed in {report}.\n" in said
 
 
+def test_data_without_a_negative_are_warned_of(repo, tmp_path, capsys):
+    """Where they are read, and at the end of verify."""
+    small_run.write_data(tmp_path / "data")
+    table = tmp_path / "data" / "train-rle.csv"
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if not line.endswith(",-1\n")))
+    recipe = small_run.recipe(repo, tmp_path / "data", tmp_path / "runs")
+    dataset.load_cases(recipe)
+    warning = "warning: NOT ONE of the 6 training images is without pneumothorax"
+    assert warning in capsys.readouterr().err
+    settings = small_run.settings(tmp_path / "data", tmp_path / "runs")
+    assert warning in run("pneumo", "verify", "--set", *settings, cwd=tmp_path)
+    assert warning not in run("pneumo", "verify", "--set", *settings, "data.unmasked=empty", cwd=tmp_path)
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 @pytest.mark.parametrize(
     ("words", "said"),

@@ -34,8 +34,10 @@ def test_score_by_hand(tmp_path):
 
 
 def test_an_id_without_truth_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"no truth for 1 of 2 ids of .*, as b"):
+    with pytest.raises(DataError, match=r"no truth for 1 of 2 ids of .*, as b\. A negative needs a row with -1 there"):
         score(tmp_path, "a,-1\nb,-1\n", "a,-1\n")
+    files = tmp_path / "p.csv", tmp_path / "t.csv"
+    assert score_files(*files, annotation_size=8, unmasked="empty")["cases"] == 2
 
 
 def test_what_is_not_scored_or_united_is_said(tmp_path, capsys):

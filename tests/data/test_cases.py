@@ -264,6 +264,24 @@ def test_mask_pictures(tmp_path, white):
     assert not found[1].positive
 
 
+@pytest.mark.fault("I11", "mask pictures of the positives alone: said, and mended by a key")
+def test_images_without_a_mask_picture(tmp_path):
+    root = folder(tmp_path, "", "unused.txt", ids=("a", "b", "c"))
+    (root / "mask").mkdir()
+    Image.fromarray(np.full((GRID, GRID), 255, np.uint8)).save(root / "mask" / "b.png")
+    found, (problem,) = load(root)
+    assert [case.image_id for case in found] == ["b"]
+    assert not problem.fatal and problem.message == (
+        f"{root / 'train'}: 2 of 3 images are not in {root / 'mask'} and are left out; a negative needs an all-black "
+        f"picture there, or --set data.unmasked=empty: a, c."
+    )
+    assert cases.one_sided(found).startswith("NOT ONE of the 1 training images is without pneumothorax")
+    found, (problem,) = load(root, unmasked="empty")
+    assert [(case.image_id, case.area) for case in found] == [("a", 0), ("b", GRID**2), ("c", 0)]
+    assert not problem.fatal and "2 of 3 images are not in" in problem.message and len(problem.each) == 2
+    assert cases.one_sided(found) == cases.one_sided([]) == ""
+
+
 @pytest.mark.fault("I11", "smoothed, three-channel and other-sized masks: named with their values or sizes")
 def test_doubtful_mask_pictures_are_refused(tmp_path, figure):
     root = folder(tmp_path, "nothing", "notes.txt", ids=("a",))

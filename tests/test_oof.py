@@ -254,7 +254,9 @@ def test_a_corrected_mask_asks_for_new_networks(repo, root, tmp_path):
     annotations.write_text(annotations.read_text().replace("train-001,-1", "train-001,70 3"))
     data = dataset.load(recipe)
     for command in (oof.load, lambda *of: oof.write(*of, CPU)):
-        with pytest.raises(DataError, match=r"best.*Delete the folders fold0 to fold2 of .*seed and run: make cv;") as at:
+        with pytest.raises(
+            DataError, match=r"best.*Delete the folders fold0 to fold2 of .*seed and run: make cv;"
+        ) as at:
             command(recipe, data)
         assert "make oof" not in str(at.value)
 

@@ -79,6 +79,51 @@ def test_other_objectives(place, capsys, objective):
     assert measured(recipe)["target"] == 0.9
 
 
+def test_a_target_that_is_missed_out_of_fold_is_said_with_its_number(place):
+    recipe, data = place
+    other = replace(recipe, tune=replace(recipe.tune, objective="sensitivity", target=0.9))
+    found = oof.load(other, data)
+    tuned = tuning.search(other, found)
+    decided = tuning.held_out_signals(found, tuned).decided[found.tables.positive]
+    for target, missed in ((0.0, False), (decided.mean(), False), (min(decided.mean() + 1e-9, 1.1), True)):
+        asked = replace(other, tune=replace(other.tune, target=target))
+        said = [doubt for doubt in tuning.doubts(asked, found, tuned) if "is missed on folds" in doubt]
+        assert [f"where it is {decided.mean():.4f}: " in doubt for doubt in said] == [True] * missed
+
+
+def test_a_rule_on_the_edge_of_the_grid_is_said(place):
+    """Of the axes that have one: no area is too small, and a top area without a top threshold says nothing."""
+    recipe, data = place
+    found = oof.load(recipe, data)
+    tuned = tuning.search(recipe, found)
+    (low, inner, *_, high), areas = tuned.grid.thresholds, tuned.grid.min_areas
+    top, top_areas = tuned.grid.top_thresholds[-1], tuned.grid.top_areas
+
+    def edges(rule, of=recipe):
+        return [doubt for doubt in tuning.doubts(of, found, replace(tuned, rule=rule)) if "edge" in doubt]
+
+    assert edges(Rule(threshold=inner, min_area=0, top_threshold=top, top_area=0)) == []
+    assert edges(Rule(threshold=inner, min_area=areas[-2], top_threshold=0.0, top_area=top_areas[-1])) == []
+    (said,) = edges(Rule(threshold=low, min_area=areas[-1]))
+    assert f"(threshold={low}, the smallest tried; min_area={areas[-1]}, the largest tried)" in said
+    assert "set rule.threshold and rule.min_area to it, and run again, with that SET: make oof and make tune" in said
+    (said,) = edges(Rule(threshold=high, top_threshold=top, top_area=top_areas[-1]))
+    assert f"(threshold={high}, the largest tried; top_area={top_areas[-1]}, the largest tried)" in said
+    on_purpose = replace(recipe, rule=replace(recipe.rule, min_area=areas[-1]))
+    assert edges(Rule(threshold=inner, min_area=areas[-1]), on_purpose) == []
+
+
+def test_a_plateau_of_one_is_one_rule(place, capsys, monkeypatch):
+    recipe, data = place
+    tuned = tuning.search(recipe, oof.load(recipe, data))
+    alone = np.zeros_like(tuned.choice.plateau)
+    alone[tuned.choice.index] = True
+    one = replace(tuned, choice=replace(tuned.choice, plateau=alone))
+    monkeypatch.setattr(tuning, "search", lambda *_: one)
+    tuning.run(recipe, data)
+    assert "on a plateau of 1 rule\n" in capsys.readouterr().out
+
+
 def of_folds(found, *folds):
     """Out-of-fold predictions of some folds only."""
     inside = np.flatnonzero(np.isin(found.folds, folds))

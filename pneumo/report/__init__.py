@@ -127,7 +127,8 @@ def _add_out_of_fold(
         ways.append(results.cross_fitted("tuned rule, cross-fitted", found, tuned))
     shown = ways[-1]
     ways += results.other_ways(recipe, data, found.folds, beside)
-    warnings = words.warnings(recipe, found, tuned, ways)
+    doubts = [] if tuned is None else tuning.doubts(recipe, found, tuned)
+    warnings = [*(doubt[0].upper() + doubt[1:] for doubt in doubts), *words.warnings(recipe, found, tuned, ways)]
     for warning in warnings:
         log.warn(warning)
     options = {"draws": recipe.tune.draws, "seed": recipe.seed}

@@ -458,6 +458,16 @@ def test_it_warns_of_another_rule_of_predict(place, capsys, tmp_path):
         path.unlink(missing_ok=True)
 
 
+def test_doubts_of_tuning_stand_on_the_page(place):
+    recipe, data, folder = place
+    found = oof.load(recipe, data)
+    doubts = tuning.doubts(recipe, found, tuning.search(recipe, found))
+    assert doubts  # of random networks: no better than empty masks
+    text = (folder / "report.html").read_text()
+    for doubt in doubts:
+        assert html.escape(doubt[1:]) in text
+
+
 @pytest.fixture
 def own(repo, place, tmp_path):
     """A recipe with the data and folds of `place`, of which two folds have predictions."""

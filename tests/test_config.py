@@ -311,7 +311,7 @@ def test_a_recipe_that_only_a_run_knows_is_found(repo, tmp_path, monkeypatch):
             config.load(repo / "configs.toml", "hospital", overrides)
         assert config.load(tmp_path / kept, "hospital", overrides).name == "hospital"
     for name, overrides in (("hospital", ["runs=none"]), ("../runs/hospital", [])):
-        with pytest.raises(UsageError, match="no recipe .* There are: seed, "):
+        with pytest.raises(UsageError, match=r"no recipe .* There are: seed, "):
             config.load(repo / "configs.toml", name, overrides)
 
 

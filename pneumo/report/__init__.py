@@ -134,6 +134,7 @@ def _add_out_of_fold(
     options = {"draws": recipe.tune.draws, "seed": recipe.seed}
     scores = {way.name: way.scores(**options) for way in ways}
     gains = {way.name: way.gain_over(baseline, **options) for way in ways[1:]}
+    tuned_gains = {way.name: way.gain_over(shown, **options) for way in ways[2:] if shown.tuned and way.tuned}
     sizes = metrics.by_size(
         shown.dice, found.tables.true_area, shown.signals.decided, shown.signals.score, found.groups, **options
     )
@@ -152,7 +153,15 @@ def _add_out_of_fold(
         _write_queue(shown, expected, folder / "referral.csv")
         files.add("referral.csv")
     numbers = {
-        "rows": [{"name": way.name, **asdict(scores[way.name]), "gain": _plain(gains.get(way.name))} for way in ways],
+        "rows": [
+            {
+                "name": way.name,
+                **asdict(scores[way.name]),
+                "gain": _plain(gains.get(way.name)),
+                "gain_over_tuned": _plain(tuned_gains.get(way.name)),
+            }
+            for way in ways
+        ],
         "sizes": [{name: _plain(value) for name, value in row.items()} for row in sizes],
         "rule": asdict(tuning.recipe_rule(recipe) if tuned is None else tuned.rule),
         "optimism": None if tuned is None else tuned.optimism,
@@ -163,7 +172,7 @@ def _add_out_of_fold(
         content,
         warnings=warnings,
         summary=words.summary(recipe, data, shown, scores[shown.name], tuned, note),
-        results=words.result_rows(ways, scores, gains),
+        results=words.result_rows(ways, scores, gains, tuned_gains),
         folds=words.fold_rows(shown, baseline, tuned, best_epochs),
         sizes=words.size_rows(sizes),
         figures=[("Out of fold", drawn), *galleries.draw(recipe, data, shown, tuned, folder), *content.figures],

@@ -160,9 +160,17 @@ def load_train(
             _check_square(source, ids, lines, runs_of, files, problems)
     if table is not None:
         unknown = [image_id for image_id in ids if image_id not in patient_of]
-        if unknown and (patient_of or not more):  # else the table could not be read
+        if patient_of and ids and len(unknown) == len(ids):
+            text = (
+                f"none of its {counted(len(patient_of), 'id', 'ids')} is that of an image: it has {min(patient_of)}, "
+                f"the images have {ids[0]}. An ImageId is a file's name without suffix; correct or remove the table."
+            )
+            problems.append(_problem(table, text))
+        elif unknown and (patient_of or not more):  # else the table could not be read
             lack = "has no patient there, it is" if len(unknown) == 1 else "have no patient there, each is"
             text = f"{len(unknown):,} of {len(ids):,} images {lack} taken for a patient"
+            if 2 * len(unknown) > len(ids):
+                text = f"fewer than half of the images have a patient, do the ids fit? {text}"
             problems.append(_summary(table, text, unknown, "no patient_id", fatal=False))
     if not ids and not any(problem.fatal for problem in problems):
         problems.append(_problem(source, "not a single case"))

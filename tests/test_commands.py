@@ -155,7 +155,7 @@ def test_a_tuned_rule_is_used_and_recorded(place, options, trained):
         queue = list(csv.DictReader(file))
     assert sorted(row["ImageId"] for row in queue) == [f"test-{i:03d}" for i in range(4)]
     expected = [float(row["expected_dice"]) for row in queue]
-    assert expected == sorted(expected) and [row["place"] for row in queue] == ["1", "2", "3", "4"]
+    assert expected == sorted(expected) and [row["rank"] for row in queue] == ["1", "2", "3", "4"]
     assert "rule of the recipe" in run("predict.py", "--rule", "recipe", *options, cwd=place)
     assert json.loads((folder / "submission.json").read_text())["rule"]["min_area"] == 20
     assert not (folder / "referral.csv").exists()  # nothing was learned for that rule

@@ -310,12 +310,12 @@ def _write_queue(shown: Decided, expected: np.ndarray, path: Path) -> None:
     """The referral queue of the training images: lowest expected Dice first."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["place", "ImageId", "expected_dice", "dice", "score", "agreement", "area_grid"])
+    writer.writerow(["rank", "ImageId", "expected_dice", "dice", "score", "agreement", "area_grid"])
     order = sorted(range(len(expected)), key=lambda i: (expected[i], shown.found.image_ids[i]))
-    for place, i in enumerate(order, 1):
+    for rank, i in enumerate(order, 1):
         values = (expected[i], shown.dice[i], shown.signals.score[i], shown.signals.agreement[i])
         area = int(shown.signals.area[i])
-        writer.writerow([place, shown.found.image_ids[i], *(f"{value:.6f}" for value in values), area])
+        writer.writerow([rank, shown.found.image_ids[i], *(f"{value:.6f}" for value in values), area])
     checkpoint.write_atomic(path, text.getvalue().encode())
 
 

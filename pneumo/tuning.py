@@ -191,7 +191,7 @@ def ruling_for(recipe: Recipe, models: Ensemble, choice: str) -> Ruling:
 
     Args:
         choice: "auto": rule.toml of the recipe's run folder if it is there, else the recipe's; "recipe"; or a file,
-            whose rule is used on any predictions, but its trust on those only that it was learned on.
+            whose rule is used on any predictions, with a warning, but its trust on those only that it was learned on.
 
     Raises:
         UsageError: rule.toml was chosen for other checkpoints, or with other weights of them or without the mirror.
@@ -205,6 +205,8 @@ def ruling_for(recipe: Recipe, models: Ensemble, choice: str) -> Ruling:
     trouble = misfit(recipe, ruling, sources, models.sources)
     if trouble and choice == "auto":
         raise UsageError(f"{path} {trouble}, or use --rule recipe")
+    if trouble and sources:  # a file with nothing but a rule claims nothing
+        log.warn(f"{path} {trouble}. Its rule is used as you ask, without expected Dice, which was learned on others")
     return replace(ruling, trust=None) if trouble else ruling  # which was learned on other predictions
 
 

@@ -56,7 +56,13 @@ def test_tune_prints_what_it_found_and_prediction_uses_it(place, capsys):
     path.write_text(good.replace(digest, "0" * 64))
     with pytest.raises(UsageError, match=r"chosen for other checkpoints than .*make oof and make tune, or"):
         tuning.ruling_for(recipe, models, "auto")
+    capsys.readouterr()
     assert tuning.ruling_for(recipe, models, str(path)).rule == tuned.rule  # named on purpose
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "was chosen for other checkpoints than" in said and "Its rule is used as you ask, without expected" in said
+    path.write_text(good)
+    tuning.ruling_for(recipe, models, str(path))
+    assert capsys.readouterr().err == ""
     # the same checkpoints, but predicted otherwise; best.pt can be one of the averaged epochs, byte for byte
     path.write_text(good)
     for other in ({"mirror": not recipe.predict.mirror}, {"weights": "average"}):
@@ -197,11 +203,12 @@ def test_a_rule_alone_will_do(tmp_path):
     assert tuning.read(path)[0] == Ruling(Rule(threshold=0.25, min_area=7), str(path), None)
 
 
-def test_what_a_rule_file_leaves_out_is_the_recipes(place, tmp_path):
+def test_what_a_rule_file_leaves_out_is_the_recipes(place, tmp_path, capsys):
     recipe, _ = place
     (tmp_path / "mine.toml").write_text("[rule]\nthreshold = 0.25\n")
     ruling = tuning.ruling_for(recipe, ensemble.load(recipe, [0], CPU), str(tmp_path / "mine.toml"))
     assert ruling.rule == replace(tuning.recipe_rule(recipe), threshold=0.25) and ruling.rule.min_area > 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,10 @@ def folds(options: argparse.Namespace) -> None:
 def cv(options: argparse.Namespace) -> None:
     """Train all folds and stages that are not done yet, then predict each fold's held-out images."""
     from pneumo import ensemble, jobs
+    from pneumo.model import unet
 
     recipe = cli.load_recipe(options)
+    unet.check_name(recipe.model.encoder)
     chosen = ensemble.parse_folds(options.folds, recipe.folds.count)
     if options.jobs > 1:
         if dist.is_launched():

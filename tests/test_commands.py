@@ -180,6 +180,8 @@ def test_report(place, options, trained):
         (["train.py", "--stage", "0"], 2, "--stage 0"),
         (["train.py", "--recipe", "seed-focal", "--stage", "1"], 2, "trains from stage 3 on, which starts from seed;"),
         (["predict.py", "--set", "predict.mirror=true", "a.png"], 2, "a.png: expected key=value; what is none goes"),
+        (["train.py", "--set", "model.encoder=ResNet34", "data.root=nowhere"], 2, "Did you mean resnet34 or"),
+        (["pneumo", "cv", "--set", "model.encoder=ResNet34", "data.root=nowhere"], 2, "Did you mean resnet34 or"),
         (["train.py", "--set", "data.root=nowhere"], 3, "nowhere: no such folder. Set data.root."),
         (["predict.py", "--folds", "0,7"], 2, "--folds 0,7"),
         (["predict.py", "--folds", "0"], 2, "Run: make cv FOLDS=0"),

@@ -4,6 +4,7 @@ The model takes grey images in [0, 1]; the encoder's own normalization belongs t
 checkpoint, errors.
 """
 
+import difflib
 import logging
 import socket
 import urllib.request
@@ -236,11 +237,21 @@ def _mismatch(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]
     return text
 
 
+def check_name(encoder: str) -> None:
+    """Refuse the name of an encoder that timm does not know.
+
+    Raises:
+        UsageError: names those that are near.
+    """
+    if not timm.is_model(encoder):
+        near = difflib.get_close_matches(encoder.lower(), timm.list_models())
+        meant = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise UsageError(f"model.encoder: timm knows no {encoder!r}.{meant}")
+
+
 def _create_encoder(name: str, pretrained: bool | str) -> nn.Module:
     """timm's feature extractor of that name, with weights."""
-    if not timm.is_model(name):
-        near = timm.list_models(f"{name[:6]}*")[:3]
-        raise UsageError(f"model.encoder: timm knows no {name!r}{f'; near: {near}' if near else ''}")
+    check_name(name)
     overlay: dict[str, Any] | None = None
     if isinstance(pretrained, str):
         state = _encoder_weights(name, Path(pretrained))

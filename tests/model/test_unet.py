@@ -290,8 +290,11 @@ def test_offline_without_a_file_the_error_says_what_to_do(monkeypatch, tmp_path)
 
 
 def test_other_encoders_are_refused():
-    with pytest.raises(UsageError, match="knows no 'resnet34x'"):
-        UNet("resnet34x")
+    for name in ("resnet34x", "ResNet34"):
+        with pytest.raises(UsageError, match=rf"timm knows no '{name}'\. Did you mean resnet34 or \w+ or \w+\?$"):
+            UNet(name)
+    with pytest.raises(UsageError, match=r"knows no 'qqqqqq'\.$"):
+        UNet("qqqqqq")
     with pytest.raises(UsageError, match=r"features at \[16, 16, 16\]"):
         UNet("vit_tiny_patch16_224")
 

@@ -322,6 +322,20 @@ class _Run:
             self._finish_epoch(feed)
         if dist.is_main():
             self._status("done")
+        self._warn_of_nothing()
+
+    def _warn_of_nothing(self) -> None:
+        """Say that the best epoch is no better than masks that are all empty, which is easily taken for a result."""
+        position, all_empty = self.position, float((~self.data.positive[self.validation]).mean())
+        if position.best > all_empty:
+            return
+        losses = [(line["val_loss"], line["epoch"]) for line in position.history if line["val_loss"] is not None]
+        lowest = f"; the validation loss was lowest in epoch {min(losses)[1]}" if losses else ""
+        log.warn(
+            f"{self.folder}: no epoch is better than all masks empty (Dice {all_empty:.4f}), so best.pt, of epoch "
+            f"{position.best_epoch}, finds next to nothing or too much{lowest}. What may help: more epochs, a lower "
+            f"rule.min_area or rule.threshold (higher ones where true negatives are few), more data"
+        )
 
     def _build(self, saved: dict[str, Any] | None) -> None:
         """Make model, optimizer and schedule, and put them where a checkpoint left them."""

@@ -13,6 +13,7 @@ import sys
 
 from pneumo import cli, dataset, dist, training
 from pneumo.errors import UsageError
+from pneumo.model import unet
 
 
 def main(options: argparse.Namespace) -> None:
@@ -28,6 +29,7 @@ def main(options: argparse.Namespace) -> None:
             f"--stage {options.stage}: {recipe.name} trains from stage {recipe.own_stages[0]} on, which starts from "
             f"{start}; nothing would use this one"
         )
+    unet.check_name(recipe.model.encoder)
     with dist.launch(recipe.train.timeout_seconds) as device:
         training.train_stage(recipe, dataset.load(recipe), options.fold, options.stage, device)
 

@@ -1,4 +1,7 @@
-"""The small commands: `python -m pneumo recipe|verify|pack|folds|cv|oof|tune|score|check-submission|phantom|report`."""
+"""The small commands: `python -m pneumo recipe|verify|pack|folds|cv|oof|tune|score|check-submission|phantom|report`.
+
+Each imports what it needs of all rooms.
+"""
 
 from pneumo import start
 
@@ -34,6 +37,7 @@ def verify(options: argparse.Namespace) -> None:
         patients=data.patients,
         annotation_size=data.annotation_size,
         allow_missing=data.allow_missing,
+        unmasked=data.unmasked,
     )
     if (root / data.test).is_dir():
         test, _, more = cases.load_test(root, test=data.test, sample=data.sample, allow_missing=data.allow_missing)
@@ -55,6 +59,8 @@ def verify(options: argparse.Namespace) -> None:
         f"{cases.counted(len(test), 'test image', 'test images')}; {cases.counted(errors, 'error', 'errors')}, "
         f"{cases.counted(len(problems) - errors, 'note', 'notes')}; all are in {report}"
     )
+    if warning := cases.one_sided(found):
+        log.warn(warning)
     cases.raise_fatal(problems, report)
 
 
@@ -90,8 +96,10 @@ def folds(options: argparse.Namespace) -> None:
 def cv(options: argparse.Namespace) -> None:
     """Train all folds and stages that are not done yet, then predict each fold's held-out images."""
     from pneumo import ensemble, jobs
+    from pneumo.model import unet
 
     recipe = cli.load_recipe(options)
+    unet.check_name(recipe.model.encoder)
     chosen = ensemble.parse_folds(options.folds, recipe.folds.count)
     if options.jobs > 1:
         if dist.is_launched():
@@ -134,6 +142,7 @@ def score(options: argparse.Namespace) -> None:
         options.submission or recipe.folder / "submission.csv",
         truth,
         annotation_size=recipe.data.annotation_size,
+        unmasked=recipe.data.unmasked,
         patients=options.patients,
         draws=recipe.tune.draws,
         seed=recipe.seed,
@@ -203,11 +212,17 @@ def _empty(truth: Path | None, recipe: Recipe) -> tuple[float, str] | None:
     if truth is None and not root.is_dir():
         return None
     if truth is not None:
-        runs_of, problems = cases.read_codes(truth, data.annotation_size)
+        runs_of, problems = cases.read_annotations(truth, data.annotation_size)
         positive = [len(runs) > 0 for runs in runs_of.values()]
     else:
         found, problems = cases.load_train(
-            root, annotations=data.annotations, annotation_size=data.annotation_size, need_images=False
+            root,
+            train=data.train,
+            annotations=data.annotations,
+            annotation_size=data.annotation_size,
+            allow_missing=True,
+            unmasked=data.unmasked,
+            need_images=data.unmasked == "empty",
         )
         positive = [case.positive for case in found]
     image = "image" if truth else "training image"
@@ -280,14 +295,21 @@ def main() -> int:
         if command is score:
             subparser.add_argument("submission", type=Path, nargs="?", help="CSV file (default: the recipe's)")
             subparser.add_argument(
-                "truth", type=Path, nargs="?", help="CSV file of annotations (default: synthetic data's)"
+                "truth",
+                type=Path,
+                nargs="?",
+                help="CSV file of annotations, or folder of mask pictures (default: synthetic data's)",
             )
             subparser.add_argument("--patients", type=Path, help="CSV file: ImageId,patient_id, for the intervals")
             subparser.add_argument("--json", action="store_true", help="print one JSON object")
         if command is check_submission:
             subparser.add_argument("submission", type=Path, nargs="?", help="CSV file (default: the recipe's)")
             subparser.add_argument("--sample", type=Path, help="CSV file of ids (default: the data folder's)")
-            subparser.add_argument("--truth", type=Path, help="CSV file of annotations (default: the data folder's)")
+            subparser.add_argument(
+                "--truth",
+                type=Path,
+                help="CSV file of annotations, or folder of mask pictures (default: the data folder's)",
+            )
     return cli.run(lambda options: options.run(options), parser)
 
 

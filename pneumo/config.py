@@ -38,6 +38,7 @@ class DataConfig:
     patients: str
     annotation_size: Annotated[int, "[32, 8192]"]
     allow_missing: bool
+    unmasked: Literal["leave", "empty"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,7 +279,11 @@ def _load(path: Path, name: str, overrides: Sequence[str]) -> Recipe:
         raise UsageError(f"not valid TOML: {error}") from None
     if loose := [key for key, value in document.items() if not isinstance(value, dict)]:
         raise UsageError(f'"{loose[0]}" stands in no recipe. Put it under [{name}].')
+    if name not in document and (kept := _kept(name, overrides)):
+        raise UsageError(f"no recipe {name!r}. A run of it kept its own: --config {kept}")
     tables = _lineage(document, name)
+    if len(tables) == 1 and name != "seed":
+        _check_whole(*tables[0])
     table: dict[str, Any] = {}
     for _, own in reversed(tables):
         table = _merge(table, own)
@@ -398,6 +403,27 @@ def _lineage(document: Mapping[str, Any], name: str) -> list[tuple[str, dict[str
         if not isinstance(base, str):
             raise UsageError(f"[{name}] base: expected a recipe's name, got {base!r}")
         name = base
+
+
+def _kept(name: str, overrides: Sequence[str]) -> Path | None:
+    """The recipe that the last of the stages trained under that name was trained with; None if none was."""
+    if not _NAME.fullmatch(name):
+        return None
+    runs = {"runs": "runs"}
+    for override in overrides:
+        if override.partition("=")[0].strip() == "runs":
+            _override(name, runs, override)
+    _expand_home(runs)
+    return max(Path(runs["runs"], name).glob("fold*/stage*/config.toml"), default=None)
+
+
+def _check_whole(name: str, table: Mapping[str, Any]) -> None:
+    """Refuse a recipe without a base that leaves out what only a base can give."""
+    known = [field.name for field in fields(Recipe) if field.name != "name"]
+    if missing := [key for key in known if key not in table]:
+        odd = [key for key in table if key not in known]
+        what = f'unknown key "{odd[0]}"' if odd else f'missing key "{missing[0]}"'
+        raise UsageError(f'[{name}] {what}, and no base: a recipe that does not state everything needs base = "seed"')
 
 
 def _has(table: Any, path: Sequence[str]) -> bool:

@@ -58,9 +58,12 @@ def load_cases(recipe: Recipe, *, need_images: bool = True) -> list[Case]:
         patients=data.patients,
         annotation_size=data.annotation_size,
         allow_missing=data.allow_missing,
+        unmasked=data.unmasked,
         need_images=need_images,
     )
     _judge(recipe, problems)
+    if warning := cases.one_sided(found):
+        log.warn(warning)
     return found
 
 

@@ -8,10 +8,10 @@ import hashlib
 import io
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ SUFFIXES = ("_mask.png", "_overlay.png")  # of the outputs of a given file
 RECORDS = "predictions.jsonl"
 READERS = 2  # batches that are read ahead, each by a thread
 SHOWN = 20  # remarks about files that are printed
+PICTURES = {".bmp", ".gif", ".heic", ".jp2", ".tif", ".tiff", ".webp"}  # that are not read
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def find(arguments: Sequence[Path], out: Path) -> list[Given]:
     """The files that a command line names, and those in the folders that it names.
 
     Outputs of a file are called as it is, without suffix; those of a folder's files lie in the same folders below `out`
-    as they do in it. Hidden files, what is no image and what lies in `out` are passed over.
+    as they do in it. Files of one folder that differ in their suffix alone keep it. Hidden files, what is no image and
+    what lies in `out` are passed over.
 
     Raises:
         UsageError: two files would have the same outputs, or an output would overwrite one of the files.
@@ -74,29 +76,50 @@ def find(arguments: Sequence[Path], out: Path) -> list[Given]:
         found, others, problems = cases.list_images(argument)
         cases.raise_fatal(problems, None)
         found = [path for path in found if not path.resolve().is_relative_to(place)]
+        kinds = sorted({path.suffix.lower() for path in others} & PICTURES)
+        convert = f". Those in {', '.join(kinds)} can be read if they are saved as PNG" if kinds else ""
         if not found:
-            raise DataError(f"{argument}: no PNG, JPEG or DICOM file in it")
+            raise DataError(f"{argument}: no PNG, JPEG or DICOM file in it{convert}")
         if others:
-            log.say(f"{argument}: {len(others):,} files are no PNG, JPEG or DICOM and were left out, as {others[0]}")
+            left = f"{len(others):,} files are no PNG, JPEG or DICOM and were left out, as {others[0]}"
+            log.say(f"{argument}: {left}{convert}")
         for path in found:
             name = str(path.relative_to(argument).parent / cases.name_of(path))
             given.setdefault(os.path.abspath(path), Given(path, name))
+    found = _told_apart(list(given.values()))
     paths: dict[str, Path] = {}
-    for one in given.values():
-        if one.name in paths:
-            raise UsageError(
-                f"{paths[one.name]} and {one.path} would both become {out / one.name}_mask.png. Name the folder that "
-                f"holds both, rename one, or predict them into two folders."
-            )
-        paths[one.name] = one.path
-    inputs = {one.path.resolve() for one in given.values()}
-    for one in given.values():
+    alike = [(paths.setdefault(one.name, one.path), one) for one in found]
+    if pairs := [(path, one) for path, one in alike if path != one.path]:
+        path, one = pairs[0]
+        more = f" (and {len(pairs) - 1:,} more such pairs)" if len(pairs) > 1 else ""
+        raise UsageError(
+            f"{path} and {one.path} would both become {out / one.name}_mask.png{more}. Name the folder that holds "
+            f"both, rename one, or predict them into two folders."
+        )
+    inputs = {one.path.resolve() for one in found}
+    for one in found:
         for suffix in SUFFIXES:
             if (out / (one.name + suffix)).resolve() in inputs:
                 raise UsageError(
                     f"{out / one.name}{suffix} is one of the given files. Choose another folder: --out DIR"
                 )
-    return list(given.values())
+    return found
+
+
+def _told_apart(given: Sequence[Given]) -> list[Given]:
+    """The same files; where several of one folder would have one name, these are named with their suffix."""
+    keys = [(os.path.dirname(os.path.abspath(one.path)), one.name) for one in given]
+    count = Counter(keys)
+    found = [
+        replace(one, name=str(Path(one.name).with_name(one.path.name))) if count[key] > 1 else one
+        for one, key in zip(given, keys, strict=True)
+    ]
+    if changed := [one for one, key in zip(found, keys, strict=True) if count[key] > 1]:
+        log.say(
+            f"{len(changed):,} files have another beside them that differs in its suffix alone; their masks keep it, "
+            f"as {changed[0].name}{SUFFIXES[0]}"
+        )
+    return found
 
 
 def predict(
@@ -104,10 +127,12 @@ def predict(
 ) -> None:
     """Write <name>_mask.png, <name>_overlay.png and a line of predictions.jsonl for each file.
 
+    Of a file that cannot be read the line has the error, and there is no mask.
+
     Masks have the size of the file's own image. An image that is not square is padded to one for the network, and
     nothing is found in the padding; the rule's areas are pixels of the annotation grid over that square.
 
-    Records of earlier predictions into the same folder stay, but for those of the same masks.
+    Records of earlier predictions into the same folder stay, but for those of the same masks or files.
 
     Files are read ahead and results written behind the device, a few batches each. Batches are cut by position and
     finished as a whole, so an interrupted prediction goes on with the same ones, unless a file in it has changed.
@@ -139,12 +164,12 @@ def predict(
         pending: deque = deque()
 
         def settle() -> None:
-            key, complaints, tasks = pending.popleft()
+            key, failed, tasks = pending.popleft()
             results = [task.result() for task in tasks]
             part = {
                 "records": [record for record, _ in results],
                 "sizes": {name: length for _, sizes in results for name, length in sizes.items()},
-                "complaints": complaints,
+                "failed": failed,
             }
             journal.add(key, part)
             done.append(part)
@@ -172,7 +197,7 @@ def predict(
                         writers.submit(_write_file, *one, of, ruling, out)
                         for one, *of in zip(found.scans, *predicted, strict=True)
                     ]
-                pending.append((found.key, found.complaints, tasks))
+                pending.append((found.key, found.failed, tasks))
                 while len(pending) > BEHIND:
                     settle()
             bar.update(found.count * dist.world())
@@ -181,10 +206,11 @@ def predict(
         bar.close()
         done = [part for some in dist.gather(done) for part in some]
         kept = sum(dist.gather(kept))
-        complaints = sorted(message for part in done for message in part["complaints"])
+        failed = [record for part in done for record in part["failed"]]
+        complaints = sorted(record["error"] for record in failed)
         if dist.is_main():
-            if records := [record for part in done for record in part["records"]]:
-                _write_records(records, others, out, kept)
+            records = [record for part in done for record in part["records"]]
+            _write_records(records, [*others, *failed], out, kept, inference.by_what(models, ruling))
             for message in complaints if len(complaints) > 1 else ():
                 log.warn(message)
             if not complaints:  # else the good files need not be done again when the bad ones are mended
@@ -202,7 +228,7 @@ class _Read:
         count: of its files, good and bad.
         part: what the journal knows of it, with all outputs in place; None if it must be done.
         scans: the good files with their sha256, and `squares`, (S, S) uint8, what the network sees of them.
-        complaints: about the bad files.
+        failed: records of the bad files.
     """
 
     key: str
@@ -210,7 +236,7 @@ class _Read:
     part: dict[str, Any] | None
     scans: Sequence[tuple[Given, Scan, str]] = ()
     squares: Sequence[np.ndarray] = ()
-    complaints: Sequence[str] = ()
+    failed: Sequence[dict[str, Any]] = ()
 
 
 def _read(batch: Sequence[Given], image_size: int, journal: Journal, out: Path) -> _Read:
@@ -220,17 +246,17 @@ def _read(batch: Sequence[Given], image_size: int, journal: Journal, out: Path) 
     part = journal.parts.get(key)
     if part is not None and all(_length(out / name) == length for name, length in part["sizes"].items()):
         return _Read(key, len(batch), part)
-    scans, squares, complaints = [], [], []
+    scans, squares, failed = [], [], []
     for one, (*_, digest) in zip(batch, contents, strict=True):
         try:
             scan = images.read(one.path)
             _check_names(one, out)
         except DataError as error:
-            complaints.append(str(error))
+            failed.append({"file": str(one.path), "path_hash": _path_hash(one.path), "error": str(error)})
             continue
         scans.append((one, scan, digest))
         squares.append(pack_image(scan.pixels, image_size))
-    return _Read(key, len(batch), None, scans, squares, complaints)
+    return _Read(key, len(batch), None, scans, squares, failed)
 
 
 def _check_names(one: Given, out: Path) -> None:
@@ -244,7 +270,7 @@ def _check_names(one: Given, out: Path) -> None:
                 raise DataError(f"{one.path}: the names of its mask and overlay are too long. Rename it.") from None
 
 
-def _place(path: Path) -> str:
+def _path_hash(path: Path) -> str:
     """A hash of where a file is: tells it from another of its name, but not the names of folders, as a patient's."""
     return hashlib.sha256(os.path.abspath(path).encode(errors="surrogateescape")).hexdigest()
 
@@ -286,19 +312,21 @@ def _others(given: Sequence[Given], out: Path) -> list[dict[str, Any]]:
     except OSError:  # none yet
         return []
     paths = {one.name + SUFFIXES[0]: one.path for one in given}
+    hashes = {_path_hash(one.path) for one in given}
     left = []
     for count, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            mask, file, place, digest = (str(record.get(key, "")) for key in ("mask", "file", "place", "sha256"))
+            keys = ("mask", "file", "path_hash", "sha256", "error")
+            mask, file, path_hash, digest, trouble = (str(record.get(key, "")) for key in keys)
             there = (out / mask).is_file()
         except (ValueError, RecursionError, AttributeError, OSError):  # cut, no JSON, no object, no file's name
             log.warn(f"{out / RECORDS} line {count} is damaged and is dropped; its mask is not looked after")
             continue
         path = paths.get(mask)
-        if path is None and mask and there:
+        if (path is None and mask and there) or (trouble and path_hash not in hashes):
             left.append(record)
-        elif path is not None and there and place not in ("", _place(path)) and digest != _content(path):
+        elif path is not None and there and path_hash not in ("", _path_hash(path)) and digest != _content(path):
             raise UsageError(
                 f"{out / mask} is the mask of {file} and would become that of {path}. Choose another folder, --out "
                 f"DIR, or name a folder that holds both"
@@ -314,9 +342,13 @@ def _keep_records(records: Sequence[dict[str, Any]], out: Path) -> None:
         (out / RECORDS).unlink(missing_ok=True)
 
 
-def _write_records(records: list[dict[str, Any]], others: Sequence[dict[str, Any]], out: Path, kept: int) -> None:
-    """Write predictions.jsonl, with the records of other files in it, and say what was found and what is odd."""
+def _write_records(
+    records: list[dict[str, Any]], others: Sequence[dict[str, Any]], out: Path, kept: int, by: str
+) -> None:
+    """Write predictions.jsonl, with the records of other and bad files in it; say what was found and what is odd."""
     _keep_records([*others, *records], out)
+    if not records:
+        return
     records.sort(key=lambda record: record["file"])
     odd = [f"{record['file']}: {warning}" for record in records for warning in record["warnings"]]
     for warning in odd[:SHOWN]:
@@ -325,7 +357,7 @@ def _write_records(records: list[dict[str, Any]], others: Sequence[dict[str, Any
         log.warn(f"{len(odd) - SHOWN:,} more like these are in {out / RECORDS}")
     positive = sum(record["area_pixels"] > 0 for record in records)
     there = f"; {kept} were there from before" if kept else ""
-    log.say(f"{out}: {len(records)} files, {positive} with pneumothorax{there}. For research, not for diagnosis.")
+    log.say(f"{out}: {len(records)} files, {positive} with pneumothorax{there}; {by}. For research, not for diagnosis.")
 
 
 def _write_file(
@@ -346,7 +378,7 @@ def _write_file(
     names = [given.name + suffix for suffix in SUFFIXES]
     record = {
         "file": str(given.path),
-        "place": _place(given.path),
+        "path_hash": _path_hash(given.path),
         "sha256": digest,
         "mask": names[0],
         **inference.describe(*of, ruling),

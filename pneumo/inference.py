@@ -27,7 +27,7 @@ from pneumo.ensemble import Ensemble
 from pneumo.journal import open_journal
 from pneumo.tuning import Ruling
 
-FORMAT = 4  # of what is kept of an interrupted prediction; change it when the same files would give other results
+FORMAT = 5  # of what is kept of an interrupted prediction; change it when the same files would give other results
 BEHIND = 2  # batches whose results are being made while the device computes
 
 
@@ -115,10 +115,13 @@ def _write_submission(
     }
     checkpoint.write_atomic(path.with_suffix(".json"), log.dumps(origin, indent=1).encode() + b"\n")
     _write_referrals([record for record, _ in written], recipe.folder / "referral.csv")
-    log.say(
-        f"{path}: {submission.summary(codes, size)}; networks: {sum(map(len, models.models))}, rule of "
-        f"{'the recipe' if ruling.source == 'recipe' else ruling.source}: {tuning.describe(ruling.rule)}"
-    )
+    log.say(f"{path}: {submission.summary(codes, size)}; {by_what(models, ruling)}")
+
+
+def by_what(models: Ensemble, ruling: Ruling) -> str:
+    """How many networks predicted and by which rule, in words."""
+    source = "the recipe" if ruling.source == "recipe" else ruling.source
+    return f"networks: {sum(map(len, models.models))}, rule of {source}: {tuning.describe(ruling.rule)}"
 
 
 def basis(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch.device) -> dict[str, Any]:
@@ -166,8 +169,8 @@ def _write_referrals(records: list[dict[str, Any]], path: Path) -> None:
         path.unlink(missing_ok=True)  # one of an earlier prediction would be wrong now
         return
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["place", *records[0]], lineterminator="\n")
+    writer = csv.DictWriter(text, ["rank", *records[0]], lineterminator="\n")
     writer.writeheader()
     queue = sorted(records, key=lambda record: (record["expected_dice"], record["ImageId"]))
-    writer.writerows({"place": place, **record} for place, record in enumerate(queue, 1))
+    writer.writerows({"rank": rank, **record} for rank, record in enumerate(queue, 1))
     checkpoint.write_atomic(path, text.getvalue().encode())

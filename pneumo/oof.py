@@ -108,6 +108,7 @@ def write(
 
     Raises:
         UsageError: no fold is done.
+        DataError: the networks were trained on other data or another split.
     """
     wanted = range(recipe.folds.count) if folds is None else folds
     done = [fold for fold in wanted if training.finished(recipe, fold, recipe.stages)]
@@ -128,6 +129,8 @@ def write(
             "split": models.split,
             "levels": [level(threshold) for threshold in grid(recipe).thresholds],
         }
+        if (data.digest, data.split) != (models.data, models.split):
+            raise DataError(f"{', '.join(models.sources)}: {_of_other_data(recipe)}")
         path = path_of(recipe, fold)
         if not maps and dist.broadcast(_is_current(path, origin, _command(recipe))):
             log.say(f"{path}: there already")
@@ -140,6 +143,16 @@ def _command(recipe: Recipe) -> str:
     """What makes the predictions of a recipe."""
     weights = recipe.predict.weights
     return recipe.command("oof") + ("" if weights == "best" else f" SET=predict.weights={weights}")
+
+
+def _of_other_data(recipe: Recipe) -> str:
+    """What is said of networks that saw other data than there are now."""
+    return (
+        f"trained on other images, annotations or folds than {recipe.data.root} and {recipe.folder / 'folds.csv'} now "
+        f"hold; their predictions would not be out of fold. Delete the folders fold0 to "
+        f"fold{recipe.folds.count - 1} of {recipe.folder} and run: {recipe.command('cv')}; or keep them, and train "
+        f"into another folder: {recipe.command('cv')} SET=runs=DIR"
+    )
 
 
 def _is_current(path: Path, origin: dict[str, Any], command: str) -> bool:
@@ -160,11 +173,6 @@ def _write_fold(
     device: torch.device,
     maps: bool,
 ) -> None:
-    if (data.digest, data.split) != (models.data, models.split):
-        raise DataError(
-            f"{', '.join(models.sources)}: trained on other images, annotations or folds than {recipe.data.root} and "
-            f"{recipe.folder / 'folds.csv'} now hold; its predictions would not be out of fold"
-        )
     rows = np.flatnonzero(data.folds == fold)
     pack = dataset.open_train(recipe, data, models.image_size)
     batches = cut(rows, models.batch_size)
@@ -231,12 +239,12 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
         path = path_of(recipe, fold)
         origin, image_ids, table = _read(path, command)
         again = f"Run again: {command}"
-        if (origin["data"], origin["split"]) != (data.digest, data.split):
-            raise DataError(f"{path} is of other images, annotations or folds than there are now. {again}")
         for source, digest in origin["checkpoints"].items():
             now = path.with_name(Path(source).name)  # the run folder may have been moved
             if now.is_file() and checkpoint.sha256(now) != digest:
                 raise DataError(f"{path} was made by another {now} than there is now. {again}")
+        if (origin["data"], origin["split"]) != (data.digest, data.split):
+            raise DataError(f"{path} is of networks that were {_of_other_data(recipe)}")
         if origin["mirror"] != recipe.predict.mirror:
             raise DataError(
                 f"{path} was made with predict.mirror={str(origin['mirror']).lower()}, which is now "

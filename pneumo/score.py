@@ -1,4 +1,4 @@
-"""A submission file scored against annotations, without images. Imports data, decision, log, errors."""
+"""A submission file scored against annotations, without images. Imports data, decision, kernels, log, errors."""
 
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ def score_files(
     truth: Path,
     *,
     annotation_size: int,
+    unmasked: str = "leave",
     patients: Path | None = None,
     draws: int = 1000,
     seed: int = 0,
@@ -27,8 +28,10 @@ def score_files(
     """Score a submission; its ids are the cases, and rows of the truth for other ids are not scored, which is said.
 
     Args:
-        submission, truth: CSV files of codes, perhaps gzipped; several rows of one id are united.
+        submission, truth: CSV files of codes, perhaps gzipped; several rows of one id are united. The truth may be a
+            folder of mask pictures.
         annotation_size: side of the square grid of the codes, pixels.
+        unmasked: "empty": ids that the truth lacks have an empty mask.
         patients: CSV file of ImageId,patient_id; intervals then resample patients.
         draws: bootstrap samples of an interval.
 
@@ -43,12 +46,15 @@ def score_files(
     """
     decided, problems = cases.read_codes(submission, annotation_size, also_empty=EMPTY_SPELLINGS)
     cases.raise_fatal(problems, None)
-    annotated, problems = cases.read_codes(truth, annotation_size, also_empty=EMPTY_SPELLINGS)
+    annotated, problems = cases.read_annotations(truth, annotation_size, also_empty=EMPTY_SPELLINGS)
     cases.raise_fatal(_of(decided, problems), None)
     if missing := [image_id for image_id in decided if image_id not in annotated]:
-        raise DataError(
-            f"{truth}: no truth for {len(missing)} of {len(decided)} ids of {submission}, as {', '.join(missing[:5])}"
-        )
+        text = f"{truth}: no truth for {len(missing)} of {len(decided)} ids of {submission}, as {cases.some(missing)}"
+        if unmasked != "empty":
+            negative = "an all-black picture" if truth.is_dir() else "a row with -1"
+            raise DataError(f"{text}. A negative needs {negative} there, or --set data.unmasked=empty")
+        log.warn(f"{text}; their masks are taken for empty (data.unmasked)")
+        annotated |= dict.fromkeys(missing, np.zeros((0, 2), dtype=np.int64))
     rows = sum(1 for _ in cases.read_rows(submission, ("ImageId",), []))
     if rows > len(decided):
         log.warn(f"{submission}: {rows:,} rows of {len(decided):,} ids; several of one id were united")

@@ -1,6 +1,6 @@
 """One stage of one fold: chained to the stage before it, resumable at any step, stopped cleanly by a signal.
 
-Imports config, dataset, engine, measured, checkpoint, log, dist, start, model, data, decision, kernels.
+Imports config, dataset, engine, measured, checkpoint, log, dist, start, model, data, decision, kernels, errors.
 """
 
 import math
@@ -366,11 +366,25 @@ class _Run:
             self._train_epoch(feed, feeds.steps(plan, self.settings.batch_size, self.settings.accumulation))
             self._finish_epoch(feed)
         self._finish()
+        self._warn_of_nothing()
 
     def _finish(self) -> None:
         self.done = True
         if dist.is_main():
             self._status("done")
+
+    def _warn_of_nothing(self) -> None:
+        """Say that the best epoch is no better than masks that are all empty, which is easily taken for a result."""
+        position, all_empty = self.position, float((~self.data.positive[self.validation]).mean())
+        if position.best > all_empty:
+            return
+        losses = [(line["val_loss"], line["epoch"]) for line in position.history if line["val_loss"] is not None]
+        lowest = f"; the validation loss was lowest in epoch {min(losses)[1]}" if losses else ""
+        log.warn(
+            f"{self.folder}: no epoch is better than all masks empty (Dice {all_empty:.4f}), so best.pt, of epoch "
+            f"{position.best_epoch}, finds next to nothing or too much{lowest}. What may help: more epochs, a lower "
+            f"rule.min_area or rule.threshold (higher ones where true negatives are few), more data"
+        )
 
     def _build(self, saved: dict[str, Any] | None) -> None:
         """Make model, optimizer and schedule, and put them where a checkpoint left them."""

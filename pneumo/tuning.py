@@ -60,23 +60,15 @@ def run(recipe: Recipe, data: Dataset) -> Tuned:
             f"prediction can use it with --folds {','.join(map(str, np.unique(found.folds)))} only. To make them: "
             f"{recipe.command('cv')}"
         )
-    if not tuned.choice.reached:
-        log.warn(
-            f"no rule reaches a {recipe.tune.objective} of {recipe.tune.target}; the rules that come closest were taken"
-        )
-    elif tuned.short:
-        log.warn(
-            f"a {recipe.tune.objective} of {recipe.tune.target} is reached by no rule on all folds but "
-            f"{' or '.join(map(str, tuned.short))}; the rules that come closest score these"
-        )
     shares = _shares(positive, held_out_signals(found, tuned).decided)
     signals = trust.signals(found.tables, tuned.rule)
+    plateau = int(tuned.choice.plateau.sum())
     in_sample = _shares(positive, signals.decided)
     log.say(
         f"{len(found.image_ids)} cases of {len(tuned.fold_rules)} folds, {tuned.choice.plateau.size:,} rules",
         f"recipe's rule    {describe(baseline)}: mean Dice {tuned.baseline.mean():.4f} (all masks empty: "
         f"{all_empty:.4f})",
-        f"chosen rule      {describe(tuned.rule)}, on a plateau of {tuned.choice.plateau.sum():,} rules",
+        f"chosen rule      {describe(tuned.rule)}, on a plateau of {plateau:,} rule{'s' if plateau > 1 else ''}",
         f"cross-fitted     mean Dice {dice}; in-sample {tuned.in_sample:.4f}, optimism {tuned.optimism:+.4f}",
         "by image         "
         + ", ".join(
@@ -84,10 +76,8 @@ def run(recipe: Recipe, data: Dataset) -> Tuned:
         ),
         f"gain             {gain.signed} over the recipe's rule, paired",
     )
-    if recipe.tune.objective == "dice" and gain.high < 0:
-        log.warn("the chosen rule is worse than the recipe's on folds that had no say in it: use --rule recipe")
-    if recipe.tune.objective == "dice" and dice.value <= all_empty:
-        log.warn("on folds that had no say in it, the chosen rule is no better than leaving all masks empty")
+    for warning in doubts(recipe, found, tuned):
+        log.warn(warning)
     learned = trust.fit(signals, tables.dice(found.tables, tuned.rule))
     path = recipe.folder / "rule.toml"
     measured = {
@@ -120,6 +110,49 @@ def search(recipe: Recipe, found: OutOfFold) -> Tuned:
         target=settings.target,
         tolerance=settings.tolerance,
     )
+
+
+def doubts(recipe: Recipe, found: OutOfFold, tuned: Tuned) -> list[str]:
+    """Why the chosen rule may not be worth using, or another be better; a sentence each."""
+    said = []
+    settings, choice, positive = recipe.tune, tuned.choice, found.tables.positive
+    if settings.objective == "dice":
+        if tuned.gain(found.groups, draws=settings.draws, seed=recipe.seed).high < 0:
+            said.append("the chosen rule is worse than the recipe's on folds that had no say in it: use --rule recipe")
+        if tuned.dice.mean() <= (~positive).mean():
+            said.append("on folds that had no say in it, the chosen rule is no better than leaving all masks empty")
+    else:
+        goal = f"a {settings.objective} of {settings.target}"
+        if not choice.reached:
+            said.append(f"no rule reaches {goal}; the rules that come closest were taken")
+        elif tuned.short:
+            folds = " or ".join(map(str, tuned.short))
+            said.append(f"{goal} is reached by no rule on all folds but {folds}; those that come closest score these")
+        share = _shares(positive, held_out_signals(found, tuned).decided)[settings.objective]
+        if share is not None and share < settings.target:
+            said.append(
+                f"{goal} is missed on folds that had no say in the rule, where it is {share:.4f}: expect no more on "
+                f"new images, or ask for more by a higher tune.target"
+            )
+    grid, own = tuned.grid, recipe_rule(recipe)
+    edges = [
+        f"{name}={value}, the {end} tried"
+        for name, value, edge, end in (
+            ("threshold", tuned.rule.threshold, grid.thresholds[0], "smallest"),
+            ("threshold", tuned.rule.threshold, grid.thresholds[-1], "largest"),
+            ("min_area", tuned.rule.min_area, grid.min_areas[-1], "largest"),
+            ("top_area", tuned.rule.top_area if tuned.rule.top_threshold else -1, grid.top_areas[-1], "largest"),
+        )
+        if value == edge != getattr(own, name)
+    ]
+    if edges:
+        keys = " and ".join(f"rule.{edge.partition('=')[0]}" for edge in edges)
+        said.append(
+            f"the chosen rule stands on the edge of the grid ({'; '.join(edges)}): a better one may lie beyond. To try "
+            f"one there, set {keys} to it, and run again, with that SET: {recipe.command('oof')} and "
+            f"{recipe.command('tune')}"
+        )
+    return said
 
 
 def held_out_signals(found: OutOfFold, tuned: Tuned) -> Signals:
@@ -158,7 +191,7 @@ def ruling_for(recipe: Recipe, models: Ensemble, choice: str) -> Ruling:
 
     Args:
         choice: "auto": rule.toml of the recipe's run folder if it is there, else the recipe's; "recipe"; or a file,
-            whose rule is used on any predictions, but its trust on those only that it was learned on.
+            whose rule is used on any predictions, with a warning, but its trust on those only that it was learned on.
 
     Raises:
         UsageError: rule.toml was chosen for other checkpoints, or with other weights of them or without the mirror.
@@ -172,6 +205,8 @@ def ruling_for(recipe: Recipe, models: Ensemble, choice: str) -> Ruling:
     trouble = misfit(recipe, ruling, sources, models.sources)
     if trouble and choice == "auto":
         raise UsageError(f"{path} {trouble}, or use --rule recipe")
+    if trouble and sources:  # a file with nothing but a rule claims nothing
+        log.warn(f"{path} {trouble}. Its rule is used as you ask, without expected Dice, which was learned on others")
     return replace(ruling, trust=None) if trouble else ruling  # which was learned on other predictions
 
 

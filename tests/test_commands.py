@@ -155,7 +155,7 @@ def test_a_tuned_rule_is_used_and_recorded(place, options, trained):
         queue = list(csv.DictReader(file))
     assert sorted(row["ImageId"] for row in queue) == [f"test-{i:03d}" for i in range(4)]
     expected = [float(row["expected_dice"]) for row in queue]
-    assert expected == sorted(expected) and [row["place"] for row in queue] == ["1", "2", "3", "4"]
+    assert expected == sorted(expected) and [row["rank"] for row in queue] == ["1", "2", "3", "4"]
     assert "rule of the recipe" in run("predict.py", "--rule", "recipe", *options, cwd=place)
     assert json.loads((folder / "submission.json").read_text())["rule"]["min_area"] == 20
     assert not (folder / "referral.csv").exists()  # nothing was learned for that rule
@@ -180,6 +180,8 @@ def test_report(place, options, trained):
         (["train.py", "--stage", "0"], 2, "--stage 0"),
         (["train.py", "--recipe", "seed-focal", "--stage", "1"], 2, "trains from stage 3 on, which starts from seed;"),
         (["predict.py", "--set", "predict.mirror=true", "a.png"], 2, "a.png: expected key=value; what is none goes"),
+        (["train.py", "--set", "model.encoder=ResNet34", "data.root=nowhere"], 2, "Did you mean resnet34 or"),
+        (["pneumo", "cv", "--set", "model.encoder=ResNet34", "data.root=nowhere"], 2, "Did you mean resnet34 or"),
         (["train.py", "--set", "data.root=nowhere"], 3, "nowhere: no such folder. Set data.root."),
         (["predict.py", "--folds", "0,7"], 2, "--folds 0,7"),
         (["predict.py", "--folds", "0"], 2, "Run: make cv FOLDS=0"),
@@ -244,6 +246,20 @@ def test_where_many_images_have_one_fault_the_file_with_all_is_named(repo, tmp_p
     said = capsys.readouterr().err
     assert f"rows); they were united. All are listed in {report}.\n" in said
     assert f"note 3.txt, note 4.txt and 1 more. All are listed in {report}.\n" in said
+
+
+def test_data_without_a_negative_are_warned_of(repo, tmp_path, capsys):
+    """Where they are read, and at the end of verify."""
+    small_run.write_data(tmp_path / "data")
+    table = tmp_path / "data" / "train-rle.csv"
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if not line.endswith(",-1\n")))
+    recipe = small_run.recipe(repo, tmp_path / "data", tmp_path / "runs")
+    dataset.load_cases(recipe)
+    warning = "warning: NOT ONE of the 6 training images is without pneumothorax"
+    assert warning in capsys.readouterr().err
+    settings = small_run.settings(tmp_path / "data", tmp_path / "runs")
+    assert warning in run("pneumo", "verify", "--set", *settings, cwd=tmp_path)
+    assert warning not in run("pneumo", "verify", "--set", *settings, "data.unmasked=empty", cwd=tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")

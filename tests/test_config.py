@@ -296,6 +296,40 @@ def test_home_is_expanded(repo, tmp_path, monkeypatch):
     assert (recipe.data.root, recipe.runs) == ("~anna/x", "a/~")
 
 
+def test_a_recipe_that_only_a_run_knows_is_found(repo, tmp_path, monkeypatch):
+    for place in ("runs/hospital/fold0/stage1", "my runs/hospital/fold1/stage2"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.toml").write_text(
+            config.dumps(config.load(repo / "configs.toml", "demo")).replace("demo", "hospital")
+        )
+    monkeypatch.chdir(tmp_path)
+    for overrides, kept in (
+        ([], "runs/hospital/fold0/stage1/config.toml"),
+        (["runs=my runs"], "my runs/hospital/fold1/stage2/config.toml"),
+    ):
+        with pytest.raises(UsageError, match=rf"no recipe 'hospital'\. .*: --config {kept}$"):
+            config.load(repo / "configs.toml", "hospital", overrides)
+        assert config.load(tmp_path / kept, "hospital", overrides).name == "hospital"
+    for name, overrides in (("hospital", ["runs=none"]), ("../runs/hospital", [])):
+        with pytest.raises(UsageError, match=r"no recipe .* There are: seed, "):
+            config.load(repo / "configs.toml", name, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"\[mine\] missing key \"seed\", and no base: .* needs base = \"seed\"$"),
+        ('bsae = "seed"\n', r"\[mine\] unknown key \"bsae\", and no base: .* needs base = \"seed\"$"),
+    ],
+)
+def test_a_recipe_without_a_base_is_told_of_it(repo, tmp_path, text, message):
+    whole = (repo / "configs.toml").read_text()
+    (tmp_path / "c.toml").write_text(f"{whole}\n[mine]\n{text}[mine.data]\nroot = '/x'\n")
+    for overrides in ([], ["data.test=t"], ["stages=1"]):
+        with pytest.raises(UsageError, match=message):
+            config.load(tmp_path / "c.toml", "mine", overrides)
+
+
 def test_a_byte_order_mark_is_passed_over(repo, tmp_path):
     (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbf" + (repo / "configs.toml").read_bytes())
     assert config.load(tmp_path / "c.toml", "seed") == config.load(repo / "configs.toml", "seed")

@@ -1,6 +1,8 @@
 """The house: imports point one way, every module says what it imports, and the root holds what it should."""
 
 import ast
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,45 @@ def test_imports_point_one_way(repo):
         assert imported(path) - {room} <= ALLOWED[room], path
         checked += 1
     assert checked > 25
+
+
+def said(path: Path) -> set[str]:
+    """What a module's docstring says that it imports of pneumo."""
+    found = re.search(r"Imports\s([^.]*)\.", ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))
+    return set() if found is None or found[1].startswith("nothing") else set(re.split(r",\s*", found[1]))
+
+
+def by_name(path: Path, room: str) -> set[str]:
+    """Names of what a module imports of pneumo: of its own room the modules, of others the room."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pneumo":
+            parts = node.module.split(".")[1:]
+            parts = parts[1:] if parts[:1] == [room] else parts
+            names |= {parts[0]} if parts else {alias.name for alias in node.names}
+    return names
+
+
+def test_every_module_says_what_it_imports(repo):
+    for room, path in modules(repo):
+        if path.name != "__main__.py":
+            assert said(path) == by_name(path, room), path
+
+
+def test_the_readme_knows_the_house(repo):
+    """Every module and recipe has its place in it, and every target of make that it names is there."""
+    text = (repo / "README.md").read_text(encoding="utf-8")
+    house = text[text.index("## The house") :]
+    for path in sorted((repo / "pneumo").iterdir()):
+        if path.suffix == ".py" and path.stem != "__init__":
+            assert re.search(rf"\b{path.name}", house), path
+        elif path.is_dir() and (path / "__init__.py").exists():
+            assert re.search(rf"\b{path.name}/", house), path
+    targets = set(re.findall(r"^([a-z-]+):", (repo / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^    )make ([a-z][a-z-]*)", text, re.MULTILINE))
+    assert len(named) > 12 and named <= targets
+    recipes = tomllib.loads((repo / "configs.toml").read_text(encoding="utf-8"))
+    assert all(f"`{name}`" in text for name in recipes)
 
 
 def test_scripts_alone_stand_at_the_top(repo):

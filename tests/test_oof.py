@@ -244,6 +244,23 @@ def test_outdated_and_damaged_files_are_refused_and_made_anew(recipe, capsys):
         oof.write(recipe, data, CPU)
 
 
+@pytest.mark.fault("S8", "out-of-fold files of networks that saw other annotations than there are now: no circle")
+def test_a_corrected_mask_asks_for_new_networks(repo, root, tmp_path):
+    """Neither command sends to the other: predictions of the same networks would be no better."""
+    shutil.copytree(root, tmp_path / "data")
+    recipe = small_run.recipe(repo, tmp_path / "data", tmp_path / "runs", *SMALL)
+    oof.write(recipe, small_run.pretend_trained(recipe), CPU)
+    annotations = tmp_path / "data" / "train-rle.csv"
+    annotations.write_text(annotations.read_text().replace("train-001,-1", "train-001,70 3"))
+    data = dataset.load(recipe)
+    for command in (oof.load, lambda *of: oof.write(*of, CPU)):
+        with pytest.raises(
+            DataError, match=r"best.*Delete the folders fold0 to fold2 of .*seed and run: make cv;"
+        ) as at:
+            command(recipe, data)
+        assert "make oof" not in str(at.value)
+
+
 @pytest.mark.fault("S8", "a run folder moved, then a checkpoint in it replaced: its out-of-fold file is outdated")
 def test_a_moved_run_is_compared_with_its_own_checkpoints(repo, root, recipe, tmp_path):
     data = small_run.pretend_trained(recipe)

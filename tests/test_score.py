@@ -2,6 +2,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pneumo.data import rle
 from pneumo.errors import DataError
@@ -33,8 +34,10 @@ def test_score_by_hand(tmp_path):
 
 
 def test_an_id_without_truth_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"no truth for 1 of 2 ids of .*, as b"):
+    with pytest.raises(DataError, match=r"no truth for 1 of 2 ids of .*, as b\. A negative needs a row with -1 there"):
         score(tmp_path, "a,-1\nb,-1\n", "a,-1\n")
+    files = tmp_path / "p.csv", tmp_path / "t.csv"
+    assert score_files(*files, annotation_size=8, unmasked="empty")["cases"] == 2
 
 
 def test_what_is_not_scored_or_united_is_said(tmp_path, capsys):
@@ -45,6 +48,20 @@ def test_what_is_not_scored_or_united_is_said(tmp_path, capsys):
     assert "p.csv: no row for 2 of 4 ids of" in said and "as c, d; they are not scored" in said
     score(tmp_path, "a,0 4\nb,-1\n", "a,0 4\nb,-1\n")
     assert capsys.readouterr().err == ""
+
+
+def test_mask_pictures_are_a_truth(tmp_path):
+    """Of another size, and one not square: padded and brought to the grid, as training masks are."""
+    (tmp_path / "truth").mkdir()
+    wide = np.zeros((32, 64), dtype=np.uint8)
+    wide[:16, :16] = 255  # rows 16 to 31 of the square of 64, so rows 2 and 3 of the grid of 8
+    for name, mask in (("wide", wide), ("none", np.zeros((32, 32), dtype=np.uint8)), ("other", wide)):
+        Image.fromarray(mask).save(tmp_path / "truth" / f"{name}.png")
+    (tmp_path / "p.csv").write_text("ImageId,EncodedPixels\nwide,2 2 6 2\nnone,-1\n")
+    result = score_files(tmp_path / "p.csv", tmp_path / "truth", annotation_size=8)
+    assert (result["cases"], result["positives"], result["dice"]) == (2, 1, 1)
+    with pytest.raises(DataError, match=r"truth: a folder, not a file\. Expected: a CSV with columns ImageId"):
+        score_files(tmp_path / "truth", tmp_path / "p.csv", annotation_size=8)
 
 
 def test_means_over_nothing(tmp_path):

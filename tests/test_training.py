@@ -79,6 +79,21 @@ def test_epochs_differ(straight):
     assert first["val_loss"] != second["val_loss"]
 
 
+def test_a_stage_that_finds_nothing_says_so(repo, root, tmp_path, capsys, monkeypatch):
+    """Where every mask is empty, all epochs score alike, and the last is kept as the best."""
+    blind = small_run.recipe(repo, root, tmp_path / "blind", "rule.threshold=1.0")
+    folder = train(blind)
+    lines = log.read_jsonl(folder / "log.jsonl")
+    lowest = min(lines, key=lambda line: line["val_loss"])["epoch"]
+    wanted = f"empty (Dice {lines[0]['all_empty']:.4f}), so best.pt, of epoch 2, finds next to nothing or too much; "
+    said = capsys.readouterr().err
+    assert wanted + f"the validation loss was lowest in epoch {lowest}. What may help: more epochs" in said
+    real = training._record
+    monkeypatch.setattr(training, "_record", lambda *of: {**real(*of), "dice": 0.7})
+    train(small_run.recipe(repo, root, tmp_path / "seeing"))
+    assert "no epoch is better" not in capsys.readouterr().err
+
+
 @pytest.mark.fault("R9", "a whole last.pt without a part of a run's state, or with one of another shape")
 def test_a_checkpoint_that_is_no_state_of_a_run_is_named(copied, figure):
     recipe, folder = copied
@@ -480,15 +495,15 @@ def test_a_best_has_a_last_beside_it(repo, root, tmp_path, monkeypatch):
     train(recipe)
 
 
-@pytest.mark.fault("R15", "a Dice that is no number, in the first of two epochs")
+@pytest.mark.fault("R15", "a Dice that is no number, in the last of two epochs")
 def test_a_dice_that_is_no_number_never_wins(repo, root, tmp_path, monkeypatch, figure):
     real, calls = training._record, []
 
     def record(*arguments):
         calls.append(1)
-        return {**real(*arguments), **({"dice": float("nan")} if len(calls) == 1 else {})}
+        return {**real(*arguments), **({"dice": float("nan")} if len(calls) == 2 else {})}
 
     monkeypatch.setattr(training, "_record", record)
     folder = train(small_run.recipe(repo, root, tmp_path))
-    assert checkpoint.load(folder / "best.pt")["record"]["epoch"] == 2
+    assert checkpoint.load(folder / "best.pt")["record"]["epoch"] == 1
     figure("best.pt is of the other")

@@ -7,7 +7,7 @@ import pytest
 import small_run
 import torch
 
-from pneumo import ensemble, oof, tuning
+from pneumo import ensemble, inference, oof, tuning
 from pneumo.decision import tune
 from pneumo.decision.rule import Rule
 from pneumo.decision.trust import Trust
@@ -30,6 +30,17 @@ def place(repo, tmp_path_factory):
 
 
 @pytest.mark.fault("S8", "a rule tuned on out-of-fold predictions used with other checkpoints than made these")
+def test_the_queue_begins_with_the_lowest_expected_dice(tmp_path):
+    records = [
+        {"ImageId": name, "expected_dice": dice} for name, dice in (("a", 0.9), ("b", 0.2), ("d", 0.5), ("c", 0.5))
+    ]
+    inference._write_referrals(records, tmp_path / "referral.csv")
+    lines = (tmp_path / "referral.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[:2] for line in lines] == [["1", "b"], ["2", "c"], ["3", "d"], ["4", "a"]]
+    inference._write_referrals([{**records[0], "expected_dice": None}], tmp_path / "referral.csv")
+    assert not (tmp_path / "referral.csv").exists()
+
+
 def test_tune_prints_what_it_found_and_prediction_uses_it(place, capsys):
     recipe, data = place
     tuned = tuning.run(recipe, data)
@@ -56,7 +67,13 @@ def test_tune_prints_what_it_found_and_prediction_uses_it(place, capsys):
     path.write_text(good.replace(digest, "0" * 64))
     with pytest.raises(UsageError, match=r"chosen for other checkpoints than .*make oof and make tune, or"):
         tuning.ruling_for(recipe, models, "auto")
+    capsys.readouterr()
     assert tuning.ruling_for(recipe, models, str(path)).rule == tuned.rule  # named on purpose
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "was chosen for other checkpoints than" in said and "Its rule is used as you ask, without expected" in said
+    path.write_text(good)
+    tuning.ruling_for(recipe, models, str(path))
+    assert capsys.readouterr().err == ""
     # the same checkpoints, but predicted otherwise; best.pt can be one of the averaged epochs, byte for byte
     path.write_text(good)
     for other in ({"mirror": not recipe.predict.mirror}, {"weights": "average"}):
@@ -77,6 +94,51 @@ def test_other_objectives(place, capsys, objective):
     assert value >= 0.9 or "no rule reaches" in printed.err
     assert f"{objective} {measured(recipe)[f'{objective}_cross_fitted']:.4f} (in-sample {value:.4f})" in printed.out
     assert measured(recipe)["target"] == 0.9
+
+
+def test_a_target_that_is_missed_out_of_fold_is_said_with_its_number(place):
+    recipe, data = place
+    other = replace(recipe, tune=replace(recipe.tune, objective="sensitivity", target=0.9))
+    found = oof.load(other, data)
+    tuned = tuning.search(other, found)
+    decided = tuning.held_out_signals(found, tuned).decided[found.tables.positive]
+    for target, missed in ((0.0, False), (decided.mean(), False), (min(decided.mean() + 1e-9, 1.1), True)):
+        asked = replace(other, tune=replace(other.tune, target=target))
+        said = [doubt for doubt in tuning.doubts(asked, found, tuned) if "is missed on folds" in doubt]
+        assert [f"where it is {decided.mean():.4f}: " in doubt for doubt in said] == [True] * missed
+
+
+def test_a_rule_on_the_edge_of_the_grid_is_said(place):
+    """Of the axes that have one: no area is too small, and a top area without a top threshold says nothing."""
+    recipe, data = place
+    found = oof.load(recipe, data)
+    tuned = tuning.search(recipe, found)
+    (low, inner, *_, high), areas = tuned.grid.thresholds, tuned.grid.min_areas
+    top, top_areas = tuned.grid.top_thresholds[-1], tuned.grid.top_areas
+
+    def edges(rule, of=recipe):
+        return [doubt for doubt in tuning.doubts(of, found, replace(tuned, rule=rule)) if "edge" in doubt]
+
+    assert edges(Rule(threshold=inner, min_area=0, top_threshold=top, top_area=0)) == []
+    assert edges(Rule(threshold=inner, min_area=areas[-2], top_threshold=0.0, top_area=top_areas[-1])) == []
+    (said,) = edges(Rule(threshold=low, min_area=areas[-1]))
+    assert f"(threshold={low}, the smallest tried; min_area={areas[-1]}, the largest tried)" in said
+    assert "set rule.threshold and rule.min_area to it, and run again, with that SET: make oof and make tune" in said
+    (said,) = edges(Rule(threshold=high, top_threshold=top, top_area=top_areas[-1]))
+    assert f"(threshold={high}, the largest tried; top_area={top_areas[-1]}, the largest tried)" in said
+    on_purpose = replace(recipe, rule=replace(recipe.rule, min_area=areas[-1]))
+    assert edges(Rule(threshold=inner, min_area=areas[-1]), on_purpose) == []
+
+
+def test_a_plateau_of_one_is_one_rule(place, capsys, monkeypatch):
+    recipe, data = place
+    tuned = tuning.search(recipe, oof.load(recipe, data))
+    alone = np.zeros_like(tuned.choice.plateau)
+    alone[tuned.choice.index] = True
+    one = replace(tuned, choice=replace(tuned.choice, plateau=alone))
+    monkeypatch.setattr(tuning, "search", lambda *_: one)
+    tuning.run(recipe, data)
+    assert "on a plateau of 1 rule\n" in capsys.readouterr().out
 
 
 def of_folds(found, *folds):
@@ -152,11 +214,12 @@ def test_a_rule_alone_will_do(tmp_path):
     assert tuning.read(path)[0] == Ruling(Rule(threshold=0.25, min_area=7), str(path), None)
 
 
-def test_what_a_rule_file_leaves_out_is_the_recipes(place, tmp_path):
+def test_what_a_rule_file_leaves_out_is_the_recipes(place, tmp_path, capsys):
     recipe, _ = place
     (tmp_path / "mine.toml").write_text("[rule]\nthreshold = 0.25\n")
     ruling = tuning.ruling_for(recipe, ensemble.load(recipe, [0], CPU), str(tmp_path / "mine.toml"))
     assert ruling.rule == replace(tuning.recipe_rule(recipe), threshold=0.25) and ruling.rule.min_area > 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

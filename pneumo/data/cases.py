@@ -102,6 +102,7 @@ def load_train(
     patients: str = "",
     annotation_size: int = 1024,
     allow_missing: bool = False,
+    unmasked: str = "leave",
     need_images: bool = True,
 ) -> tuple[list[Case], list[Problem]]:
     """Join images, annotations and patients into cases.
@@ -113,6 +114,7 @@ def load_train(
         patients: CSV file; "": patients.csv, if there is one.
         annotation_size: side of the grid that codes live on, and that masks are brought to, pixels.
         allow_missing: drop rows without an image with a warning.
+        unmasked: "leave" images out that have no annotation, or take theirs for "empty".
         need_images: False: go by the annotations alone; paths are None.
 
     Returns:
@@ -139,6 +141,11 @@ def load_train(
         runs_of, lines = _read_masks(source, files if need_images else None, annotation_size, problems)
     else:
         runs_of, lines = _read_codes(source, annotation_size, problems)
+    if unmasked == "empty" and (bare := [image_id for image_id in files if image_id not in lines]):
+        runs_of |= dict.fromkeys(bare, np.zeros((0, 2), dtype=np.int64))
+        lines |= dict.fromkeys(bare)
+        text = f"{len(bare):,} of {len(files):,} images are not in {source}; their masks are empty (data.unmasked)"
+        problems.append(_summary(root / train, text, bare, f"not in {source}, so empty", fatal=False))
     patient_of = {}
     table = _find(root, patients, PATIENT_NAMES, (), "patients", problems)
     if table is not None:
@@ -146,14 +153,24 @@ def load_train(
         problems += more
     ids = sorted(runs_of)
     if need_images:
-        ids = _match(source, runs_of, lines, root / train, files, allow_missing, problems)
+        negative = "an all-black picture" if source.is_dir() else "a row with -1"
+        hint = f"; a negative needs {negative} there, or --set data.unmasked=empty"
+        ids = _match(source, runs_of, lines, root / train, files, allow_missing, problems, hint)
         if not source.is_dir():
             _check_square(source, ids, lines, runs_of, files, problems)
     if table is not None:
         unknown = [image_id for image_id in ids if image_id not in patient_of]
-        if unknown and (patient_of or not more):  # else the table could not be read
+        if patient_of and ids and len(unknown) == len(ids):
+            text = (
+                f"none of its {counted(len(patient_of), 'id', 'ids')} is that of an image: it has {min(patient_of)}, "
+                f"the images have {ids[0]}. An ImageId is a file's name without suffix; correct or remove the table."
+            )
+            problems.append(_problem(table, text))
+        elif unknown and (patient_of or not more):  # else the table could not be read
             lack = "has no patient there, it is" if len(unknown) == 1 else "have no patient there, each is"
             text = f"{len(unknown):,} of {len(ids):,} images {lack} taken for a patient"
+            if 2 * len(unknown) > len(ids):
+                text = f"fewer than half of the images have a patient, do the ids fit? {text}"
             problems.append(_summary(table, text, unknown, "no patient_id", fatal=False))
     if not ids and not any(problem.fatal for problem in problems):
         problems.append(_problem(source, "not a single case"))
@@ -260,6 +277,17 @@ def read_codes(
     return runs_of, problems
 
 
+def read_annotations(
+    path: Path, annotation_size: int, *, also_empty: Collection[str] = ()
+) -> tuple[dict[str, np.ndarray], list[Problem]]:
+    """Read annotations as `read_codes` does, or a folder of mask pictures, each brought to the grid as in training."""
+    if not path.is_dir():
+        return read_codes(path, annotation_size, also_empty=also_empty)
+    problems: list[Problem] = []
+    runs_of, _ = _read_masks(path, None, annotation_size, problems)
+    return runs_of, problems
+
+
 def read_patients(path: Path) -> tuple[dict[str, str], list[Problem]]:
     """Read whose image is whose: a CSV, perhaps gzipped, with columns ImageId and patient_id.
 
@@ -327,6 +355,17 @@ def verify(cases: Sequence[Case], *, progress: Callable[..., Iterable] = log.bar
         return [Problem(str(case.path), None, case.image_id, f"{case.path}: {remark}", False) for remark in remarks]
 
     return [problem for found in _in_threads(check, cases, "verify", progress) for problem in found]
+
+
+def one_sided(cases: Sequence[Case]) -> str:
+    """What to warn of where all cases are positive; "" where they are not."""
+    if not cases or not all(case.positive for case in cases):
+        return ""
+    return (
+        f"NOT ONE of the {len(cases):,} training images is without pneumothorax: networks would learn to find one in "
+        f"every image, and no score would show it. Add negatives: all-black mask pictures, rows with -1, or --set "
+        f"data.unmasked=empty for images that have neither"
+    )
 
 
 def listed(problems: Sequence[Problem], report: Path) -> list[str]:
@@ -485,10 +524,12 @@ def _match(
     files: dict[str, Path],
     allow_missing: bool,
     problems: list[Problem],
+    hint: str = "",
 ) -> list[str]:
     """Annotated ids that have an image, sorted; what is without the other is a problem.
 
     Args:
+        hint: what else can be done about images that are left out.
         lines: where the ids are in `source`, those included whose annotation is bad, which was said already.
     """
     if not files:
@@ -508,7 +549,7 @@ def _match(
     extra = [image_id for image_id in files if image_id not in lines]
     if extra:
         verb = "is" if len(extra) == 1 else "are"
-        text = f"{len(extra):,} of {len(files):,} images {verb} not in {source} and {verb} left out"
+        text = f"{len(extra):,} of {len(files):,} images {verb} not in {source} and {verb} left out{hint}"
         problems.append(_summary(folder, text, extra, f"not in {source}", fatal=False))
     return sorted(image_id for image_id in annotated if image_id in files)
 
@@ -762,6 +803,8 @@ def _bounded(file: IO[bytes]) -> bytes:
 def _text(path: Path, encoding: str = "utf-8-sig") -> str:
     """The text of a UTF-8 file, perhaps gzipped; what else downloads turn out to be is refused by name."""
     try:
+        if Path(path).is_dir():
+            raise DataError("a folder, not a file")
         if not Path(path).is_file():  # to open a pipe is to wait for ever
             raise DataError("no such file")
         with open(path, "rb") as file:

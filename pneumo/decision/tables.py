@@ -1,7 +1,7 @@
 """What every decision rule needs to know of a case, without its probability map.
 
 Two histograms and, for each threshold, the connected components: from these the Dice of any rule follows exactly as
-from the mask itself, since both see the same quantised probabilities. Imports kernels, rule, components.
+from the mask itself, since both see the same quantised probabilities. Imports kernels, rule, components, errors.
 """
 
 from collections.abc import Sequence

@@ -1,1 +1,4 @@
-"""What data and decision compute with alike: runs. Imports nothing from pneumo."""
+"""What other rooms share: runs of masks for data and decision, convolutions for the model.
+
+Imports nothing from pneumo.
+"""

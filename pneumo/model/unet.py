@@ -4,6 +4,7 @@ The model takes grey images in [0, 1]; the encoder's own normalization belongs t
 checkpoint, errors.
 """
 
+import difflib
 import logging
 import socket
 import urllib.request
@@ -74,7 +75,8 @@ class UNet(nn.Module):
 
     Args:
         encoder: a timm model name with features at 1/2, 1/4, ..., 1/32 of the input.
-        pretrained: True for timm's weights, a path to a local file of the encoder's weights, False for random ones.
+        pretrained: True for timm's weights, a path to a local file of the encoder's weights or of a whole smp.Unet,
+            False for random ones.
         decoder_channels: of the five decoder blocks, coarsest first; the last has no skip.
         checkpointing: keep less for the backward pass, and compute a block's inner values once more in it. Running
             statistics stay right, as `engine.RunningStatistics` lets a pass write its own ones, twice the same.
@@ -224,28 +226,49 @@ def _mismatch(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]
     missing = [key for key in shapes if key not in state and not key.endswith("num_batches_tracked")]
     unknown = [key for key in state if key not in shapes]
     other = [key for key, shape in shapes.items() if key in state and tuple(state[key].shape) != shape]
-    found = {"missing": missing, "unknown": unknown, "of another shape": other}
-    return "; ".join(f"{len(keys)} {kind}, as {', '.join(keys[:3])}" for kind, keys in found.items() if keys)
+    shown = [f"{key} of {list(state[key].shape)}, not {list(shapes[key])}" for key in other]
+    found = {"missing": missing, "unknown": unknown, "of another shape": shown}
+    text = "; ".join(f"{len(keys)} {kind}, as {', '.join(keys[:3])}" for kind, keys in found.items() if keys)
+    if any(shapes[key][1:2] == (3,) and tuple(state[key].shape[1:2]) == (1,) for key in other):
+        text += (
+            ". Its first convolution takes one channel; here a grey image is repeated over the encoder's three and "
+            "normalized, so it cannot be used. Take weights that were trained on three channels"
+        )
+    return text
+
+
+def check_name(encoder: str) -> None:
+    """Refuse the name of an encoder that timm does not know.
+
+    Raises:
+        UsageError: names those that are near.
+    """
+    if not timm.is_model(encoder):
+        near = difflib.get_close_matches(encoder.lower(), timm.list_models())
+        meant = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise UsageError(f"model.encoder: timm knows no {encoder!r}.{meant}")
 
 
 def _create_encoder(name: str, pretrained: bool | str) -> nn.Module:
     """timm's feature extractor of that name, with weights."""
-    if not timm.is_model(name):
-        near = timm.list_models(f"{name[:6]}*")[:3]
-        raise UsageError(f"model.encoder: timm knows no {name!r}{f'; near: {near}' if near else ''}")
+    check_name(name)
     overlay: dict[str, Any] | None = None
     if isinstance(pretrained, str):
-        _check_weights(name, Path(pretrained))
+        state = _encoder_weights(name, Path(pretrained))
         logging.getLogger("timm.models").setLevel(logging.ERROR)  # it warns of the head that was just checked
-        overlay = {"file": pretrained}
+        overlay = {"state_dict": state}
     elif pretrained:
         overlay = _from_hub(name)
     try:
-        return timm.create_model(name, features_only=True, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay)
+        encoder = timm.create_model(
+            name, features_only=True, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay
+        )
     except Exception as error:  # offline, hub and timm raise many types, some without a message
         if not pretrained:
             raise UsageError(f"model.encoder: timm cannot make features of {name}: {error}") from None
         raise UsageError(_no_weights(name, one_line(error)[:160] or type(error).__name__)) from None
+    encoder.pretrained_cfg.pop("state_dict", None)  # timm keeps a copy
+    return encoder
 
 
 def _from_hub(name: str) -> dict[str, Any] | None:
@@ -281,9 +304,9 @@ def _no_weights(name: str, reason: str) -> str:
     )
 
 
-def _check_weights(name: str, path: Path) -> None:
-    """Refuse a file that does not hold exactly this encoder, but for a classifier's head."""
-    state = read_weights(path)
+def _encoder_weights(name: str, path: Path) -> dict[str, Tensor]:
+    """The weights in a file that holds exactly this encoder, but for a classifier's head and what is of smp."""
+    state = _encoder_of_smp(read_weights(path))
     features = timm.create_model(name, features_only=True, pretrained=False)
     with torch.device("meta"):
         whole = timm.create_model(name, pretrained=False)
@@ -292,6 +315,18 @@ def _check_weights(name: str, path: Path) -> None:
     body = {key: shape for key, shape in shapes.items() if key not in head}
     if complaint := _mismatch(body, {key: tensor for key, tensor in state.items() if key not in head}):
         raise DataError(f"{path} does not hold the weights of {name}: {complaint}")
+    return state
+
+
+def _encoder_of_smp(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's part of a state dict of segmentation_models.pytorch, whatever module is around it; others as is."""
+    head = next((key for key in state if "segmentation_head." in key), None)
+    if head is None:
+        return state
+    prefix = head.partition("segmentation_head.")[0] + "encoder."
+    if any(key.startswith(f"{prefix}model.") for key in state):  # smp's own wrapper of timm's encoders
+        prefix += "model."
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
 def _head_keys(whole: nn.Module, features: nn.Module) -> set[str]:
@@ -324,7 +359,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         try:
             state = checkpoint.read(path)
         except DataError as error:
-            raise DataError(f"{error} Download the encoder's weights again, or {OTHERWISE}.") from None
+            way = "Download the encoder's weights again"
+            if "it asks for code" in str(error):
+                way = "If it is a whole model, save its weights alone: torch.save(model.state_dict(), FILE)"
+            raise DataError(f"{error} {way}, or {OTHERWISE}.") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

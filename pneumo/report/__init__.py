@@ -127,12 +127,14 @@ def _add_out_of_fold(
         ways.append(results.cross_fitted("tuned rule, cross-fitted", found, tuned))
     shown = ways[-1]
     ways += results.other_ways(recipe, data, found.folds, beside)
-    warnings = words.warnings(recipe, found, tuned, ways)
+    doubts = [] if tuned is None else tuning.doubts(recipe, found, tuned)
+    warnings = [*(doubt[0].upper() + doubt[1:] for doubt in doubts), *words.warnings(recipe, found, tuned, ways)]
     for warning in warnings:
         log.warn(warning)
     options = {"draws": recipe.tune.draws, "seed": recipe.seed}
     scores = {way.name: way.scores(**options) for way in ways}
     gains = {way.name: way.gain_over(baseline, **options) for way in ways[1:]}
+    tuned_gains = {way.name: way.gain_over(shown, **options) for way in ways[2:] if shown.tuned and way.tuned}
     sizes = metrics.by_size(
         shown.dice, found.tables.true_area, shown.signals.decided, shown.signals.score, found.groups, **options
     )
@@ -151,7 +153,15 @@ def _add_out_of_fold(
         _write_queue(shown, expected, folder / "referral.csv")
         files.add("referral.csv")
     numbers = {
-        "rows": [{"name": way.name, **asdict(scores[way.name]), "gain": _plain(gains.get(way.name))} for way in ways],
+        "rows": [
+            {
+                "name": way.name,
+                **asdict(scores[way.name]),
+                "gain": _plain(gains.get(way.name)),
+                "gain_over_tuned": _plain(tuned_gains.get(way.name)),
+            }
+            for way in ways
+        ],
         "sizes": [{name: _plain(value) for name, value in row.items()} for row in sizes],
         "rule": asdict(tuning.recipe_rule(recipe) if tuned is None else tuned.rule),
         "optimism": None if tuned is None else tuned.optimism,
@@ -162,7 +172,7 @@ def _add_out_of_fold(
         content,
         warnings=warnings,
         summary=words.summary(recipe, data, shown, scores[shown.name], tuned, note),
-        results=words.result_rows(ways, scores, gains),
+        results=words.result_rows(ways, scores, gains, tuned_gains),
         folds=words.fold_rows(shown, baseline, tuned, best_epochs),
         sizes=words.size_rows(sizes),
         figures=[("Out of fold", drawn), *galleries.draw(recipe, data, shown, tuned, folder), *content.figures],
@@ -300,12 +310,12 @@ def _write_queue(shown: Decided, expected: np.ndarray, path: Path) -> None:
     """The referral queue of the training images: lowest expected Dice first."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["place", "ImageId", "expected_dice", "dice", "score", "agreement", "area_grid"])
+    writer.writerow(["rank", "ImageId", "expected_dice", "dice", "score", "agreement", "area_grid"])
     order = sorted(range(len(expected)), key=lambda i: (expected[i], shown.found.image_ids[i]))
-    for place, i in enumerate(order, 1):
+    for rank, i in enumerate(order, 1):
         values = (expected[i], shown.dice[i], shown.signals.score[i], shown.signals.agreement[i])
         area = int(shown.signals.area[i])
-        writer.writerow([place, shown.found.image_ids[i], *(f"{value:.6f}" for value in values), area])
+        writer.writerow([rank, shown.found.image_ids[i], *(f"{value:.6f}" for value in values), area])
     checkpoint.write_atomic(path, text.getvalue().encode())
 
 

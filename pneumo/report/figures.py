@@ -1,6 +1,6 @@
 """The figures, each a pure function from numbers to a PNG with the same numbers beside it as CSV.
 
-matplotlib draws, scikit-image finds contours. Imports errors.
+matplotlib draws, scikit-image finds contours. Imports nothing from pneumo.
 """
 
 from collections.abc import Mapping, Sequence

@@ -28,12 +28,14 @@ class Decided:
         found: the predictions.
         dice: (N,) of each case's decided mask.
         signals: of each case's decided mask.
+        tuned: whether by rules chosen on the predictions themselves, cross-fitted.
     """
 
     name: str
     found: OutOfFold
     dice: np.ndarray
     signals: Signals
+    tuned: bool = False
 
     @property
     def outcome(self) -> np.ndarray:
@@ -89,7 +91,7 @@ def by_rule(name: str, found: OutOfFold, rule: Rule) -> Decided:
 
 def cross_fitted(name: str, found: OutOfFold, tuned: Tuned) -> Decided:
     """Each case decided by the rule that its fold had no say in."""
-    return Decided(name, found, tuned.dice, tuning.held_out_signals(found, tuned))
+    return Decided(name, found, tuned.dice, tuning.held_out_signals(found, tuned), tuned=True)
 
 
 def other_ways(recipe: Recipe, data: Dataset, folds: np.ndarray, beside: Sequence[Recipe]) -> list[Decided]:

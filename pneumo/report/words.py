@@ -96,13 +96,17 @@ def _split_by(recipe: Recipe, data: Dataset) -> str:
 
 
 def result_rows(
-    ways: Sequence[Decided], scores: dict[str, Scores], gains: dict[str, Interval | None]
+    ways: Sequence[Decided],
+    scores: dict[str, Scores],
+    gains: dict[str, Interval | None],
+    tuned_gains: dict[str, Interval | None],
 ) -> list[list[str]]:
     """The main table, its columns' names first.
 
     Args:
         ways: the recipe's own first; one on other images than that says so below its name.
-        scores, gains: by name of the way; gains over the first.
+        scores, gains, tuned_gains: by name of the way; gains over the first, and of tuned ways over the recipe's tuned
+            one. The latter's column is left out if it is empty.
     """
     head = "mean Dice|gain, paired|Dice on positives|sensitivity|true-negative rate|ROC AUC|average precision"
     rows = [["out of fold", *head.split("|"), "calibration error"]]
@@ -117,6 +121,11 @@ def result_rows(
         images = way.images_beside(ways[0])
         name = f"{way.name} ({images})" if images else way.name
         rows.append([name, *("" if value is None else str(value) for value in values)])
+    if any(tuned_gains.values()):
+        over = [tuned_gains.get(way.name) for way in ways]
+        column = ["tuned over tuned", "", *("" if gain is None else gain.signed for gain in over)]
+        for row, cell in zip(rows, column, strict=True):
+            row.insert(3, cell)
     return rows
 
 

@@ -264,6 +264,24 @@ def test_mask_pictures(tmp_path, white):
     assert not found[1].positive
 
 
+@pytest.mark.fault("I11", "mask pictures of the positives alone: said, and mended by a key")
+def test_images_without_a_mask_picture(tmp_path):
+    root = folder(tmp_path, "", "unused.txt", ids=("a", "b", "c"))
+    (root / "mask").mkdir()
+    Image.fromarray(np.full((GRID, GRID), 255, np.uint8)).save(root / "mask" / "b.png")
+    found, (problem,) = load(root)
+    assert [case.image_id for case in found] == ["b"]
+    assert not problem.fatal and problem.message == (
+        f"{root / 'train'}: 2 of 3 images are not in {root / 'mask'} and are left out; a negative needs an all-black "
+        f"picture there, or --set data.unmasked=empty: a, c."
+    )
+    assert cases.one_sided(found).startswith("NOT ONE of the 1 training images is without pneumothorax")
+    found, (problem,) = load(root, unmasked="empty")
+    assert [(case.image_id, case.area) for case in found] == [("a", 0), ("b", GRID**2), ("c", 0)]
+    assert not problem.fatal and "2 of 3 images are not in" in problem.message and len(problem.each) == 2
+    assert cases.one_sided(found) == cases.one_sided([]) == ""
+
+
 @pytest.mark.fault("I11", "smoothed, three-channel and other-sized masks: named with their values or sizes")
 def test_doubtful_mask_pictures_are_refused(tmp_path, figure):
     root = folder(tmp_path, "nothing", "notes.txt", ids=("a",))
@@ -290,12 +308,28 @@ def test_doubtful_mask_pictures_are_refused(tmp_path, figure):
     figure(f"{len(doubtful)} of {len(doubtful)} named")
 
 
+@pytest.mark.parametrize(("known", "doubted"), [(1, True), (2, False), (3, False)])
+def test_a_map_of_less_than_half_of_the_images_is_doubted(tmp_path, known, doubted):
+    ids = ("a", "b", "c", "d")
+    root = folder(tmp_path, "ImageId,EncodedPixels\n" + "".join(f"{image_id},-1\n" for image_id in ids), ids=ids)
+    (root / "patients.csv").write_text("ImageId,patient_id\n" + "".join(f"{i},p\n" for i in ids[:known]))
+    (problem,) = load(root)[1]
+    assert problem.message.count("fewer than half of the images have a patient, do the ids fit? 3 of 4") == doubted
+    assert not problem.fatal
+
+
 def test_patients(tmp_path):
     root = folder(tmp_path, PLAIN)
     (root / "patients.csv").write_text("ImageId,patient_id\na,0007\nz,1\n")
     found, problems = load(root)
     assert [case.patient for case in found] == ["0007", None]
     assert "1 of 2 images has no patient there, it is taken for a patient: b." in problems[0].message
+    (root / "patients.csv").write_text("ImageId,patient_id\nb.dcm,1\na.dcm,2\n")
+    (message,) = fatal(root)
+    assert message.startswith(
+        f"{root / 'patients.csv'}: none of its 2 ids is that of an image: it has a.dcm, the images"
+    )
+    assert "have a. An ImageId is a file's name without suffix" in message
     (root / "patients.csv").write_text("ImageId,patient_id\na,1\na,2\nb,\n")
     assert len(fatal(root)) == 2
     (root / "patients.csv").write_text("image,patient_id\na,1\nb,2\n")

@@ -453,17 +453,45 @@ def test_nothing_is_found_in_the_padding(trained, predict, tmp_path, shape):
     assert (record["area_grid"], record["area_pixels"], record["pneumothorax"]) == (0, 0, False)
 
 
+def test_files_that_differ_in_their_suffix_alone_keep_it(predict, scans, tmp_path, capsys):
+    """As many hospitals' folders hold a DICOM and its picture; whatever the order, and one by one in one call."""
+    shutil.copy(scans / "test-000.png", scans / "test-000.jpg")
+    (scans / "below").mkdir()
+    shutil.copy(scans / "test-000.png", scans / "below" / "test-001.PNG")
+    assert predict([scans], tmp_path / "out") == IMAGES + 2
+    said = capsys.readouterr().out
+    assert "2 files have another beside them that differs in its suffix alone" in said
+    assert f"{IMAGES + 2} files, {IMAGES + 2} with pneumothorax; networks: 2, rule of the recipe: threshold" in said
+    assert predict(sorted(scans.rglob("*.*g"), reverse=True), tmp_path / "again") == IMAGES + 1
+    names = {path.name for path in (tmp_path / "out").glob("*_mask.png")}
+    assert names == {f"test-00{number}_mask.png" for number in range(1, IMAGES)} | {
+        "test-000.jpg_mask.png", "test-000.png_mask.png"
+    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "again").glob("*_mask.png")} == names
+    assert (tmp_path / "out" / "below" / "test-001_mask.png").exists()
+
+
+def test_pictures_that_are_not_read_are_named(tmp_path):
+    for name in ("scan.TIF", "other.bmp", "notes.txt"):
+        (tmp_path / name).write_bytes(b"MM")
+    with pytest.raises(
+        DataError, match=r"no PNG.* file in it\. Those in \.bmp, \.tif can be read if they are saved as PNG"
+    ):
+        given.find([tmp_path], tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("files", "out", "message"),
     [
         (["a/x.png", "b/x.png"], "out", r"a/x.png and .*b/x.png would both become .*x_mask.png. Name the folder"),
+        (["a/x.png", "a/x_mask.png", "b"], "out", r"become .*x_mask.png \(and 1 more such pairs\). Name the folder"),
         (["a"], "a", "the masks would lie among the X-rays"),
         (["a/x.png", "a/x_mask.png"], "a", "x_mask.png is one of the given files"),
         (["empty"], "out", "empty: no PNG, JPEG or DICOM file in it"),
     ],
 )
 def test_outputs_never_meet(tmp_path, files, out, message):
-    for name in ("a/x.png", "b/x.png", "a/x_mask.png"):
+    for name in ("a/x.png", "b/x.png", "a/x_mask.png", "b/x_mask.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / name)
     (tmp_path / "empty").mkdir()
@@ -485,15 +513,24 @@ def test_bad_files_are_listed_together_and_the_others_predicted(predict, scans, 
     said = capsys.readouterr().err
     for text in ("test-002.png: image file is truncated", "test-005.png: an HTML page", "typo.png: no such file"):
         assert said.count(text) == 1
-    assert len(list(out.glob("*_mask.png"))) == len((out / "predictions.jsonl").read_text().splitlines()) == 5
-    (scans / "test-002.png").write_bytes(good)
-    (scans / "test-005.png").write_bytes(good)
-    assert predict([scans], out) == 5  # the batches of the three
-    predict([scans], tmp_path / "straight")
+    assert len(list(out.glob("*_mask.png"))) == 5
+
+    def records() -> list[dict]:
+        return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+    errors = {Path(record["file"]).name: record["error"] for record in records() if "error" in record}
+    assert len(records()) == 8 and errors.keys() == {"test-002.png", "test-005.png", "typo.png"}
+    assert all(error in said for error in errors.values())
+    for path in (scans / "test-002.png", scans / "test-005.png", tmp_path / "typo.png"):
+        path.write_bytes(good)
+    assert predict([scans, tmp_path / "typo.png"], out) == 6  # the batches of the three
+    predict([scans, tmp_path / "typo.png"], tmp_path / "straight")
     assert outputs(out) == outputs(tmp_path / "straight")
     with pytest.raises(DataError, match="1 of 1 files"):
-        predict([tmp_path / "typo.png"], out)
-    assert (out / "predictions.jsonl").exists()  # nothing good for something bad
+        predict([tmp_path / "gone.png"], out)
+    assert len(records()) == 9 and sum("error" in record for record in records()) == 1  # nothing good for something bad
+    predict([scans / "test-000.png"], out)  # another call: what it is not about stays
+    assert len(records()) == 9
     figure("3 of 3 named, 5 of 5 others predicted, exit 3")
 
 
@@ -513,7 +550,8 @@ def test_a_name_that_is_too_long_costs_only_its_file(trained, scans, tmp_path, c
             given.predict(*trained, given.find([scans], out), out, CPU)
     assert not any(long in name for name in computed) and len(computed) == IMAGES
     assert capsys.readouterr().err.count("too long. Rename it") == 2
-    assert len(list(out.glob("*_mask.png"))) == len((out / "predictions.jsonl").read_text().splitlines()) == IMAGES
+    lines = (out / "predictions.jsonl").read_text().splitlines()
+    assert len(list(out.glob("*_mask.png"))) == sum('"error"' not in line for line in lines) == IMAGES
     figure(f"2 of 2 named before they were computed, {IMAGES} of {IMAGES} others predicted, exit 3")
 
 

@@ -199,7 +199,7 @@ def test_a_checkpoint_of_segmentation_models_pytorch_gives_the_same_logits(resne
         (lambda s: s.update({"decoder.extra": torch.zeros(1)}), "1 unknown, as decoder.extra"),
         (
             lambda s: s.update({"segmentation_head.0.bias": torch.zeros(2)}),
-            "1 of another shape, as head.bias",
+            r"1 of another shape, as head.bias of \[2\], not \[1\]$",
         ),
     ],
 )
@@ -219,6 +219,41 @@ def test_encoder_weights_from_a_local_file(tmp_path):
         model = UNet("resnet18", str(tmp_path / name), NARROW)
         for key, tensor in model.encoder.state_dict().items():
             assert torch.equal(tensor, whole.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model.", "net."])
+def test_training_starts_from_the_encoder_of_an_smp_unet(resnet, tmp_path, prefix):
+    state = smp_state(resnet)
+    outer = {"mean": torch.zeros(1, 3, 1, 1), **{f"{prefix}{key}": tensor for key, tensor in state.items()}}
+    torch.save({"epoch": 3, "state_dict": outer}, tmp_path / "smp.pth")
+    model = UNet("resnet34", str(tmp_path / "smp.pth"))
+    for key, tensor in model.encoder.state_dict().items():
+        assert torch.equal(tensor, state[f"encoder.{key}"]), key
+    assert "state_dict" not in model.encoder.pretrained_cfg
+
+
+def test_the_encoder_of_an_smp_unet_over_timm(tmp_path):
+    whole = timm.create_model("resnet18", pretrained=False)
+    state = {f"encoder.model.{key}": tensor for key, tensor in whole.state_dict().items() if not key.startswith("fc.")}
+    torch.save({**state, "segmentation_head.0.bias": torch.zeros(1)}, tmp_path / "smp.pth")
+    model = UNet("resnet18", str(tmp_path / "smp.pth"), NARROW)
+    assert torch.equal(model.encoder.layer4[1].conv2.weight, whole.layer4[1].conv2.weight)
+
+
+def test_a_first_convolution_of_one_channel_is_explained(tmp_path):
+    state = timm.create_model("resnet18", in_chans=1, pretrained=False).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(
+        DataError,
+        match=r"conv1\.weight of \[64, 1, 7, 7\], not \[64, 3, 7, 7\]\. Its first convolution takes one channel; here",
+    ):
+        UNet("resnet18", str(tmp_path / "w.pth"), NARROW)
+
+
+def test_a_pickled_model_is_to_be_saved_as_a_state_dict(tmp_path):
+    torch.save(nn.Conv2d(1, 1, 1), tmp_path / "w.pth")
+    with pytest.raises(DataError, match=r"asks for code .* save its weights alone: torch\.save\(model\.state_dict\(\)"):
+        UNet("resnet18", str(tmp_path / "w.pth"), NARROW)
 
 
 def test_a_file_of_another_network_is_refused(tmp_path):
@@ -255,8 +290,11 @@ def test_offline_without_a_file_the_error_says_what_to_do(monkeypatch, tmp_path)
 
 
 def test_other_encoders_are_refused():
-    with pytest.raises(UsageError, match="knows no 'resnet34x'"):
-        UNet("resnet34x")
+    for name in ("resnet34x", "ResNet34"):
+        with pytest.raises(UsageError, match=rf"timm knows no '{name}'\. Did you mean resnet34 or \w+ or \w+\?$"):
+            UNet(name)
+    with pytest.raises(UsageError, match=r"knows no 'qqqqqq'\.$"):
+        UNet("qqqqqq")
     with pytest.raises(UsageError, match=r"features at \[16, 16, 16\]"):
         UNet("vit_tiny_patch16_224")
 

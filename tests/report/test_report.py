@@ -63,7 +63,7 @@ def test_every_figure_has_its_numbers(place):
         assert len((folder / f"{name}.csv").read_text().splitlines()) > 1
 
 
-def test_results_are_those_of_tuning(place):
+def test_results_are_those_of_tuning(repo, place):
     recipe, data, folder = place
     numbers = json.loads((folder / "report.json").read_text())
     rows = {row["name"]: row for row in numbers["rows"]}
@@ -74,6 +74,16 @@ def test_results_are_those_of_tuning(place):
     assert rows["weights ema, recipe's rule"]["gain"] is not None
     assert {"seed-image, its recipe's rule", "seed-image, tuned rule, cross-fitted"} <= rows.keys()
     assert rows["recipe's rule"]["gain"] is None
+    beside = small_run.recipe(repo, recipe.data.root, recipe.runs, *SETTINGS, name="seed-image")
+    found = oof.load(beside, dataset.load(beside))
+    theirs = dict(zip(found.image_ids, tuning.search(beside, found).dice, strict=True))
+    ours = dict(zip(oof.load(recipe, data).image_ids, tuned.dice, strict=True))
+    difference = np.mean([theirs[image_id] - ours[image_id] for image_id in ours])
+    over = {name: row["gain_over_tuned"] for name, row in rows.items()}
+    assert over.pop("seed-image, tuned rule, cross-fitted")["value"] == pytest.approx(difference)
+    assert set(over.values()) == {None}
+    text = (folder / "report.html").read_text()
+    assert '<th scope="col">tuned over tuned</th>' in text and "to this recipe&#x27;s own rule as it stands" in text
     assert numbers["rule"] == tuning.asdict(tuned.rule)
 
 
@@ -415,7 +425,7 @@ def test_a_data_set_without_negatives_has_no_rate_of_them(place):
         tables=found.tables.take(some),
     )  # fmt: skip
     way = results.by_rule("recipe's rule", only, tuning.recipe_rule(recipe))
-    head, empty, row = words.result_rows([way], {way.name: way.scores(draws=10, seed=0)}, {})
+    head, empty, row = words.result_rows([way], {way.name: way.scores(draws=10, seed=0)}, {}, {})
     place_of = head.index("true-negative rate")
     assert empty[place_of] == row[place_of] == "-" and empty[place_of - 1] == "0"
 
@@ -456,6 +466,16 @@ def test_it_warns_of_another_rule_of_predict(place, capsys, tmp_path):
         assert "rule.toml: not a rule file" in words.warnings(recipe, found, tuned, ways)[0]
     finally:
         path.unlink(missing_ok=True)
+
+
+def test_doubts_of_tuning_stand_on_the_page(place):
+    recipe, data, folder = place
+    found = oof.load(recipe, data)
+    doubts = tuning.doubts(recipe, found, tuning.search(recipe, found))
+    assert doubts  # of random networks: no better than empty masks
+    text = (folder / "report.html").read_text()
+    for doubt in doubts:
+        assert html.escape(doubt[1:]) in text
 
 
 @pytest.fixture

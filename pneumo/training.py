@@ -410,7 +410,7 @@ class _Run:
                 block.merged = merged
         self.folded = FoldedUNet(self.model, self.dtype)
         with _of_this_run(self.folder):
-            before = int((saved or {}).get("evaluation_batch", 0))  # there was a time without
+            before = 0 if saved is None else int(saved["evaluation_batch"])
         self.evaluation_batch = (
             self.recipe.predict.batch_size
             or before
@@ -576,7 +576,6 @@ class _Run:
         """Refuse to go on with a run under other settings, other data or another number of processes."""
         mine = {**self.identity["settings"], "processes": dist.world(), "autocast": str(self.dtype)}
         theirs = {**saved["settings"], "processes": saved["processes"], "autocast": saved["autocast"]}
-        theirs.pop("predict.batch_size", None)  # compared once; it is free, so that a run can go on with less memory
         epochs = f"stage.{self.stage}.epochs"
         if self.settings.schedule == "plateau" and theirs[epochs] < mine[epochs]:
             theirs[epochs] = mine[epochs]  # as if it had had them from the start

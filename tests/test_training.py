@@ -100,7 +100,7 @@ def test_a_checkpoint_that_is_no_state_of_a_run_is_named(copied, figure):
     good = checkpoint.load(folder / "last.pt")
     good["position"]["epoch"] = 2  # one more to train
     # of use to others than a resumed run, or not used, or to be had without
-    parts = good.keys() - {"format", "fold", "stage", "average", "evaluation_batch"}
+    parts = good.keys() - {"format", "fold", "stage", "average"}
     spoiled = [{key: value for key, value in good.items() if key != part} for part in sorted(parts)]
     spoiled.append({**good, "position": {**good["position"], "spoons": 3}})
     spoiled.append({**good, "model": {**good["model"], "head.bias": torch.zeros(2)}})
@@ -141,13 +141,11 @@ def test_a_run_goes_on_with_the_images_a_pass_that_it_had(repo, root, tmp_path, 
         raise ZeroDivisionError
 
     monkeypatch.setattr(training.engine, "evaluate", evaluate)
-    older = {key: value for key, value in good.items() if key != "evaluation_batch"}
-    older["settings"] = {**good["settings"], "predict.batch_size": 8}
-    for state, more in (({**good, "evaluation_batch": 5}, ()), (good, ("predict.batch_size=1",)), (older, ())):
+    for state, more in (({**good, "evaluation_batch": 5}, ()), (good, ("predict.batch_size=1",))):
         checkpoint.save(state, folder / "last.pt")
         with pytest.raises(ZeroDivisionError):
             train(small_run.recipe(repo, root, tmp_path, *more))
-    assert used == [5, 1, 8]
+    assert used == [5, 1]
 
 
 def test_a_stage_starts_from_the_best_of_the_one_before(straight, monkeypatch):

@@ -1,6 +1,6 @@
 """Checkpoints times mirror to probabilities, streamed: models are loaded once, memory does not grow with the images.
 
-Imports config, engine, model, decision, training, checkpoint, errors.
+Imports config, engine, model, decision, measured, stages, checkpoint, errors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pneumo import checkpoint, engine, training
+from pneumo import checkpoint, engine, measured, stages
 from pneumo.config import ModelConfig, Recipe
 from pneumo.decision import tables
 from pneumo.decision.rule import LEVELS, image_score, resize_quantise
@@ -61,12 +61,12 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
     for fold in folds:
         folder = recipe.stage_folder(fold, stage)
         try:
-            training.check_finished(folder, recipe.command(f"cv FOLDS={fold}"))
+            stages.check_finished(folder, recipe.command(f"cv FOLDS={fold}"))
         except UsageError as error:
             raise UsageError(f"fold {fold} cannot predict: {error}, or choose folds with --folds") from None
         networks = []
         for path in _files(recipe, folder):
-            state = training.load_weights(path, digest=None, split=None, fold=fold)
+            state = stages.load_weights(path, digest=None, split=None, fold=fold)
             if (side := state["settings"].get(f"stage.{stage}.image_size")) != recipe.stage[stage].image_size:
                 raise UsageError(
                     f"{path} was trained at {side} px, the recipe now says "
@@ -79,7 +79,7 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
     if len(origins) > 1:
         raise DataError(f"the folds {list(folds)} of {recipe.folder} were not trained on one split of one data set")
     side = recipe.stage[stage].image_size
-    batch_size = training.evaluation_batch(recipe, models[0][0], side, dtype, device)
+    batch_size = measured.evaluation_batch(recipe, models[0][0], side, dtype, device)
     return Ensemble(tuple(models), side, sources, dtype, recipe.predict.mirror, *origins.pop(), batch_size)
 
 
@@ -87,7 +87,7 @@ def build(state: dict[str, Any], path: Path) -> UNet:
     """The network of a checkpoint.
 
     Args:
-        state: from `training.load_weights`.
+        state: from `stages.load_weights`.
         path: the file it is from, for the error.
 
     Raises:
@@ -112,7 +112,7 @@ def build(state: dict[str, Any], path: Path) -> UNet:
 def _files(recipe: Recipe, folder: Path) -> list[Path]:
     """The checkpoints of a finished stage that `predict.weights` names."""
     if recipe.predict.weights == "average":
-        paths = sorted(folder.glob(training.KEPT.format("*")))
+        paths = sorted(folder.glob(stages.KEPT.format("*")))
         if not paths:
             raise UsageError(
                 f"{folder} kept the weights of one epoch only; predict.weights=average needs a run with "

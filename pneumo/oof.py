@@ -1,7 +1,7 @@
 """Out-of-fold predictions: every training image as the networks see it that did not train on it, kept as tables.
 
 One file for each fold, beside the checkpoints that made it. Imports config, dataset, data, decision, ensemble,
-training, checkpoint, log, dist, errors.
+stages, checkpoint, log, dist, errors.
 """
 
 import io
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pneumo import checkpoint, dataset, dist, ensemble, log, training
+from pneumo import checkpoint, dataset, dist, ensemble, log, stages
 from pneumo.config import Recipe
 from pneumo.data.feed import Feed, cut
 from pneumo.dataset import Dataset
@@ -111,7 +111,7 @@ def write(
         DataError: the networks were trained on other data or another split.
     """
     wanted = range(recipe.folds.count) if folds is None else folds
-    done = [fold for fold in wanted if training.finished(recipe, fold, recipe.stages)]
+    done = [fold for fold in wanted if stages.finished(recipe, fold, recipe.stages)]
     folds = dist.broadcast(done)  # process 0 may be about to say that the last one is
     if not folds:
         raise UsageError(f"{recipe.folder}: no fold has finished stage {recipe.stages}. Run: {recipe.command('cv')}")

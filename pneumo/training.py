@@ -1,6 +1,7 @@
 """One stage of one fold: chained to the stage before it, resumable at any step, stopped cleanly by a signal.
 
-Imports config, dataset, engine, measured, checkpoint, log, dist, start, model, data, decision, kernels, errors.
+Imports config, dataset, engine, measured, stages, signals, checkpoint, log, dist, model, data, decision, kernels,
+errors.
 """
 
 import math
@@ -10,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from pneumo import checkpoint, config, dataset, dist, engine, log, measured, start
+from pneumo import checkpoint, config, dataset, dist, engine, log, measured, stages
 from pneumo.config import AugmentConfig, Recipe, StageConfig
 from pneumo.data import feed as feeds
 from pneumo.data.feed import Feed
@@ -40,65 +40,19 @@ from pneumo.errors import (
     one_line,
 )
 from pneumo.kernels import thin_conv
-from pneumo.kernels.upconv import is_faster
 from pneumo.model import augment, losses
 from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
+from pneumo.signals import Interrupted, Signals
 
-WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # types in a checkpoint's model
 COMPILER = "It takes gcc and g++, Python's headers (python3-dev) and, on a GPU, one that Triton knows"
-KEPT = "epoch{}.pt"  # one of the `train.keep_best` epochs that an ensemble may average
 
 
 class _StopAsked(Exception):
     """A signal came during validation."""
 
 
-class _Interrupted(BaseException):
-    """A signal came where the run may end at once; no handler of what it calls is to take it for an error."""
-
-
-class _Signals:
-    """Remembers the first signal that asks a run to end; the step in hand is finished first, whatever comes after it.
-
-    Attributes:
-        number: of that signal; 0 if none came.
-    """
-
-    number = 0
-    _waited_for = False
-
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        self.number = 0
-
-        def remember(number: int, _frame: object) -> None:
-            first, self.number = not self.number, self.number or number
-            if first and self._waited_for:
-                raise _Interrupted
-
-        old = {number: signal.signal(number, remember) for number in start.endings()}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-        if self.number:  # it came after the run had looked for the last time
-            signal.raise_signal(self.number)
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within, where a run may wait for long and has nothing to lose, a signal raises `_Interrupted`."""
-        self._waited_for = True
-        try:
-            if self.number:
-                raise _Interrupted
-            yield
-        finally:
-            self._waited_for = False
-
-
-_signals = _Signals()
+_signals = Signals()
 
 
 @dataclass
@@ -160,107 +114,6 @@ def train_stage(recipe: Recipe, data: Dataset, fold: int, stage: int, device: to
             _Run(recipe, data, fold, stage, device).train()
 
 
-def finished(recipe: Recipe, fold: int, stage: int) -> bool:
-    """Whether this stage has run to its end."""
-    return log.read_status(recipe.stage_folder(fold, stage))["state"] == "done"
-
-
-def load_best(folder: Path, *, digest: str, split: str, fold: int, command: str) -> dict[str, Any]:
-    """Read the best checkpoint of a finished stage, and refuse one that saw other data.
-
-    Raises:
-        UsageError: as `check_finished`.
-        DataError: as `load_weights`.
-    """
-    check_finished(folder, command)
-    return load_weights(folder / "best.pt", digest=digest, split=split, fold=fold)
-
-
-def check_finished(folder: Path, command: str) -> None:
-    """Refuse the run folder of a stage that has not run to its end.
-
-    Raises:
-        UsageError: says how far it is and gives the command.
-    """
-    status = log.read_status(folder)
-    if status["state"] != "done":
-        where = f" at epoch {status['epoch']} of {status['epochs']}" if "epoch" in status else ""
-        raise UsageError(f'{folder / "status.json"} says "{status["state"]}"{where}. Run: {command}')
-
-
-def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int) -> dict[str, Any]:
-    """Read a checkpoint to predict or to start from, and refuse one that saw other data.
-
-    Args:
-        digest, split: hashes of data and split it must have been trained on; None where nothing is to be compared.
-        fold: it must have been trained for.
-
-    Raises:
-        DataError: damaged, or trained on other data, another split or another fold.
-        NotFiniteError: a weight is NaN or infinite.
-    """
-    again = _again(path)
-    if not path.exists():
-        raise DataError(f"{path}: no such file. {again}")
-    state = checkpoint.load(path)
-    if missing := [key for key in ("settings", "digest", "split", "fold", "model") if key not in state]:
-        raise DataError(f"{path} is no checkpoint of a stage: it has no {missing[0]}. {again}")
-    for key, kind in (("settings", dict), ("digest", str), ("split", str), ("fold", int), ("model", dict)):
-        if not isinstance(state[key], kind):
-            raise DataError(f"{path} is no checkpoint of a stage: its {key} is something else. {again}")
-    for name, weight in state["model"].items():
-        plain = isinstance(weight, Tensor) and weight.layout is torch.strided and weight.device.type == "cpu"
-        if not plain or weight.dtype not in WEIGHTS:
-            raise DataError(f"{path} is no checkpoint of a stage: {one_line(name)} holds no weights. {again}")
-        if not weight.isfinite().all():
-            raise NotFiniteError(f"{path} cannot be used: {one_line(name)} is not finite. {again}")
-    for what, saved, wanted in (
-        ("data", state["digest"], digest),
-        ("folds", state["split"], split),
-        ("fold", state["fold"], fold),
-    ):
-        if wanted is not None and saved != wanted:
-            raise DataError(
-                f"{path} was trained on other {what} ({one_line(saved)[:12]}, not {one_line(wanted)[:12]}): it "
-                f"may have seen this fold's validation images. Restore the data or train from stage 1 again."
-            )
-    return state
-
-
-def _again(path: Path) -> str:
-    return f"Restore it, or delete {path.parent} and train that stage again."
-
-
-def evaluation_batch(recipe: Recipe, model: FoldedUNet, side: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Images of a forward pass in validation and prediction; all processes of a launch call this together.
-
-    That is predict.batch_size, or where it is 0, 8 on a CPU, and on a GPU as many as half of the memory holds that was
-    free when this was first asked for such networks.
-
-    Args:
-        model: not compiled.
-        side: of the images, pixels.
-    """
-    if recipe.predict.batch_size or device.type == "cpu":
-        return recipe.predict.batch_size or 8
-
-    grid = recipe.data.annotation_size
-    free, all_of_it = torch.cuda.mem_get_info(device)
-    room = min(free, int(recipe.train.gpu_reserve_gb * 2**30)) // 2
-    network = f"{recipe.model.encoder} {list(recipe.model.decoder_channels)} at {side} px, to {grid}"
-    card = f"{_name(device, dtype)} of {all_of_it >> 30} GB"  # there are cards of one name and two sizes
-    key = f"{card}, batch of {network} in {recipe.train.gpu_reserve_gb} GB"
-    measure = partial(engine.fitting_batch, model, side, grid, dtype, device, room)
-    return measured.once(Path(recipe.runs), key, measure)
-
-
-def _name(device: torch.device, dtype: torch.dtype) -> str:
-    """All that a time measured on a GPU depends on, besides shapes."""
-    kernels = dtype in thin_conv.HALVES and thin_conv.works(device, dtype)
-    card = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {dtype}"
-    return f"{card}, thin_conv {thin_conv.VERSION if kernels else 'not used'}"
-
-
 @contextmanager
 def _of_this_run(folder: Path) -> Iterator[None]:
     """Name the checkpoint whose file is whole, but whose content is not what this program saves."""
@@ -309,7 +162,7 @@ class _Run:
         """Run all epochs that are left."""
         try:
             self._train()
-        except _Interrupted:
+        except Interrupted:
             self._leave_alone("before it trained")
         except RuntimeError as error:
             if not (_signals.number and engine.is_of_the_compiler(error)):
@@ -404,7 +257,11 @@ class _Run:
             with _of_this_run(self.folder):
                 model.load_state_dict((saved or begin)["model"])
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.merged = self._merged_blocks() if saved is None else saved.get("merged")
+        self.merged = (
+            measured.merged_blocks(self.recipe, self.stage, self.model, self.dtype, self.device)
+            if saved is None
+            else saved.get("merged")
+        )
         with _of_this_run(self.folder):
             for block, merged in zip(self.model.blocks, self.merged, strict=True):
                 block.merged = merged
@@ -414,7 +271,7 @@ class _Run:
         self.evaluation_batch = (
             self.recipe.predict.batch_size
             or before
-            or evaluation_batch(self.recipe, self.folded, self.settings.image_size, self.dtype, self.device)
+            or measured.evaluation_batch(self.recipe, self.folded, self.settings.image_size, self.dtype, self.device)
         )
         self.running = RunningStatistics(self.model)
         self.optimizer = engine.Adam(self.model.parameters(), self.settings.lr, self.settings.weight_decay)
@@ -477,22 +334,6 @@ class _Run:
             log.warn(f"Nothing is compiled, so training takes longer: {trouble}. {COMPILER}.")
         return not trouble
 
-    def _merged_blocks(self) -> list[bool]:
-        """Which blocks of the decoder train in their merged form; the same on every process."""
-        how, blocks = (
-            self.recipe.model.upsample,
-            self.model.block_shapes(self.settings.batch_size, self.settings.image_size),
-        )
-        if how != "auto":
-            return [how == "merged"] * len(blocks)
-        if self.device.type == "cpu":
-            return [is_faster(*block, self.device, self.dtype) for block in blocks]
-        runs, where = Path(self.recipe.runs), _name(self.device, self.dtype)
-        return [
-            measured.once(runs, f"{where}, {block}", partial(is_faster, *block, self.device, self.dtype))
-            for block in blocks
-        ]
-
     def _start_weights(self) -> dict[str, Any] | None:
         """The best checkpoint of the stage before; None if this stage starts from the encoder."""
         before = self.recipe.start_folder(self.fold, self.stage)
@@ -501,7 +342,7 @@ class _Run:
         name, number = before.parent.parent.name, int(before.name.removeprefix("stage"))
         recipe_word = "" if name == "seed" else f" RECIPE={name}"
         try:
-            return load_best(
+            return stages.load_best(
                 before,
                 digest=self.data.digest,
                 split=self.data.split,
@@ -530,7 +371,7 @@ class _Run:
                 self._check_start(saved, path)
                 best = self.folder / "best.pt"
                 if saved["position"]["best_epoch"] and not best.exists():
-                    raise DataError(f"{best}: no such file, but {path.name} tells of one. {_again(best)}")
+                    raise DataError(f"{best}: no such file, but {path.name} tells of one. {stages.way_out(best)}")
                 if name := checkpoint.not_finite(saved):
                     raise NotFiniteError(
                         f"{path} cannot be used: {one_line(name)} is not finite. Restore it, or delete "
@@ -560,7 +401,7 @@ class _Run:
                 f"{self.folder} holds a stage that {how}, and neither last.pt nor prev.pt to go on from. Restore them, "
                 f"or delete the folder to start this stage anew."
             )
-        state = load_weights(best, digest=None, split=None, fold=self.fold)
+        state = stages.load_weights(best, digest=None, split=None, fold=self.fold)
         theirs = {**state["settings"], f"stage.{self.stage}.epochs": status.get("epochs")}  # it may have got more later
         self._check_same({**state, "settings": theirs, "processes": dist.world(), "autocast": str(self.dtype)}, best)
         if "start" in state:
@@ -754,7 +595,7 @@ class _Run:
         if dist.is_main():
             self._prune()
             if epoch in new.kept:
-                self._keep(KEPT.format(epoch), record)
+                self._keep(stages.KEPT.format(epoch), record)
             self._save()
             self._publish()
         log.say(self._line(record, improved))
@@ -794,8 +635,8 @@ class _Run:
     def _prune(self) -> None:
         """Remove kept epochs that others have overtaken, before the next is kept: the disk need not hold more."""
         checkpoint.check_held(self.folder)
-        for path in self.folder.glob(KEPT.format("*")):
-            if path.name not in map(KEPT.format, self.position.kept):
+        for path in self.folder.glob(stages.KEPT.format("*")):
+            if path.name not in map(stages.KEPT.format, self.position.kept):
                 path.unlink()
 
     def _publish(self) -> None:

@@ -4,7 +4,7 @@ import pytest
 import small_run
 import torch
 
-from pneumo import checkpoint, engine, measured, training
+from pneumo import checkpoint, engine, measured
 from pneumo.errors import WriteError
 from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
@@ -84,7 +84,7 @@ def test_a_cpu_takes_eight_images_unless_told_otherwise(repo, data, tmp_path):
     cpu = torch.device("cpu")
     for settings, batch in (((), 8), (("predict.batch_size=3",), 3)):
         recipe = small_run.recipe(repo, data, tmp_path, *settings)
-        assert training.evaluation_batch(recipe, None, 64, torch.float32, cpu) == batch
+        assert measured.evaluation_batch(recipe, None, 64, torch.float32, cpu) == batch
     assert not (tmp_path / measured.FILE).exists()
 
 
@@ -95,5 +95,5 @@ def test_a_gpu_is_asked_once(repo, data, tmp_path, monkeypatch):
     for reserve, side, size in ((24, 64, 11), (24, 64, 11), (2, 64, 11), (2, 128, 11), (2, 128, 11), (24, 64, 8)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, size=size: ((size - 1) << 30, size << 30))
         recipe = small_run.recipe(repo, data, tmp_path, f"train.gpu_reserve_gb={reserve}")
-        assert training.evaluation_batch(recipe, None, side, torch.float32, gpu) == 4
+        assert measured.evaluation_batch(recipe, None, side, torch.float32, gpu) == 4
     assert asked == [5, 1, 1, 3]  # half of what is free, or half of what images leave free; each card for itself

@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from pneumo import checkpoint, config, ensemble, log, oof, training, tuning
+from pneumo import checkpoint, config, ensemble, log, oof, stages, tuning
 from pneumo.data import cases, dicom, images, pack, rle
 from pneumo.decision import tables
 from pneumo.errors import DataError, PneumoError
@@ -427,7 +427,7 @@ def test_checkpoint(repo, folder, figure, monkeypatch, count):
         return (mutate_zip if content.startswith(b"PK") else mutate)(content, others, rng)
 
     def read(path: Path) -> None:
-        state = training.load_weights(path, digest=None, split=None, fold=0)
+        state = stages.load_weights(path, digest=None, split=None, fold=0)
         ensemble.build(state, path)
 
     contents = [content.getvalue(), content.getvalue(), legacy.getvalue()]

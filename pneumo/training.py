@@ -45,6 +45,7 @@ from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
 from pneumo.signals import Interrupted, Signals
 
+FOUND = 0.05  # Dice on positives below which next to nothing is found
 COMPILER = "It takes gcc and g++, Python's headers (python3-dev) and, on a GPU, one that Triton knows"
 
 
@@ -227,16 +228,22 @@ class _Run:
             self._status("done")
 
     def _warn_of_nothing(self) -> None:
-        """Say that the best epoch is no better than masks that are all empty, which is easily taken for a result."""
+        """Say that the best epoch is no better than masks that are all empty, which is easily taken for a result.
+
+        A stage that others follow may well find too much; it is worth a word only if it finds nothing.
+        """
         position, all_empty = self.position, float((~self.data.positive[self.validation]).mean())
-        if position.best > all_empty:
+        best = next((line for line in position.history if line["epoch"] == position.best_epoch), {})
+        found = best.get("dice_positive") or 0.0
+        if position.best > all_empty or (self.stage < self.recipe.stages and found > FOUND):
             return
         losses = [(line["val_loss"], line["epoch"]) for line in position.history if line["val_loss"] is not None]
         lowest = f"; the validation loss was lowest in epoch {min(losses)[1]}" if losses else ""
+        what, other = ("too much", "a higher") if found > FOUND else ("next to nothing", "a lower")
         log.warn(
             f"{self.folder}: no epoch is better than all masks empty (Dice {all_empty:.4f}), so best.pt, of epoch "
-            f"{position.best_epoch}, finds next to nothing or too much{lowest}. What may help: more epochs, a lower "
-            f"rule.min_area or rule.threshold (higher ones where true negatives are few), more data"
+            f"{position.best_epoch}, finds {what}{lowest}. What may help: more epochs, {other} rule.min_area or "
+            f"rule.threshold, more data"
         )
 
     def _build(self, saved: dict[str, Any] | None) -> None:

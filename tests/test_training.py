@@ -85,13 +85,23 @@ def test_a_stage_that_finds_nothing_says_so(repo, root, tmp_path, capsys, monkey
     folder = train(blind)
     lines = log.read_jsonl(folder / "log.jsonl")
     lowest = min(lines, key=lambda line: line["val_loss"])["epoch"]
-    wanted = f"empty (Dice {lines[0]['all_empty']:.4f}), so best.pt, of epoch 2, finds next to nothing or too much; "
+    wanted = f"empty (Dice {lines[0]['all_empty']:.4f}), so best.pt, of epoch 2, finds next to nothing; "
     said = capsys.readouterr().err
     assert wanted + f"the validation loss was lowest in epoch {lowest}. What may help: more epochs" in said
     real = training._record
-    monkeypatch.setattr(training, "_record", lambda *of: {**real(*of), "dice": 0.7})
-    train(small_run.recipe(repo, root, tmp_path / "seeing"))
-    assert "no epoch is better" not in capsys.readouterr().err
+    for number, (stages, found, dice, wanted) in enumerate(
+        (
+            (1, 0.1, 0.7, None),
+            (1, 0.1, 0.3, "finds too much;"),
+            (2, 0.1, 0.3, None),
+            (2, 0.01, 0.3, "finds next to nothing;"),
+        )
+    ):
+        values = {"dice": dice, "dice_positive": found}
+        monkeypatch.setattr(training, "_record", lambda *of, values=values: {**real(*of), **values})
+        train(small_run.recipe(repo, root, tmp_path / str(number), f"stages={stages}", "stage.1.epochs=1"))
+        said = capsys.readouterr().err
+        assert ("no epoch is better" in said) == (wanted is not None) and (wanted or "") in said
 
 
 @pytest.mark.fault("R9", "a whole last.pt without a part of a run's state, or with one of another shape")

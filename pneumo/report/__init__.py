@@ -173,6 +173,7 @@ def _add_out_of_fold(
         warnings=warnings,
         summary=words.summary(recipe, data, shown, scores[shown.name], tuned, note),
         results=words.result_rows(ways, scores, gains, tuned_gains),
+        results_note=page.BESIDE_NOTE if any(tuned_gains.values()) else "",
         folds=words.fold_rows(shown, baseline, tuned, best_epochs),
         sizes=words.size_rows(sizes),
         figures=[("Out of fold", drawn), *galleries.draw(recipe, data, shown, tuned, folder), *content.figures],

@@ -22,11 +22,11 @@ from pneumo.decision.tune import Tuned
 LARGE = 200_000  # bytes
 RESULTS_NOTE = (
     "Gain, paired: the mean difference of Dice, image by image, to this recipe's own rule as it stands in the recipe, "
-    "not tuned. Tuned over tuned: that of another recipe under its tuned rules to this one under its own. Sensitivity "
-    "and true-negative rate (specificity) are by image: of those with pneumothorax the share in which some was found, "
-    "of those without the share left empty. Calibration error: how far the image score is from the share with "
-    "pneumothorax among images of such a score, on average."
+    "not tuned. Sensitivity and true-negative rate (specificity) are by image: of those with pneumothorax the share in "
+    "which some was found, of those without the share left empty. Calibration error: how far the image score is from "
+    "the share with pneumothorax among images of such a score, on average."
 )
+BESIDE_NOTE = " Tuned over tuned: another recipe under its tuned rules to this one under its own."
 FOLDS_NOTE = "Each fold by networks that did not train on it, and by a rule that was chosen on the other folds."
 SIZES_NOTE = (
     "Calibration gap: how far the mean image score of these images, which all have pneumothorax, is below 1. ROC AUC "
@@ -57,6 +57,7 @@ class Content:
         origin: what was trained when on what, in one line below the title.
         warnings: sentences that stand out, above all others.
         summary: sentences at the top.
+        results_note: what else there is to say of the results' columns.
         results, folds, sizes: tables, each a row of column names and rows of text.
         explorer: from `explorer`.
         case_columns, cases: the per-case table.
@@ -69,6 +70,7 @@ class Content:
     warnings: Sequence[str] = ()
     summary: tuple[str, ...] = ()
     results: Sequence[Sequence[str]] = ()
+    results_note: str = ""
     folds: Sequence[Sequence[str]] = ()
     sizes: Sequence[Sequence[str]] = ()
     figures: Sequence[tuple[str, Sequence[Figure]]] = ()
@@ -88,7 +90,7 @@ def render(content: Content) -> str:
             f'<p class="warning" role="note">{html.escape(sentence)}</p>' for sentence in content.warnings
         ),
         "SUMMARY": "".join(f"<p>{html.escape(sentence)}</p>" for sentence in content.summary),
-        "RESULTS": _table("results", "Result", content.results, RESULTS_NOTE),
+        "RESULTS": _table("results", "Result", content.results, RESULTS_NOTE + content.results_note),
         "FOLDS": _table("by-fold", "By fold", content.folds, FOLDS_NOTE),
         "SIZES": _table("by-size", "By size of the pneumothorax", content.sizes, SIZES_NOTE),
         "FIGURES": "".join(_figures(title, figures) for title, figures in content.figures if figures),

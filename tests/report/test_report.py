@@ -83,7 +83,11 @@ def test_results_are_those_of_tuning(repo, place):
     assert over.pop("seed-image, tuned rule, cross-fitted")["value"] == pytest.approx(difference)
     assert set(over.values()) == {None}
     text = (folder / "report.html").read_text()
-    assert '<th scope="col">tuned over tuned</th>' in text and "to this recipe&#x27;s own rule as it stands" in text
+    assert (
+        '<th scope="col">tuned over tuned</th>' in text
+        and page.BESIDE_NOTE in text
+        and "to this recipe&#x27;s own rule as it stands" in text
+    )
     assert numbers["rule"] == tuning.asdict(tuned.rule)
 
 

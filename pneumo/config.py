@@ -134,6 +134,11 @@ class TrainConfig:
     timeout_seconds: Annotated[float, "(0, 1e6]"]
     gpu_reserve_gb: Annotated[float, "[0, 1e6]"]
 
+    @property
+    def gpu_reserve(self) -> int:
+        """The same in bytes."""
+        return int(self.gpu_reserve_gb * 2**30)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictConfig:

@@ -60,7 +60,7 @@ def predict_test(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch
             log.say(f"{recipe.folder}: goes on; {len(batches) - len(left)} of {len(batches)} batches are there")
         mine = left[dist.rank() :: dist.world()]
         plan = [batches[place] for place in mine]
-        reserve = int(recipe.train.gpu_reserve_gb * 2**30)
+        reserve = recipe.train.gpu_reserve
         feed = Feed(pack, device, np.concatenate([batches[0][:0], *plan]), reserve=reserve)
         coded: dict[str, list[tuple[dict[str, Any], str]]] = {}
         pending: deque = deque()

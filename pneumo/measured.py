@@ -38,8 +38,8 @@ def once(runs: Path, key: str, measure: Callable[[], Any]) -> Any:
 def evaluation_batch(recipe: Recipe, model: nn.Module, side: int, dtype: torch.dtype, device: torch.device) -> int:
     """Images of a forward pass in validation and prediction; all processes of a launch call this together.
 
-    That is predict.batch_size, or where it is 0, 8 on a CPU, and on a GPU as many as half of the memory holds that was
-    free when this was first asked for such networks.
+    That is predict.batch_size, or where it is 0, 8 on a CPU, and on a GPU as many as half of train.gpu_reserve_gb
+    holds, or half of what was free, where that was less, when this was first asked for such networks.
 
     Args:
         model: not compiled.
@@ -50,7 +50,7 @@ def evaluation_batch(recipe: Recipe, model: nn.Module, side: int, dtype: torch.d
 
     grid = recipe.data.annotation_size
     free, all_of_it = torch.cuda.mem_get_info(device)
-    room = min(free, int(recipe.train.gpu_reserve_gb * 2**30)) // 2
+    room = min(free, recipe.train.gpu_reserve) // 2
     network = f"{recipe.model.encoder} {list(recipe.model.decoder_channels)} at {side} px, to {grid}"
     card = f"{_name(device, dtype)} of {all_of_it >> 30} GB"  # there are cards of one name and two sizes
     key = f"{card}, batch of {network} in {recipe.train.gpu_reserve_gb} GB"

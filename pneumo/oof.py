@@ -177,7 +177,7 @@ def _write_fold(
     pack = dataset.open_train(recipe, data, models.image_size)
     batches = cut(rows, models.batch_size)
     mine = batches[dist.rank() :: dist.world()]
-    reserve = int(recipe.train.gpu_reserve_gb * 2**30)
+    reserve = recipe.train.gpu_reserve
     feed = Feed(pack, device, np.concatenate([rows[:0], *mine]), reserve=reserve)
     levels = np.array(origin["levels"])
     folder = path_of(recipe, fold).with_suffix("")

@@ -194,7 +194,7 @@ class _Run:
             settings = ", ".join(f"{key} {value}" for key, value in asdict(self.settings).items())
             log.say(f"{self.folder / 'config.toml'}: {settings}")
             self._status("running")
-        reserve = int(self.recipe.train.gpu_reserve_gb * 2**30)
+        reserve = self.recipe.train.gpu_reserve
         with _signals.at_once():
             pack = dataset.open_train(self.recipe, self.data, self.settings.image_size)
             feed = Feed(pack, self.device, np.arange(len(self.data.cases)), reserve=reserve)

@@ -193,7 +193,7 @@ def from_square(square: np.ndarray, height: int, width: int) -> np.ndarray:
     return square[top : top + height, left : left + width]
 
 
-def boxes(shapes: np.ndarray, side: int) -> np.ndarray:
+def boxes(shapes: np.ndarray, side: int) -> np.ndarray | None:
     """Where images lie on a grid over the squares that `to_square` makes of them.
 
     Args:
@@ -202,8 +202,10 @@ def boxes(shapes: np.ndarray, side: int) -> np.ndarray:
 
     Returns:
         (N, 4) int64: first row, row behind the last, first column, column behind the last, of the grid's pixels whose
-        centres are in the image.
+        centres are in the image; None where all images are square.
     """
+    if (shapes[:, 0] == shapes[:, 1]).all():
+        return None
     shapes = np.asarray(shapes, dtype=np.int64)
     longer = shapes.max(axis=1, keepdims=True)
     first = (longer - shapes) // 2

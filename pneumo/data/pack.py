@@ -53,9 +53,8 @@ class Pack:
         return self.images.shape[1]
 
     def boxes(self, rows: np.ndarray, side: int) -> np.ndarray | None:
-        """Where the images of some rows lie on a grid of this side, as `images.boxes`; None where all are square."""
-        shapes = self.shapes[rows]
-        return None if (shapes[:, 0] == shapes[:, 1]).all() else images.boxes(shapes, side)
+        """Where the images of some rows lie on a grid of this side, as `images.boxes` has it."""
+        return images.boxes(self.shapes[rows], side)
 
 
 def open_pack(

@@ -49,12 +49,11 @@ def summary(
         f"Intervals hold 95 %, of these networks and rules; networks trained anew would differ by more. They resample "
         f"{groups:,} patients or single images, near-duplicates together; those of shares are Wilson's.{chosen}"
     )
-    if recipe.folds.count > 1:
-        sentences.append(
-            "Out of fold one fold's networks predict an image, predict.py averages those of all folds. So the rule and "
-            "these figures are of single folds; the average is mostly better, and another rule may suit it more."
-        )
-    sentences.append("For research. Not a medical device: nothing here may decide about a patient.")
+    sentences += [
+        "Out of fold one fold's networks predict an image, predict.py averages those of all folds. So the rule and "
+        "these figures are of single folds; the average is mostly better, and another rule may suit it more.",
+        "For research. Not a medical device: nothing here may decide about a patient.",
+    ]
     return tuple(sentences)
 
 

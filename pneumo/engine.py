@@ -6,6 +6,7 @@ model, decision, dist, errors.
 
 import gc
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -225,20 +226,33 @@ class Late:
         return ready
 
 
-def compiled(function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
-    """Compile a function, or the forward pass of a module in place, once for each shape that it is given.
+def compiled(
+    function: Callable[..., Any], batch: int, backend: str | Callable[..., Any] = "inductor"
+) -> Callable[..., Any]:
+    """Compile a function, or the forward pass of a module in place, for so many images at once.
 
-    Beyond a number of shapes the compiler would give up and run it as it stands; all folds and stages in one process
-    can have more of them than it allows by itself, since the last micro-batch of each may be another.
+    Fewer, as the last micro-batch of an epoch, run as they stand: how many these are differs from fold to fold, and
+    compiling for each takes longer than it saves. All folds and stages in one process can have more shapes of one
+    function than the compiler allows by itself.
+
+    Args:
+        function: of a batch (B, ...) first of all.
+        batch: B of what is compiled.
 
     Returns:
-        The compiled function, or the module.
+        The function that does either, or the module.
     """
-    torch._dynamo.config.recompile_limit = SHAPES
     if isinstance(function, nn.Module):
-        function.compile(dynamic=False, backend=backend)
+        function.forward = compiled(function.forward, batch, backend)
         return function
-    return torch.compile(function, dynamic=False, backend=backend)
+    torch._dynamo.config.recompile_limit = SHAPES
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # float32 is meant where it is left
+    fast = torch.compile(function, dynamic=False, backend=backend)
+
+    def either(images: Tensor, *more: Any, **named: Any) -> Any:
+        return (fast if len(images) == batch else function)(images, *more, **named)
+
+    return either
 
 
 @cache

@@ -309,14 +309,13 @@ class _Run:
                 "start anew with train.compile=auto"
             )
         if (how in ("on", "graph") or (how == "auto" and gpu)) and self._can_compile():
-            # each shape once: a full micro-batch and the last one of an epoch, in training and in validation
-            engine.compiled(self.model)
-            engine.compiled(self.folded)
+            batch = self.settings.batch_size
+            engine.compiled(self.model, batch)
             if gpu:
                 if self.dtype in thin_conv.HALVES:
                     thin_conv.works(self.device, self.dtype)  # found out here, not while the compiler traces
-                self.transform = engine.compiled(augment.transform)
-                self.loss = replace(self.loss, compute=engine.compiled(losses.loss))
+                self.transform = engine.compiled(augment.transform, batch)
+                self.loss = replace(self.loss, compute=engine.compiled(losses.loss, batch))
         self.recorded = (
             engine.RecordedGradient(
                 self.model, self.settings.batch_size, self.scaler, self.running, self.loss, self.dtype

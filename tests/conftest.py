@@ -33,8 +33,9 @@ WITH_GPUS = dict(os.environ)  # for those commands that are to see them
 if torch.cuda.is_available():
     # for tests marked gpu, in this process; the commands that tests start compute on the CPU, where two processes can
     # share what there is, unless a test says otherwise
-    import torch._inductor.async_compile  # its helpers start now, before the card is hidden; 2.11's need to see it
+    import torch._inductor.config
 
+    torch._inductor.config.compile_threads = 1  # in this process alone: the compiler's helpers would not see the card
     torch.cuda.init()
     torch.cuda.device_count()  # kept from now on
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

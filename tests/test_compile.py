@@ -6,7 +6,6 @@ import two_processes
 
 from pneumo import engine
 from pneumo.engine import RunningStatistics
-from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
 
 
@@ -26,29 +25,32 @@ def compiled():
 
 
 @pytest.mark.slow
-def test_each_shape_is_compiled_once_over_epochs_and_stages(compiled):
-    """Full and last micro-batches, training and validation, two epochs; then the next fold's stage of equal shapes."""
+def test_a_full_micro_batch_is_compiled_once_over_epochs_and_stages(compiled):
+    """Full and last micro-batches, two epochs; then the next fold's stage of equal shapes."""
     shapes, backend = compiled
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     for fold in range(2):
         torch.manual_seed(fold)
         model = UNet("resnet18", decoder_channels=(8, 8, 8, 4, 4))
-        running, folded = RunningStatistics(model), FoldedUNet(model, torch.float32)
+        running = RunningStatistics(model)
         optimizer = engine.Adam(model.parameters(), lr=1e-3)
-        engine.compiled(model, backend)
-        engine.compiled(folded, backend)
+        engine.compiled(model, 3, backend)
         for _epoch in range(2):
-            for size in (3, 3, 2):
+            for size in (2, 3, 3, 2):
                 batch = (torch.rand(size, 1, 64, 64), torch.zeros(size, 1, 64, 64))
                 engine.train_step(
                     model, [batch], optimizer, scaler, running, two_processes.LOSS, torch.float32, count=1
                 )
-            folded.fill(model)
-            with torch.inference_mode():
-                for size in (4, 4, 1):
-                    engine.predict_logits(folded, torch.zeros(size, 1, 64, 64, dtype=torch.uint8), torch.float32)
-        seen = list(shapes)
-        assert [shape[0] for shape in seen] == [3, 2, 4, 1], f"after fold {fold}: {seen}"
+        assert [shape[0] for shape in shapes] == [3], f"after fold {fold}: {shapes}"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_only_a_full_batch_goes_the_compiled_way(compiled, size):
+    shapes, backend = compiled
+    network, image = engine.compiled(Smaller(), 2, backend), torch.rand(size, 1, 9, 9)
+    scaled = engine.compiled(lambda image, factor, *, more: image * factor + more, 2, backend)
+    assert torch.equal(scaled(network(image), 2.0, more=1.0), Smaller()(image) * 2 + 1)
+    assert len(shapes) == (2 if size == 2 else 0)
 
 
 def test_what_cannot_be_compiled_is_tried_once_and_said(monkeypatch):
@@ -81,14 +83,17 @@ class Smaller(torch.nn.Module):  # torch 2.11 does not compile a layer of its ow
         return torch.nn.functional.avg_pool2d(image, 3)
 
 
+def twice(image: torch.Tensor) -> torch.Tensor:
+    return image * 2
+
+
 @torch._dynamo.config.patch(recompile_limit=8)  # as it is at first, and is again afterwards
-def test_as_many_shapes_are_compiled_as_all_folds_have(compiled):
+def test_as_many_shapes_are_compiled_as_all_stages_have(compiled):
     shapes, backend = compiled
-    for _stage in range(2):
-        network = engine.compiled(Smaller(), backend)
-        double = engine.compiled(lambda image: image * 2, backend)
+    for _fold in range(2):
         for size in range(1, 13):
-            image = torch.zeros(size, 1, 8, 8)
+            network = engine.compiled(Smaller(), size, backend)
+            double = engine.compiled(twice, size, backend)
             with torch.inference_mode():
-                double(network(image))
+                double(network(torch.zeros(size, 1, 8, 8)))
     assert [shape[0] for shape in shapes] == [size for size in range(1, 13) for _ in range(2)]

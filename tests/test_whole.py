@@ -78,7 +78,7 @@ def test_a_recipe_that_is_stopped_goes_on_to_its_submission(data, tmp_path, with
     commands.run("-m", "pneumo", "report")
     printed = commands.path.read_text()
     assert f"1 x {device}" in printed and "goes on at epoch" in printed
-    assert "Nothing is compiled" not in printed and "kernels are not used" not in printed
+    assert not any(words in printed for words in ("Nothing is compiled", "kernels are not used", "Warning"))
     assert len((runs / "seed" / "submission.csv").read_text().splitlines()) == 5
     assert (runs / "seed" / "report" / "report.html").stat().st_size > 100_000
     print(f"{device}: {time.monotonic() - began:.0f} s after the interruption")

@@ -114,8 +114,8 @@ def our_step(setup: Setup, dtype: torch.dtype, batch: int, side: int) -> Callabl
     scaler = torch.amp.GradScaler(setup.device.type, enabled=False)
     loss, recorded = LOSS, None
     if setup.device.type == "cuda":
-        engine.compiled(model)
-        loss = replace(LOSS, compute=engine.compiled(losses.loss))
+        engine.compiled(model, batch)
+        loss = replace(LOSS, compute=engine.compiled(losses.loss, batch))
         recorded = engine.RecordedGradient(model, batch, scaler, running, loss, dtype)
     how = (scaler, running, loss, dtype)
 
@@ -177,9 +177,9 @@ def steps_gpu(setup: Setup) -> Iterator[Row]:
         yield step_row(setup, side, batch, HALF, "channels_last", "ratio >= 1.6")
 
 
-def transform_of(setup: Setup) -> Callable[..., tuple[Tensor, Tensor]]:
+def transform_of(setup: Setup, batch: int) -> Callable[..., tuple[Tensor, Tensor]]:
     """The augmentation as `training` has it on the device."""
-    return engine.compiled(augment.transform) if setup.device.type == "cuda" else augment.transform
+    return engine.compiled(augment.transform, batch) if setup.device.type == "cuda" else augment.transform
 
 
 def fed(setup: Setup, side: int, batch: int, count: int, target: str) -> Row:
@@ -191,7 +191,7 @@ def fed(setup: Setup, side: int, batch: int, count: int, target: str) -> Row:
     step = timed_step(setup, dtype, batch, side)
     settings = config.load(REPO / "configs.toml", "seed").augment
     generator = torch.Generator(setup.device).manual_seed(0)
-    transform = transform_of(setup)
+    transform = transform_of(setup, batch)
     image, mask = batch_of(setup, batch, side)
     ready = (engine.to_input(image), mask.float())
 
@@ -269,7 +269,7 @@ def _augmentations(setup: Setup, side: int, count: int) -> tuple[Callable[[], An
     image, mask = batch_of(setup, count, side)
     settings = config.load(REPO / "configs.toml", "seed").augment
     generator = torch.Generator(setup.device).manual_seed(0)
-    transform = transform_of(setup)
+    transform = transform_of(setup, count)
     recipe = rivals.kornia_recipe(side)
     return (
         lambda: training.augmented(image, mask, settings, generator, transform),

@@ -29,7 +29,6 @@ from pneumo.decision.rule import Rule, decide, decide_batch, resize_quantise
 from pneumo.errors import is_gpu_full, one_line
 from pneumo.model import losses
 
-SHAPES = 64  # that one function may be compiled for
 LARGEST = 16  # images of a forward pass that are enough to keep a GPU busy
 GRID_BYTES = 24  # that a pixel of the annotation grid takes while an image's probabilities become tables; counted: 21
 
@@ -232,11 +231,10 @@ def compiled(
     """Compile a function, or the forward pass of a module in place, for so many images at once.
 
     Fewer, as the last micro-batch of an epoch, run as they stand: how many these are differs from fold to fold, and
-    compiling for each takes longer than it saves. All folds and stages in one process can have more shapes of one
-    function than the compiler allows by itself.
+    compiling for each takes longer than it saves.
 
     Args:
-        function: of a batch (B, ...) first of all.
+        function: of a batch (B, ...) first of all; a module is not to be copied or pickled afterwards.
         batch: B of what is compiled.
 
     Returns:
@@ -245,7 +243,6 @@ def compiled(
     if isinstance(function, nn.Module):
         function.forward = compiled(function.forward, batch, backend)
         return function
-    torch._dynamo.config.recompile_limit = SHAPES
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # float32 is meant where it is left
     fast = torch.compile(function, dynamic=False, backend=backend)
 
@@ -535,7 +532,7 @@ def fitting_batch(model: nn.Module, side: int, grid: int, dtype: torch.dtype, de
     """How many images, each with its mirror image, a forward pass on a GPU can take: a power of two up to `LARGEST`.
 
     Args:
-        model: in evaluation, not compiled.
+        model: in evaluation.
         side: of the images, pixels.
         grid: side of the annotation grid that the probabilities go to.
         memory: bytes that both may take.

@@ -42,7 +42,7 @@ def evaluation_batch(recipe: Recipe, model: nn.Module, side: int, dtype: torch.d
     holds, or half of what was free, where that was less, when this was first asked for such networks.
 
     Args:
-        model: not compiled.
+        model: a `FoldedUNet`.
         side: of the images, pixels.
     """
     if recipe.predict.batch_size or device.type == "cpu":

@@ -300,7 +300,7 @@ class _Run:
                     self.average.load_state_dict(saved["average"])
 
     def _compile(self) -> None:
-        """Let the networks be compiled, recorded and wrapped for several processes, as the recipe says."""
+        """Let a step be compiled, recorded and wrapped for several processes, as the recipe says."""
         how, gpu = self.recipe.train.compile, self.device.type == "cuda"
         recordable = gpu and dist.world() == 1 and not self.recipe.model.checkpointing
         if how == "graph" and not recordable:
@@ -326,10 +326,10 @@ class _Run:
         self.wrapped: nn.Module = dist.wrap(self.model)
 
     def _can_compile(self) -> bool:
-        """Whether networks can be compiled for this device.
+        """Whether anything can be compiled for this device.
 
         Raises:
-            UsageError: they cannot, and the recipe insists.
+            UsageError: nothing can, and the recipe insists.
         """
         trouble = engine.compiler_trouble(self.device)
         if trouble and _signals.number:

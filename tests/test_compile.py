@@ -81,19 +81,3 @@ def full(*_given, **_more):
 class Smaller(torch.nn.Module):  # torch 2.11 does not compile a layer of its own
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.avg_pool2d(image, 3)
-
-
-def twice(image: torch.Tensor) -> torch.Tensor:
-    return image * 2
-
-
-@torch._dynamo.config.patch(recompile_limit=8)  # as it is at first, and is again afterwards
-def test_as_many_shapes_are_compiled_as_all_stages_have(compiled):
-    shapes, backend = compiled
-    for _fold in range(2):
-        for size in range(1, 13):
-            network = engine.compiled(Smaller(), size, backend)
-            double = engine.compiled(twice, size, backend)
-            with torch.inference_mode():
-                double(network(torch.zeros(size, 1, 8, 8)))
-    assert [shape[0] for shape in shapes] == [size for size in range(1, 13) for _ in range(2)]

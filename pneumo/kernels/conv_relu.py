@@ -26,8 +26,7 @@ def conv_relu(x: Tensor, conv: nn.Conv2d, add: Tensor | None = None) -> Tensor:
     """
     geometry = conv.stride, conv.padding, conv.dilation, conv.groups
     if (
-        not torch.compiler.is_compiling()  # a compiler fuses more by itself
-        and x.is_cuda
+        x.is_cuda
         and x.dtype in HALVES
         and x.dtype == conv.weight.dtype
         and _fused_is_right(x.device, x.dtype, tuple(conv.weight.shape), *geometry, add is not None)

@@ -21,8 +21,8 @@ from pneumo.model.unet import DecoderBlock, UNet, features
 class FoldedUNet(nn.Module):
     """What a UNet in evaluation computes, with fewer passes over memory; no gradients.
 
-    Validation and prediction use it alike. It is made once and filled again from epoch to epoch. Decoder blocks have the
-    merged form throughout: its weights are summed up here.
+    Validation and prediction use it alike, uncompiled. It is made once and filled again from epoch to epoch. Decoder
+    blocks have the merged form throughout: its weights are summed up here.
 
     Args:
         model: of the same shapes as all that will be filled in; stays as it is.

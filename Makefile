@@ -17,6 +17,7 @@ ifneq (,$(UNKNOWN))
 $(error no variable $(UNKNOWN); there are $(VARIABLES); one for the commands themselves goes before make)
 endif
 # what each target takes besides PYTHON; of several targets, one is enough to take it
+OF_test := WORKERS
 OF_test-slow := WORKERS
 OF_test-oldest := WORKERS
 OF_bench := BENCH
@@ -50,7 +51,8 @@ RIVALS := .venv/rivals
 endif
 
 OPTIONS = --recipe $(RECIPE) $(if $(SET),--set $(SET))
-AT_ONCE = -n $(WORKERS) --dist loadfile
+# pytest-benchmark, where it is installed, does not bear other processes
+AT_ONCE = $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile -p no:benchmark)
 LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
 
 .DEFAULT_GOAL := help
@@ -81,8 +83,8 @@ demo: $(READY)  ## the whole recipe on synthetic X-rays, minutes on a CPU
 	$(PYTHON) -m pneumo report --recipe demo $(if $(SET),--set $(SET))
 	$(PYTHON) -m pneumo score --recipe demo $(if $(SET),--set $(SET))
 
-test: $(READY)  ## the tests, but for the slow ones
-	$(PYTHON) -m pytest
+test: $(READY)  ## the tests, but for the slow ones, WORKERS files at a time; 1 takes pytest alone
+	$(PYTHON) -m pytest $(AT_ONCE)
 
 .oldest/installed: pyproject.toml
 	python3 -m venv .oldest
@@ -93,7 +95,7 @@ test: $(READY)  ## the tests, but for the slow ones
 test-oldest: .oldest/installed  ## the tests with the oldest packages that pyproject.toml allows, in a folder of their own
 	.oldest/bin/python -m pytest $(AT_ONCE)
 
-test-slow: $(READY)  ## the slow tests, WORKERS files at a time: they wait more than they compute
+test-slow: $(READY)  ## the slow tests
 	$(PYTHON) -m pytest -m slow $(AT_ONCE)
 
 faults: $(READY)  ## every test of a fault, slow ones too -> tests/faults/RESULTS.md

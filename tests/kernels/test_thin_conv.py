@@ -211,6 +211,7 @@ def test_nan_is_not_taken_for_nothing_by_the_relu():
             assert clipped.nan_to_num(0).min() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")  # NumPy's
 @pytest.mark.fault("S4", "float16 that overflows deep within a network, before kernels of our own")
 def test_an_image_that_overflows_is_no_empty_mask(monkeypatch, figure):

@@ -55,6 +55,13 @@ def test_a_row_by_hand(monkeypatch):
     }
 
 
+@pytest.mark.parametrize(("seconds", "runs"), [(harness.LONG - 2.5, 3), (harness.LONG / 2 - 0.5, 5), (0.1, 5)])
+def test_what_takes_long_is_run_less_often(monkeypatch, seconds, runs):
+    first = [60.0, seconds]  # what compiles at first does not count
+    result, calls = fake(monkeypatch, [*first, *[3.0] * 4], [*first, *[3.0] * 4])
+    assert result["runs"] == runs and len(calls) == 2 * (runs + 1)
+
+
 @pytest.mark.parametrize("target", ["ratio >= 3.1", "ours >= 6", "ratio >= 3; ours <= 4"])
 def test_a_missed_target_is_marked(monkeypatch, target):
     result, _ = fake(monkeypatch, [1, 2], [1, 6], items=10, unit="images/s", target=target)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+LONG = 9.0  # seconds for both sides once, on a slow machine: the whole has to end within minutes
 COMPARE = {">=": operator.ge, "<=": operator.le}
 
 
@@ -44,7 +45,7 @@ class Row:
 
 
 def measure(row: Row, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Run both sides in alternation, after one run of each that does not count.
+    """Run both sides in alternation, after one run of each that does not count; what takes `LONG`, at most three times.
 
     Returns:
         row, rival, ours, theirs, unit, ratio, target, met, runs, spread, batch, detail and device; `met` is None
@@ -63,8 +64,10 @@ def measure(row: Row, repeats: int, device: torch.device) -> dict[str, Any]:
 
     if not row.once:
         value(row.ours), value(row.theirs)
-    runs = 1 if row.once else repeats
-    pairs = [(value(row.ours), value(row.theirs)) for _ in range(runs)]
+    start = time.perf_counter()
+    pairs = [(value(row.ours), value(row.theirs))]
+    runs = 1 if row.once else min(repeats, 3) if time.perf_counter() - start > LONG else repeats
+    pairs += [(value(row.ours), value(row.theirs)) for _ in range(runs - 1)]
     own, other = zip(*pairs, strict=True)
     ours, theirs = statistics.median(own), statistics.median(other)
     ratio = ours / theirs if row.unit.endswith("/s") else theirs / ours

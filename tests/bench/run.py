@@ -80,10 +80,11 @@ def main() -> int:
         return 2
     about = results[0]
     print(table(results))
+    runs = [result["runs"] for result in results if result["runs"] > 1] or [1]
     missed = sum(result["met"] is False for result in results)
     print(
         f"\n{about['hardware']}, {about['date']}, {', '.join(f'{k} {v}' for k, v in about['versions'].items())}; "
-        f"{about['size']}, medians of {REPEATS[about['size']]}; {missed} of {len(results)} targets missed; "
+        f"{about['size']}, medians of {min(runs)} to {max(runs)}; {missed} of {len(results)} targets missed; "
         f"{time.perf_counter() - start:.0f} s"
     )
     return 0

@@ -18,7 +18,7 @@ On an H100, bf16, 4 images of 1024 x 1024 pixels, in ms by cuDNN and here:
     grey to 64, 7x7, stride 2        0.60    -   0.44      0.10    -   0.12
     32 to 32 at half the pixels      0.11  0.11  0.23      0.14    -   0.20      left to cuDNN
 
-Imports errors.
+Imports winograd, errors.
 """
 
 import importlib.util
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, library, nn
 
 from pneumo.errors import is_gpu_full
+from pneumo.kernels import winograd
 
 if importlib.util.find_spec("triton"):
     import triton
@@ -60,7 +61,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = 
     """
     if is_thin(x, *weight.shape[:2]):
         return _thin(x, weight.permute(2, 3, 1, 0)[None, None], bias, 1, 1, 1, relu)
-    y = F.conv2d(x, weight, bias, padding=1)
+    y = winograd.conv(x, weight, bias)
     return y.relu_() if relu else y
 
 

@@ -3,7 +3,7 @@
 A 3x3 window over an upsampled image sees each pixel of the image two or four times, so its nine weights act as four:
 the upsampled half is a 4x4 transposed convolution of stride 2 of the small image, whose weights are sums of the 3x3
 ones. It costs 4 instead of 9 products for each input channel and pixel, and neither the upsampled image nor its
-concatenation with the skip is ever in memory, nor kept for the backward pass. Imports thin_conv.
+concatenation with the skip is ever in memory, nor kept for the backward pass. Imports thin_conv, winograd.
 """
 
 import statistics
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pneumo.kernels import winograd
 from pneumo.kernels.thin_conv import doubling_conv
 
 CPU_PIXELS = 512  # of x, over the batch: with fewer, summing up the weights costs more than it saves
@@ -32,7 +33,7 @@ def upsampled_conv(x: Tensor, skip: Tensor | None, weight: Tensor) -> Tensor:
     """
     below = x.shape[1]
     y = doubling_conv(x, stride_2_weight(weight[:, :below]))
-    return y if skip is None else y.add_(F.conv2d(skip, weight[:, below:], padding=1))
+    return y if skip is None else y.add_(winograd.conv(skip, weight[:, below:]))
 
 
 def upsampled_conv_ref(x: Tensor, skip: Tensor | None, weight: Tensor) -> Tensor:

@@ -6,7 +6,10 @@ from torch import nn
 
 from pneumo.engine import RunningStatistics
 from pneumo.errors import DataError, UsageError
+from pneumo.kernels import winograd
+from pneumo.kernels.winograd import winograd_conv
 from pneumo.model import unet
+from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
 
 NARROW = (16, 8, 8, 8, 4)
@@ -122,6 +125,26 @@ def test_both_forms_of_a_block_give_the_same_network():
     torch.testing.assert_close(*logits, rtol=1e-10, atol=1e-10)
     shapes = model.block_shapes(2, 64)
     assert shapes[0] == ((2, 512, 2, 2), 256, 16) and shapes[-1] == ((2, 8, 32, 32), 0, 4)
+
+
+def test_convolutions_of_many_channels_in_their_faster_form(resnet, monkeypatch):
+    """In float32 on a CPU: 7 and 11 of the encoder, two each in the first two blocks; of the folded network as well."""
+    image = torch.rand(2, 1, 256, 256)
+    used = []
+    for home in (False, True):
+        monkeypatch.setattr(winograd, "mkl_is_at_home", lambda home=home: home)
+        monkeypatch.setattr(winograd, "winograd_conv", lambda *given: used[-1].append(1) or winograd_conv(*given))
+        used.append([])
+        logits = resnet(image)
+        slopes = torch.autograd.grad(logits.square().mean(), list(resnet.parameters()))
+        folded, logits = FoldedUNet(resnet, torch.float32)(image), logits.detach()
+        torch.testing.assert_close(folded, logits, rtol=0, atol=1e-4 * float(logits.abs().max()))
+        used[-1] = len(used[-1]), logits, torch.cat([slope.flatten() for slope in slopes])
+    (none, plain, wanted), (many, found, near) = used
+    assert (none, many) == (0, 2 * (7 + 11 + 2 * 2))
+    assert not torch.equal(plain, found)
+    torch.testing.assert_close(found, plain, rtol=0, atol=2e-5 * float(plain.abs().max()))
+    assert float((near - wanted).norm() / wanted.norm()) < 3e-5
 
 
 def smp_forward(state: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:

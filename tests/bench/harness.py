@@ -30,6 +30,7 @@ class Row:
         batch: what one call handles, in words.
         detail: anything else for the file; the callables may fill it.
         once: one run is enough, as it repeats by itself.
+        times: of the usual number of runs, where the two sides are nearly alike.
     """
 
     row: str
@@ -42,6 +43,7 @@ class Row:
     batch: str = ""
     detail: dict[str, Any] = field(default_factory=dict)
     once: bool = False
+    times: int = 1
 
 
 def measure(row: Row, repeats: int, device: torch.device) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def measure(row: Row, repeats: int, device: torch.device) -> dict[str, Any]:
         value(row.ours), value(row.theirs)
     start = time.perf_counter()
     pairs = [(value(row.ours), value(row.theirs))]
-    runs = 1 if row.once else min(repeats, 3) if time.perf_counter() - start > LONG else repeats
+    runs = 1 if row.once else min(repeats, 3) if time.perf_counter() - start > LONG else repeats * row.times
     pairs += [(value(row.ours), value(row.theirs)) for _ in range(runs - 1)]
     own, other = zip(*pairs, strict=True)
     ours, theirs = statistics.median(own), statistics.median(other)

@@ -212,12 +212,13 @@ def fed(setup: Setup, side: int, batch: int, count: int, target: str) -> Row:
         items=batch * count,
         target=target,
         batch=f"{count} x {batch} images, {str(dtype).removeprefix('torch.')}",
+        times=1 if setup.device.type == "cuda" else setup.pick(3, 1, 1),
     )
 
 
 def fed_cpu(setup: Setup) -> Iterator[Row]:
     """At a CPU's size."""
-    side, batch, count = setup.pick((256, 4, 4), (96, 2, 3), (64, 2, 1))
+    side, batch, count = setup.pick((256, 4, 2), (96, 2, 2), (64, 2, 1))
     yield fed(setup, side, batch, count, "ratio >= 0.95")
 
 
@@ -526,7 +527,7 @@ def scaling(name: str, sizes: tuple[int, ...], repeats: int, run: Callable[[int]
 
 def growth(setup: Setup) -> Iterator[Row]:
     """Cost against the number of images, at 64 px."""
-    many = setup.pick((1000, 4000, 12000), (250, 500, 1000), (2, 4))
+    many = setup.pick((1000, 4000, 12000), (100, 200, 400), (2, 4))
     some = setup.pick((100, 200, 400), (4, 8, 12), (2, 4))
     repeats, fewer = setup.pick((3, 2), (3, 1), (1, 1))
     side, recipe = 64, config.load(REPO / "configs.toml", "seed")
@@ -588,10 +589,10 @@ def growth(setup: Setup) -> Iterator[Row]:
 
     def predict(count: int) -> None:
         for image, _ in feed.batches(cut(np.arange(count), 4)):
-            for q in ensemble.predict(networks, image, 1024, [""] * len(image)).q:
+            for q in ensemble.predict(networks, image, 4 * side, [""] * len(image)).q:
                 rle.encode_runs(decide(q, Rule(**asdict(recipe.rule))))
 
-    yield scaling("prediction", some, fewer, predict, f"64 px, 5 folds x mirror, batches of 4, {dtype}")
+    yield scaling("prediction", some, fewer, predict, f"64 px, to 256, 5 folds x mirror, batches of 4, {dtype}")
 
 
 HOST = (codec, filter_and_code, epoch_of_batches, growth)

@@ -143,7 +143,7 @@ def matrices(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def _pieces(x: Tensor) -> Tensor:
     """(B, C, H, W) to (36, N, C): of each of N tiles the piece of x that it depends on, transformed by B."""
     batch, channels, height, width = x.shape
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
     image, row, pixel, _ = padded.stride()
     shape = (batch, height // TILE, width // TILE, PIECE, PIECE, channels)
     pieces = padded.as_strided(shape, (image, TILE * row, TILE * pixel, row, pixel, 1))

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,16 @@ def test_equals_the_convolution_and_so_do_the_gradients(shape, last):
     tensors = inputs(shape, torch.float64, last=last)
     for mine, reference in zip(values(winograd_conv, tensors), values(plain, tensors), strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_whatever_the_order_in_memory(order):
+    """Values must not depend on it, as where a tensor is read by its strides."""
+    x, weight = inputs((4, 4, 4, 4, 8), torch.float64)
+    back = sorted(range(4), key=order.__getitem__)
+    turned = x.detach().permute(order).contiguous().permute(back).requires_grad_()
+    for mine, wanted in zip(values(winograd_conv, [turned, weight]), values(plain, [x, weight]), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("needed", [0, 1])

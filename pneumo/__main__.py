@@ -1,6 +1,6 @@
 """The small commands: `python -m pneumo recipe|verify|pack|folds|cv|oof|tune|score|check-submission|phantom|report`.
 
-Each imports what it needs of all rooms.
+Each imports what it needs of all rooms; networks and the compiler behind them, which take seconds, only where needed.
 """
 
 from pneumo import start
@@ -13,8 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pneumo import checkpoint, cli, config, dataset, dist, log, training
-from pneumo import oof as oofs
+from pneumo import checkpoint, cli, config, dataset, dist, log
 from pneumo.config import Recipe
 from pneumo.errors import DataError, UsageError
 
@@ -95,7 +94,8 @@ def folds(options: argparse.Namespace) -> None:
 
 def cv(options: argparse.Namespace) -> None:
     """Train all folds and stages that are not done yet, then predict each fold's held-out images."""
-    from pneumo import ensemble, jobs
+    from pneumo import ensemble, jobs, training
+    from pneumo import oof as oofs
     from pneumo.model import unet
 
     recipe = cli.load_recipe(options)
@@ -117,6 +117,8 @@ def cv(options: argparse.Namespace) -> None:
 
 def oof(options: argparse.Namespace) -> None:
     """Predict the held-out images of every finished fold, and keep what rules are chosen from."""
+    from pneumo import oof as oofs
+
     recipe = cli.load_recipe(options)
     with dist.launch(recipe.train.timeout_seconds) as device:
         oofs.write(recipe, dataset.load(recipe), device, maps=options.maps)

@@ -1,18 +1,22 @@
 """3x3 convolutions of many channels on a CPU, in float32, with a quarter of the products.
 
-Winograd's F(4x4, 3x3): a tile of 4x4 results depends on 6x6 numbers of x. Along each axis the six numbers and the
-three weights are made into the values of polynomials at six points, multiplied point by point, and the products made
-into four results:
+Winograd's F(4x4, 3x3): a tile of 4x4 results depends on a piece of 6x6 numbers of x. Along each axis piece and weights
+are brought to six numbers each, the weights to their polynomial's values at six points, multiplied one by one, and the
+products made into four results:
 
     y = A ((B x B') * (G w G')) A'      36 products for each pair of channels in place of 144
 
-The products of all tiles and channels are 36 matrix products; gradients are of the same form, each step transposed. The
-points 0, 1, -1, 1/2, -2 and infinity round least of those tried (of Barabasz et al., Error analysis and improving the
-accuracy of Winograd convolution for deep neural networks, 2018). Against float64 the root mean square error of a result
-is 1e-6 to 2e-6 of its own, 2 to 3.5 times oneDNN's, that of the weights' gradient up to 7 times oneDNN's. In bf16 it
-would be 2 %, 12 times oneDNN's.
+The products of all tiles and channels are 36 matrix products; gradients are of the same form, each step transposed. Of
+the points tried, of Barabasz et al., Error analysis and improving the accuracy of Winograd convolution for deep neural
+networks (2018), and of a search, 0, 3/4, -3/4, 3/2, -3/2 and infinity round least: against float64 the root mean square
+error of a result is 1e-6 to 2e-6 of its own, 1.3 to 2.2 times oneDNN's, that of the weights' gradient up to 6 times
+oneDNN's. In bf16 it would be 1.4 %, 8 times oneDNN's. Errors are of a tile: beside a pixel that is far larger than all
+others, and beside one that is not finite, the rest of its tile is as wrong, and inputs from 1e37 on may overflow.
 
-On 2 cores of an Intel Xeon with AVX-512 (AMX), times as fast as oneDNN's convolution, forward, and with both gradients:
+On 2 cores of an Intel Xeon with AVX-512 (AMX), times as fast as oneDNN's convolution, forward, and with both gradients,
+where freed memory is kept, as `cli.keep_freed_memory` has it; where each piece of work takes it anew from the system,
+layers of few tiles or few channels take up to twice as long as oneDNN's. A layer takes up to 5 times the memory of x for
+a while, 10 times with its gradients:
 
     images, channels, side          forward   all      with AVX2 alone
      8      128       64            1.47      1.40     1.78    2.14
@@ -37,8 +41,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 TILE, PIECE = 4, 6  # pixels along a side: results of a tile, and what they depend on
-POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)  # and infinity
+POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity
 CHANNELS = 128  # in and out at least, for the products to be what takes longest
+EXACT = ("none", "ieee")  # matrix products in float32 itself; else they round as bf16's do
 TILES = 32  # of the batch at least, to be worth the transformation of the weights
 
 
@@ -82,6 +87,8 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
+    if torch.backends.mkldnn.matmul.fp32_precision not in EXACT:  # as by torch.set_float32_matmul_precision
+        return False
     batch, _, height, width = x.shape
     if height % TILE or width % TILE or batch * height * width < TILES * TILE**2:
         return False
@@ -116,14 +123,15 @@ class _Winograd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        slopes = _slopes(slope)  # (36, N, O)
         of_x = of_weight = None
-        if ctx.needs_input_grad[0]:
-            of_x = _spread(torch.bmm(slopes, _of_weight(weight).permute(1, 0, 2)), x.shape)
-        if ctx.needs_input_grad[1]:
-            _, of_weights, _ = matrices(x.dtype)
-            sums = torch.bmm(slopes.transpose(1, 2), _pieces(x)).transpose(0, 1)  # (O, 36, C)
-            of_weight = (of_weights.T @ sums).unflatten(1, (3, 3)).permute(0, 3, 1, 2)
+        with torch.autocast("cpu", enabled=False):  # which may have begun since the forward pass
+            slopes = _slopes(slope)  # (36, N, O)
+            if ctx.needs_input_grad[0]:
+                of_x = _spread(torch.bmm(slopes, _of_weight(weight).permute(1, 0, 2)), x.shape)
+            if ctx.needs_input_grad[1]:
+                _, of_weights, _ = matrices(x.dtype)
+                sums = torch.bmm(slopes.transpose(1, 2), _pieces(x)).transpose(0, 1)  # (O, 36, C)
+                of_weight = (of_weights.T @ sums).unflatten(1, (3, 3)).permute(0, 3, 1, 2)
         return of_x, of_weight
 
 

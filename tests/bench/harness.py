@@ -30,7 +30,7 @@ class Row:
         batch: what one call handles, in words.
         detail: anything else for the file; the callables may fill it.
         once: one run is enough, as it repeats by itself.
-        times: of the usual number of runs, where the two sides are nearly alike.
+        times: so many times the usual runs, where the two sides are nearly alike; not where one takes `LONG`.
     """
 
     row: str

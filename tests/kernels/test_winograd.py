@@ -60,7 +60,8 @@ def test_the_matrices_are_those_of_a_quarter_of_the_products():
     of_result, of_weight, of_x = winograd.matrices(torch.float64)
     assert [matrix.shape for matrix in (of_result, of_weight, of_x)] == [(16, 36), (36, 9), (36, 36)]
     corner = of_x[0].view(6, 6)  # at the point 0 along both axes: the product of the other points' factors, twice
-    row = torch.tensor([1, -1.5, -2, 1.5, 1, 0], dtype=torch.float64)  # (x-1)(x+1)(x-1/2)(x+2), lowest power first
+    # (x - 3/4)(x + 3/4)(x - 3/2)(x + 3/2), lowest power first
+    row = torch.tensor([81 / 64, 0, -45 / 16, 0, 1, 0], dtype=torch.float64)
     assert torch.equal(corner, row[:, None] * row)
 
 
@@ -162,6 +163,30 @@ def test_not_under_autocast_and_not_compiled(at_home):
         assert conv(x, weight).dtype == torch.bfloat16
     compiled = torch.compile(conv, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x, weight), plain(x, weight))
+
+
+def test_a_gradient_within_autocast_is_as_exact_as_its_result():
+    tensors = inputs((2, 128, 128, 16, 16), torch.float32)
+    y = winograd_conv(*tensors)
+    wanted = torch.autograd.grad(y, tensors, torch.ones_like(y), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, tensors, torch.ones_like(y))
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_not_where_float32_products_are_rounded(at_home):
+    tensors = inputs((2, 128, 128, 16, 16), torch.float32)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert not is_faster(*tensors)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert is_faster(*tensors)
+
+
+def test_not_for_weights_of_another_type(at_home):
+    x, weight = inputs((2, 128, 128, 16, 16), torch.float32)
+    assert not is_faster(x, weight.double())
 
 
 @pytest.mark.parametrize(("vendor", "home"), [("GenuineIntel", True), ("AuthenticAMD", False), (None, False)])

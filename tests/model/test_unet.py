@@ -147,6 +147,23 @@ def test_convolutions_of_many_channels_in_their_faster_form(resnet, monkeypatch)
     assert float((near - wanted).norm() / wanted.norm()) < 3e-5
 
 
+@pytest.mark.parametrize(
+    ("settings", "plain"),
+    [
+        ({"padding": 1}, True),
+        ({"padding": 1, "bias": False}, True),
+        ({"padding": 1, "padding_mode": "reflect"}, False),
+        ({"padding": 1, "dilation": 2}, False),
+        ({"padding": 1, "stride": 2}, False),
+        ({"padding": 1, "groups": 2}, False),
+        ({"padding": 0}, False),
+        ({"padding": 1, "kernel_size": 5}, False),
+    ],
+)
+def test_which_convolutions_are_plain(settings, plain):
+    assert unet._is_plain_3x3(nn.Conv2d(4, 4, **{"kernel_size": 3, **settings})) is plain
+
+
 def smp_forward(state: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
     """That library's Unet("resnet34") in evaluation, written with plain functions from its state dict alone."""
     from torch.nn import functional as F

@@ -15,8 +15,8 @@ others, and beside one that is not finite, the rest of its tile is as wrong, and
 
 On 2 cores of an Intel Xeon with AVX-512 (AMX), times as fast as oneDNN's convolution, forward, and with both gradients,
 where freed memory is kept, as `cli.keep_freed_memory` has it; where each piece of work takes it anew from the system,
-layers of few tiles or few channels take up to twice as long as oneDNN's. A layer takes up to 5 times the memory of x for
-a while, 10 times with its gradients:
+layers of few tiles or few channels take up to twice as long as oneDNN's. A layer takes up to 5 times the memory of x
+for a while, 10 times with its gradients:
 
     images, channels, side          forward   all      with AVX2 alone
      8      128       64            1.47      1.40     1.78    2.14

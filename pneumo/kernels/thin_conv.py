@@ -18,7 +18,7 @@ On an H100, bf16, 4 images of 1024 x 1024 pixels, in ms by cuDNN and here:
     grey to 64, 7x7, stride 2        0.60    -   0.44      0.10    -   0.12
     32 to 32 at half the pixels      0.11  0.11  0.23      0.14    -   0.20      left to cuDNN
 
-Imports winograd, errors.
+Imports wide_conv, errors.
 """
 
 import importlib.util
@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, library, nn
 
 from pneumo.errors import is_gpu_full
-from pneumo.kernels import winograd
+from pneumo.kernels import wide_conv
+from pneumo.kernels.wide_conv import compute_dtype
 
 if importlib.util.find_spec("triton"):
     import triton
@@ -61,7 +62,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = 
     """
     if is_thin(x, *weight.shape[:2]):
         return _thin(x, weight.permute(2, 3, 1, 0)[None, None], bias, 1, 1, 1, relu)
-    y = winograd.conv(x, weight, bias)
+    y = wide_conv.conv(x, weight, bias)
     return y.relu_() if relu else y
 
 
@@ -82,7 +83,7 @@ def doubling_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu
         # of four weights along an axis, output pixels of even place see numbers 3 and 1, the others 2 and 0
         packed = weight.flip(2, 3).reshape(below, out, 2, 2, 2, 2).permute(3, 5, 2, 4, 0, 1)
         return _thin(x, packed, bias, 1, 2, 1, relu)
-    y = F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
+    y = wide_conv.doubling_conv(x, weight, bias)
     return y.relu_() if relu else y
 
 
@@ -124,7 +125,7 @@ def is_thin(x: Tensor, inside: int, out: int, most: int = THIN) -> bool:
     Args:
         most: channels on either side at most; more would need more memory than a multiprocessor has.
     """
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     return triton is not None and x.is_cuda and dtype in HALVES and few(inside, out, most) and works(x.device, dtype)
 
 
@@ -142,13 +143,8 @@ def has_products(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def _thin(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, up: int, pad: int, relu: bool) -> Tensor:
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     x = x.to(dtype).contiguous(memory_format=torch.channels_last)
     return patches(x, weight.to(dtype).contiguous(), bias, stride, up, pad, relu)
 

@@ -3,7 +3,8 @@
 A 3x3 window over an upsampled image sees each pixel of the image two or four times, so its nine weights act as four:
 the upsampled half is a 4x4 transposed convolution of stride 2 of the small image, whose weights are sums of the 3x3
 ones. It costs 4 instead of 9 products for each input channel and pixel, and neither the upsampled image nor its
-concatenation with the skip is ever in memory, nor kept for the backward pass. Imports thin_conv, winograd.
+concatenation with the skip is ever in memory, nor kept for the backward pass. Imports thin_conv,
+wide_conv.
 """
 
 import statistics
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pneumo.kernels import winograd
+from pneumo.kernels import wide_conv
 from pneumo.kernels.thin_conv import doubling_conv
 
 CPU_PIXELS = 512  # of x, over the batch: with fewer, summing up the weights costs more than it saves
@@ -33,13 +34,13 @@ def upsampled_conv(x: Tensor, skip: Tensor | None, weight: Tensor) -> Tensor:
     """
     below = x.shape[1]
     y = doubling_conv(x, stride_2_weight(weight[:, :below]))
-    return y if skip is None else y.add_(winograd.conv(skip, weight[:, below:]))
+    return y if skip is None else y.add_(wide_conv.conv(skip, weight[:, below:]))
 
 
 def upsampled_conv_ref(x: Tensor, skip: Tensor | None, weight: Tensor) -> Tensor:
     """What `upsampled_conv` computes, step by step; the same arguments and result."""
     x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    return F.conv2d(x if skip is None else torch.cat([x, skip], dim=1), weight, padding=1)
+    return wide_conv.conv(x if skip is None else torch.cat([x, skip], dim=1), weight)
 
 
 def stride_2_weight(weight: Tensor) -> Tensor:

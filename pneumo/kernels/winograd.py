@@ -47,23 +47,6 @@ EXACT = ("none", "ieee")  # matrix products in float32 itself; else they round a
 TILES = 32  # of the batch at least, to be worth the transformation of the weights
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """3x3 convolution with padding 1, in whichever form is faster here.
-
-    Args:
-        x: (B, C, H, W) float.
-        weight: (O, C, 3, 3).
-        bias: (O,).
-
-    Returns:
-        (B, O, H, W).
-    """
-    if not is_faster(x, weight):
-        return F.conv2d(x, weight, bias, padding=1)
-    y = winograd_conv(x, weight)
-    return y if bias is None else y.add_(bias[:, None, None])
-
-
 def winograd_conv(x: Tensor, weight: Tensor) -> Tensor:
     """What F.conv2d(x, weight, padding=1) computes, by Winograd's form.
 
@@ -85,14 +68,22 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return False
-    if torch.backends.mkldnn.matmul.fp32_precision not in EXACT:  # as by torch.set_float32_matmul_precision
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or not products_are_exact():
         return False
     batch, _, height, width = x.shape
     if height % TILE or width % TILE or batch * height * width < TILES * TILE**2:
         return False
     return min(weight.shape[:2]) >= CHANNELS and mkl_is_at_home()
+
+
+def laid_out_as(weight: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the weight's order in memory, as DistributedDataParallel wants it."""
+    return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
+
+
+def products_are_exact() -> bool:
+    """Whether products of float32 matrices are of float32, or rounded, as by torch.set_float32_matmul_precision."""
+    return torch.backends.mkldnn.matmul.fp32_precision in EXACT
 
 
 @cache
@@ -131,7 +122,7 @@ class _Winograd(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 _, of_weights, _ = matrices(x.dtype)
                 sums = torch.bmm(slopes.transpose(1, 2), _pieces(x)).transpose(0, 1)  # (O, 36, C)
-                of_weight = (of_weights.T @ sums).unflatten(1, (3, 3)).permute(0, 3, 1, 2)
+                of_weight = laid_out_as(weight, (of_weights.T @ sums).unflatten(1, (3, 3)).permute(0, 3, 1, 2))
         return of_x, of_weight
 
 

@@ -15,7 +15,7 @@ from pneumo.errors import UsageError, one_line
 from pneumo.kernels import thin_conv
 from pneumo.kernels.conv_relu import conv_relu
 from pneumo.kernels.upconv import stride_2_weight
-from pneumo.model.unet import Conv3x3, DecoderBlock, UNet, features
+from pneumo.model.unet import DecoderBlock, PlainConv, UNet, features
 
 
 class FoldedUNet(nn.Module):
@@ -109,8 +109,8 @@ class _FoldedBlock(nn.Module):
         out, inside = first.shape[:2]
         skip, options = inside - self.below, {"device": first.device}
         self.up = nn.ConvTranspose2d(self.below, out, 4, stride=2, padding=1, bias=not skip, **options)
-        self.skip = Conv3x3(skip, out, 3, padding=1, **options) if skip else None
-        self.second = Conv3x3(out, len(second), 3, padding=1, **options)
+        self.skip = PlainConv(skip, out, 3, padding=1, **options) if skip else None
+        self.second = PlainConv(out, len(second), 3, padding=1, **options)
         self.requires_grad_(False)
 
     def fill(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> None:

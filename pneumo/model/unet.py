@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from pneumo import checkpoint
 from pneumo.errors import DataError, UsageError, one_line
-from pneumo.kernels import thin_conv, winograd
+from pneumo.kernels import thin_conv, wide_conv
 from pneumo.kernels.upconv import upsampled_conv, upsampled_conv_ref
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a timm model on the hub, in timm's order
@@ -63,12 +63,12 @@ class Stem(nn.Conv2d):
         return x
 
 
-class Conv3x3(nn.Conv2d):
-    """A plain 3x3 convolution with stride and padding 1, in whichever form is faster."""
+class PlainConv(nn.Conv2d):
+    """A convolution of stride 1 or 2 whose padding is half its window, in whichever form is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, O, H, W)."""
-        return winograd.conv(x, self.weight, self.bias)
+        """Map (B, C, H, W) to (B, O, H', W')."""
+        return wide_conv.conv(x, self.weight, self.bias, self.stride[0])
 
 
 def conv_bn_relu(inside: int, out: int) -> nn.Sequential:
@@ -117,8 +117,8 @@ class UNet(nn.Module):
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
         self.stem = _take_stem(self.encoder)
         for module in self.encoder.modules():
-            if type(module) is nn.Conv2d and _is_plain_3x3(module):
-                module.__class__ = Conv3x3  # the same parameters, computed otherwise
+            if type(module) is nn.Conv2d and _is_plain(module):
+                module.__class__ = PlainConv  # the same parameters, computed otherwise
         below = [channels[-1], *decoder_channels[:-1]]
         skips = [*reversed(channels[:-1]), 0]
         self.blocks = nn.ModuleList(map(DecoderBlock, below, skips, decoder_channels))
@@ -194,9 +194,10 @@ def _take_stem(encoder: nn.Module) -> str | None:
     return None
 
 
-def _is_plain_3x3(conv: nn.Conv2d) -> bool:
-    window = conv.kernel_size == (3, 3) and conv.stride == conv.padding == conv.dilation == (1, 1)
-    return window and conv.groups == 1 and conv.padding_mode == "zeros"
+def _is_plain(conv: nn.Conv2d) -> bool:
+    window = conv.kernel_size, conv.padding
+    sizes = window in (((1, 1), (0, 0)), ((3, 3), (1, 1))) and conv.stride in ((1, 1), (2, 2))
+    return sizes and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
 
 
 def load_smp(model: UNet, state: Mapping[str, Tensor]) -> None:

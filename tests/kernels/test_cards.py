@@ -71,7 +71,7 @@ def test_a_compiler_asks_what_was_tried_and_takes_it_for_good(monkeypatch, answe
         return answer
 
     monkeypatch.setattr(thin_conv, "triton", object())
-    monkeypatch.setattr(thin_conv, "_compute_dtype", lambda _x: Half.dtype)
+    monkeypatch.setattr(thin_conv, "compute_dtype", lambda _x: Half.dtype)
     monkeypatch.setattr(thin_conv, "_tried", tried)
 
     def choose(x: torch.Tensor) -> torch.Tensor:

@@ -287,7 +287,7 @@ class TestChoice:
         class Card:
             is_cuda, device, dtype = True, torch.device("cuda"), torch.bfloat16
 
-        monkeypatch.setattr(thin_conv, "_compute_dtype", lambda x: x.dtype)
+        monkeypatch.setattr(thin_conv, "compute_dtype", lambda x: x.dtype)
         monkeypatch.setattr(thin_conv, "works", lambda *_given, **_more: True)
         assert thin_conv.is_thin(Card, inside, out, most) is thin
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from pneumo.engine import RunningStatistics
 from pneumo.errors import DataError, UsageError
-from pneumo.kernels import winograd
+from pneumo.kernels import wide_conv, winograd
+from pneumo.kernels.wide_conv import weight_gradient
 from pneumo.kernels.winograd import winograd_conv
 from pneumo.model import unet
 from pneumo.model.folded import FoldedUNet
@@ -147,6 +148,21 @@ def test_convolutions_of_many_channels_in_their_faster_form(resnet, monkeypatch)
     assert float((near - wanted).norm() / wanted.norm()) < 3e-5
 
 
+def test_gradients_of_many_weights_over_few_pixels_as_products(resnet, monkeypatch):
+    """Of two images of 128 px: in the encoder's last levels 13 and 7, with their shortcuts; in two blocks 3 and 1."""
+    image, made = torch.rand(2, 1, 128, 128), []
+    monkeypatch.setattr(winograd, "mkl_is_at_home", lambda: False)
+    monkeypatch.setattr(wide_conv, "weight_gradient", lambda *given: made.append(given) or weight_gradient(*given))
+    slopes = []
+    for pairs in (wide_conv.PAIRS, 10**9):
+        monkeypatch.setattr(wide_conv, "PAIRS", pairs)
+        slopes.append(torch.autograd.grad(resnet(image).square().mean(), list(resnet.parameters())))
+    assert len(made) == 13 + 7 + 3 + 1
+    found, wanted = (torch.cat([slope.flatten() for slope in some]) for some in slopes)
+    assert not torch.equal(found, wanted)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("settings", "plain"),
     [
@@ -154,14 +170,19 @@ def test_convolutions_of_many_channels_in_their_faster_form(resnet, monkeypatch)
         ({"padding": 1, "bias": False}, True),
         ({"padding": 1, "padding_mode": "reflect"}, False),
         ({"padding": 1, "dilation": 2}, False),
-        ({"padding": 1, "stride": 2}, False),
+        ({"padding": 1, "stride": 2}, True),
+        ({"padding": 1, "stride": 3}, False),
+        ({"padding": 1, "stride": (1, 2)}, False),
+        ({"kernel_size": 1}, True),
+        ({"kernel_size": 1, "stride": 2}, True),
+        ({"kernel_size": 1, "padding": 1}, False),
         ({"padding": 1, "groups": 2}, False),
         ({"padding": 0}, False),
         ({"padding": 1, "kernel_size": 5}, False),
     ],
 )
 def test_which_convolutions_are_plain(settings, plain):
-    assert unet._is_plain_3x3(nn.Conv2d(4, 4, **{"kernel_size": 3, **settings})) is plain
+    assert unet._is_plain(nn.Conv2d(4, 4, **{"kernel_size": 3, **settings})) is plain
 
 
 def smp_forward(state: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from pneumo.kernels.upconv import is_faster, upsampled_conv, upsampled_conv_ref
+from pneumo.kernels import winograd
+from pneumo.kernels.upconv import is_faster, stride_2_weight, upsampled_conv, upsampled_conv_ref
 
 SHAPES = [
     # B, C, K, O, H, W
@@ -64,10 +65,32 @@ def test_float32_errs_at_most_twice_as_much_as_the_reference(shape):
     assert (mine <= limits * reference).all(), (mine / reference).tolist()
 
 
-def test_the_rule_on_a_cpu_is_the_same_every_time():
+@pytest.mark.parametrize(
+    ("intel", "dtype", "least"),
+    [
+        (False, torch.float32, 8),
+        (False, torch.bfloat16, 8),
+        (True, torch.bfloat16, 16),
+        (True, torch.float32, 32),
+        (True, torch.float64, 8),
+    ],
+)
+def test_the_rule_on_a_cpu_is_the_same_every_time(monkeypatch, intel, dtype, least):
+    monkeypatch.setattr(winograd, "mkl_is_at_home", lambda: intel)
     cpu = torch.device("cpu")
-    assert is_faster((8, 512, 8, 8), 256, 256, cpu, torch.float32)
-    assert not is_faster((8, 512, 4, 4), 256, 256, cpu, torch.float32)
+    assert is_faster((least, 512, 8, 8), 256, 256, cpu, dtype)
+    assert not is_faster((least - 1, 512, 8, 8), 256, 256, cpu, dtype)
+
+
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
+def test_keeps_the_order_in_memory(order):
+    """What the gradients of training are, so that none is copied; the summed weights as convolutions have them."""
+    x, skip, weight = inputs((2, 8, 4, 6, 4, 4), torch.float32)
+    weight = weight.detach().contiguous(memory_format=order).requires_grad_()
+    assert stride_2_weight(weight).is_contiguous(memory_format=torch.channels_last)
+    y = upsampled_conv(x, skip, weight)
+    (slope,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+    assert slope.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.gpu

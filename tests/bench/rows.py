@@ -418,16 +418,16 @@ def copies(model: nn.Module) -> list[nn.Module]:
     return [copy.deepcopy(model) for _ in range(5)]
 
 
-def five_folds(setup: Setup, dtype: torch.dtype, side: int) -> Ensemble:
+def folds(count: int, setup: Setup, dtype: torch.dtype, side: int) -> Ensemble:
     """Our networks as a prediction has them."""
-    models = copies(FoldedUNet(UNet().to(setup.device).eval(), dtype))
+    models = copies(FoldedUNet(UNet().to(setup.device).eval(), dtype))[:count]
     return Ensemble(tuple((model,) for model in models), side, {}, dtype, True, "", "", 16)
 
 
 def prediction(setup: Setup, side: int, batch: int, dtype: torch.dtype, target: str) -> Row:
     """Five networks and their mirror images, all kept loaded, to quantised probabilities on the host."""
     image, _ = batch_of(setup, batch, side)
-    ours = five_folds(setup, dtype, side)
+    ours = folds(5, setup, dtype, side)
     names = list(map(str, range(batch)))
     return Row(
         row=f"prediction, 5 folds x mirror, {side} px, {'bf16' if dtype == HALF else 'float32'}",
@@ -529,7 +529,7 @@ def growth(setup: Setup) -> Iterator[Row]:
     """Cost against the number of images, at 64 px."""
     many = setup.pick((1000, 4000, 12000), (100, 200, 400), (2, 4))
     some = setup.pick((100, 200, 400), (4, 8, 12), (2, 4))
-    repeats, fewer = setup.pick((3, 2), (3, 1), (1, 1))
+    repeats, fewer = setup.pick(3, 3, 1), setup.pick(2, 1, 1)
     side, recipe = 64, config.load(REPO / "configs.toml", "seed")
     images, masks = x_rays(many[-1], side)
     bits = np.packbits(masks, axis=2)
@@ -547,7 +547,7 @@ def growth(setup: Setup) -> Iterator[Row]:
         place = setup.folder / f"pack{next(places)}"
         packs.open_pack(place, "bench", cases[:count], side, annotation_size=1024, progress=lambda items, **_: items)
 
-    yield scaling("pack", many, repeats, pack, "PNG of 64 px")
+    yield scaling("pack", many, fewer, pack, "PNG of 64 px")
 
     feed = Feed(pack_of(images, bits), setup.device, np.arange(len(images)))
 
@@ -556,7 +556,7 @@ def growth(setup: Setup) -> Iterator[Row]:
             pass
         wait(setup.device)
 
-    yield scaling("feed", many, repeats, show, "batches of 16")
+    yield scaling("feed", many, 5 * repeats, show, "batches of 16")
 
     grid = tune.make_grid(
         REPORT,
@@ -585,14 +585,14 @@ def growth(setup: Setup) -> Iterator[Row]:
 
     yield scaling("training", some, fewer, train, f"64 px, batches of 4, {dtype}")
 
-    networks = five_folds(setup, dtype, side)
+    networks = folds(1, setup, dtype, side)
 
     def predict(count: int) -> None:
         for image, _ in feed.batches(cut(np.arange(count), 4)):
             for q in ensemble.predict(networks, image, 4 * side, [""] * len(image)).q:
                 rle.encode_runs(decide(q, Rule(**asdict(recipe.rule))))
 
-    yield scaling("prediction", some, fewer, predict, f"64 px, to 256, 5 folds x mirror, batches of 4, {dtype}")
+    yield scaling("prediction", some, 2 * fewer, predict, f"64 px, to 256, one fold x mirror, batches of 4, {dtype}")
 
 
 HOST = (codec, filter_and_code, epoch_of_batches, growth)

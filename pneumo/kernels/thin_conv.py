@@ -39,7 +39,7 @@ if importlib.util.find_spec("triton"):
 else:  # as with PyTorch for CPUs
     triton = None
 
-VERSION = 1  # of the kernels: a new one makes what was timed with the old obsolete
+VERSION = 2  # of the kernels and what `upconv` makes of them: a new one makes what was timed with the old obsolete
 HALVES = (torch.float16, torch.bfloat16)
 THIN = 32  # channels in and out at most, and their product
 PRODUCT = 512

@@ -7,7 +7,8 @@ as long as the result:
     dw[o, i, j, c] = sum over pixels n of dy[n, o] patches[n, i, j, c]
 
 where patches[n] is what the window sees of x around pixel n (im2col). Result and gradient of x stay oneDNN's. What the
-gradient of the weights takes on 2 cores of an Intel Xeon, in ms by oneDNN and here; the copies are within:
+gradient of the weights takes on 2 cores of an Intel Xeon, where alone it was measured, in ms by oneDNN and here; with
+"AVX-512" oneDNN was held to its instructions for bf16. The copies are within:
 
     images, channels, side, window     bf16 (AMX)      bf16, AVX-512     float32
      8  512 to 512    8      3x3       10.8    3.7     19.4    17.9      10.7     8.8
@@ -16,7 +17,7 @@ gradient of the weights takes on 2 cores of an Intel Xeon, in ms by oneDNN and h
     16  512 to 512    2      3x3        7.0    0.8      6.4     2.5       7.5     1.9
      8  512 to 256    8      4x4, up   13.0    4.0     16.8    13.9      13.5     9.7
      8  256 to 512   16      3x3, by 2  7.8    2.4     11.1     8.8       8.1     5.6
-     8  256 to 512   16      1x1, by 2  1.0    0.3      1.3     1.1       0.7     0.6
+     8  256 to 512   16      1x1, by 2  1.0    0.3      1.3     1.1       left to oneDNN, as all of 1x1
     16  512 to 512    8      3x3       19.3    7.6     33.5    33.5      21.1    19.1
      8  256 to 256    8      3x3        2.3    1.0      4.5     4.7       2.5     2.8      left to oneDNN
      8  512 to 512   16      3x3       24.3   19.8     61.7    66.5      71.4    67.6      left to oneDNN
@@ -88,7 +89,7 @@ def is_product_faster(x: Tensor, weight: Tensor, pixels: int) -> bool:
     dtype, given = compute_dtype(x), {x.dtype, weight.dtype}
     if dtype not in FLOATS or not given <= set(FLOATS) or (len(given) > 1 and not torch.is_autocast_enabled("cpu")):
         return False  # or as refused by a convolution
-    if dtype == torch.float32 and not winograd.products_are_exact():
+    if dtype == torch.float32 and (weight.shape[-1] == 1 or not winograd.products_are_exact()):
         return False
     return pixels <= min(PIXELS, weight.shape[0] * weight.shape[1] // PAIRS)
 
@@ -119,26 +120,16 @@ class _ConvByProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         stride, padding, transposed = ctx.geometry
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        x_slope = weight_slope = None
         with torch.autocast("cpu", enabled=False):  # which may have begun since the forward pass
-            x_slope, _, bias_slope = torch.ops.aten.convolution_backward(
-                slope,
-                x,
-                weight,
-                [slope.shape[1]] if of_bias else None,
-                [stride] * 2,
-                [padding] * 2,
-                [1, 1],
-                transposed,
-                [0, 0],
-                1,
-                [of_x, False, of_bias],
-            )
-            weight_slope = None
+            if of_x:  # that alone: with the bias's, oneDNN computes the weight's as well
+                rest = [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1, [True, False, False]
+                x_slope, _, _ = torch.ops.aten.convolution_backward(slope, x, weight, None, *rest)
             if of_weight:
                 few, many = (x, slope) if transposed else (slope, x)
                 weight_slope = weight_gradient(few, many, weight.shape[-1], stride, padding)
                 weight_slope = winograd.laid_out_as(weight, weight_slope)
-        return x_slope, weight_slope, bias_slope, None, None, None
+        return x_slope, weight_slope, slope.sum((0, 2, 3)) if of_bias else None, None, None, None
 
 
 def weight_gradient(few: Tensor, many: Tensor, size: int, stride: int, padding: int) -> Tensor:
@@ -146,10 +137,9 @@ def weight_gradient(few: Tensor, many: Tensor, size: int, stride: int, padding: 
 
     Args:
         few: (B, O, H, W) slope of the result, or of a transposed convolution what it was given.
-        many: (B, C, S * H, S * W) what the convolution was given, or of a transposed one the slope of its result.
+        many: (B, C, H', W') what the convolution was given, or of a transposed one the slope of its result.
         size: of the window.
-        stride: S.
-        padding: of `many`.
+        stride, padding: of the window over `many`.
 
     Returns:
         (O, C, size, size), channels_last.

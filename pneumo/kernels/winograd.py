@@ -77,8 +77,9 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
 
 
 def laid_out_as(weight: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient in the weight's order in memory, as DistributedDataParallel wants it."""
-    return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
+    """The gradient in the weight's order in memory, without its gaps, as DistributedDataParallel wants it."""
+    wanted = torch.empty_like(weight, device="meta").stride()
+    return gradient if gradient.stride() == wanted else torch.empty_like(weight).copy_(gradient)
 
 
 def products_are_exact() -> bool:

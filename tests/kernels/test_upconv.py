@@ -84,7 +84,7 @@ def test_the_rule_on_a_cpu_is_the_same_every_time(monkeypatch, intel, dtype, lea
 
 @pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
 def test_keeps_the_order_in_memory(order):
-    """What the gradients of training are, so that none is copied; the summed weights as convolutions have them."""
+    """What the gradients of training are; the summed weights as convolutions have them."""
     x, skip, weight = inputs((2, 8, 4, 6, 4, 4), torch.float32)
     weight = weight.detach().contiguous(memory_format=order).requires_grad_()
     assert stride_2_weight(weight).is_contiguous(memory_format=torch.channels_last)

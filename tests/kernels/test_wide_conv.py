@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pneumo.kernels import wide_conv, winograd
 from pneumo.kernels.wide_conv import conv, doubling_conv, is_product_faster, weight_gradient
@@ -95,13 +96,32 @@ def test_whatever_the_order_in_memory(products, order):
     torch.testing.assert_close(found, torch.autograd.grad(plain(1, x, weight).sum(), weight)[0])
 
 
-@pytest.mark.parametrize("frozen", [0, 1, 2])
-def test_gradients_that_nobody_needs_are_left_out(products, frozen):
-    tensors = inputs(SHAPES[1], torch.float64, bias=True)
-    tensors[frozen].requires_grad_(False)
-    for found, wanted in zip(values(mine, 1, tensors), values(plain, 1, tensors), strict=True):
+class Asked(TorchDispatchMode):
+    """Notes which gradients PyTorch's own form is asked for: of x, the weights, the bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks = []
+
+    def __torch_dispatch__(self, function, _types, given=(), options=None):
+        if function is torch.ops.aten.convolution_backward.default:
+            self.masks.append(given[-1])
+        return function(*given, **(options or {}))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [0, 1, 2, None])
+def test_gradients_that_nobody_needs_are_left_out(products, frozen, bias):
+    """With the bias's alone oneDNN would compute the weights' as well."""
+    tensors = inputs(SHAPES[1], torch.float64, bias=bias)
+    for tensor in tensors[frozen : frozen + 1] if frozen is not None else []:
+        tensor.requires_grad_(False)
+    with Asked() as asked:
+        results = values(mine, 1, tensors)
+    for found, wanted in zip(results, values(plain, 1, tensors), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     assert len(products) == (frozen != 1)
+    assert asked.masks == ([] if frozen == 0 else [[True, False, False]])
 
 
 @pytest.mark.parametrize("last", [True, False])
@@ -142,9 +162,10 @@ def test_under_autocast_as_a_convolution(products):
     with torch.autocast("cpu", torch.bfloat16):
         found, wanted = (values(form, 1, tensors) for form in (mine, plain))
     assert [part.dtype for part in found] == [torch.bfloat16, *[torch.float32] * 3]
-    for index in (0, 1, 3):
-        assert torch.equal(found[index], wanted[index])
-    torch.testing.assert_close(found[2], wanted[2], rtol=0.02, atol=0.02)
+    assert all(map(torch.equal, found[:2], wanted[:2]))
+    exact = values(plain, 1, [tensor.detach().double().requires_grad_() for tensor in tensors])
+    for one, other, true in zip(found[2:], wanted[2:], exact[2:], strict=True):
+        assert float((one - true).norm()) < 1.5 * float((other - true).norm())
     assert len(products) == 1
 
 
@@ -176,7 +197,8 @@ def test_a_relu_may_overwrite_the_result(products):
     [
         ((8, 512, 256, 8, 8, 3, 1), torch.bfloat16, True),
         ((8, 256, 512, 16, 16, 3, 2), torch.bfloat16, True),
-        ((8, 256, 512, 15, 15, 1, 2), torch.float32, True),
+        ((8, 256, 512, 15, 15, 3, 2), torch.float32, True),
+        ((8, 256, 512, 15, 15, 1, 2), torch.bfloat16, True),
         ((8, 512, 256, 8, 8, 4, 0), torch.float32, True),
         ((8, 512, 255, 8, 8, 3, 1), torch.bfloat16, False),  # too few channels for so many pixels
         ((8, 512, 256, 8, 9, 3, 1), torch.bfloat16, False),
@@ -184,6 +206,7 @@ def test_a_relu_may_overwrite_the_result(products):
         ((8, 512, 256, 8, 9, 4, 0), torch.bfloat16, False),
         ((4, 2048, 512, 16, 16, 1, 1), torch.bfloat16, True),
         ((5, 2048, 512, 16, 16, 1, 1), torch.bfloat16, False),  # too many pixels at all
+        ((1, 2048, 512, 8, 8, 1, 2), torch.float32, False),  # one weight for a pair of channels
         ((8, 512, 256, 8, 8, 3, 1), torch.float64, False),  # two processes are compared in it
         ((8, 512, 256, 8, 8, 3, 1), torch.float16, False),  # not measured
     ],

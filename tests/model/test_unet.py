@@ -149,7 +149,7 @@ def test_convolutions_of_many_channels_in_their_faster_form(resnet, monkeypatch)
 
 
 def test_gradients_of_many_weights_over_few_pixels_as_products(resnet, monkeypatch):
-    """Of two images of 128 px: in the encoder's last levels 12 and 6, but no shortcut, as in bf16; in two blocks 3 and 1."""
+    """Of two images of 128 px: in the encoder's last levels 12 and 6, no shortcut as in bf16; in two blocks 3 and 1."""
     image, made = torch.rand(2, 1, 128, 128), []
     monkeypatch.setattr(winograd, "mkl_is_at_home", lambda: False)
     monkeypatch.setattr(wide_conv, "weight_gradient", lambda *given: made.append(given) or weight_gradient(*given))

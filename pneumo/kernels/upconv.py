@@ -3,8 +3,7 @@
 A 3x3 window over an upsampled image sees each pixel of the image two or four times, so its nine weights act as four:
 the upsampled half is a 4x4 transposed convolution of stride 2 of the small image, whose weights are sums of the 3x3
 ones. It costs 4 instead of 9 products for each input channel and pixel, and neither the upsampled image nor its
-concatenation with the skip is ever in memory, nor kept for the backward pass. Imports thin_conv,
-wide_conv, winograd.
+concatenation with the skip is ever in memory, nor kept for the backward pass. Imports thin_conv, wide_conv, winograd.
 """
 
 import statistics

@@ -80,6 +80,7 @@ def is_product_faster(x: Tensor, weight: Tensor, pixels: int) -> bool:
     """Whether the gradient of the weights takes less time as a product, by a rule that was measured; see above.
 
     Args:
+        x, weight: as of `conv` or `doubling_conv`.
         pixels: of the result, or of a transposed convolution those of x, over the batch.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():

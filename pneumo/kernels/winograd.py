@@ -77,7 +77,7 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
 
 
 def laid_out_as(weight: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient in the weight's order in memory, without its gaps, as DistributedDataParallel wants it."""
+    """The gradient, of the weight's shape, in its order in memory without gaps, as DistributedDataParallel wants it."""
     wanted = torch.empty_like(weight, device="meta").stride()
     return gradient if gradient.stride() == wanted else torch.empty_like(weight).copy_(gradient)
 

@@ -25,7 +25,7 @@ from bench.elsewhere import Elsewhere
 from bench.harness import Row, wait
 from PIL import Image
 from scipy import ndimage
-from torch import Tensor, nn
+from torch import Tensor
 
 from pneumo import config, engine, ensemble, training
 from pneumo.data import pack as packs
@@ -413,15 +413,11 @@ def filter_gpu(setup: Setup) -> Iterator[Row]:
     )
 
 
-def copies(model: nn.Module) -> list[nn.Module]:
-    """Five of one model, each with its own memory."""
-    return [copy.deepcopy(model) for _ in range(5)]
-
-
 def folds(count: int, setup: Setup, dtype: torch.dtype, side: int) -> Ensemble:
-    """Our networks as a prediction has them."""
-    models = copies(FoldedUNet(UNet().to(setup.device).eval(), dtype))[:count]
-    return Ensemble(tuple((model,) for model in models), side, {}, dtype, True, "", "", 16)
+    """Our networks as a prediction has them, of so many folds, each with its own memory."""
+    model = FoldedUNet(UNet().to(setup.device).eval(), dtype)
+    models = tuple((copy.deepcopy(model),) for _ in range(count))
+    return Ensemble(models, side, {}, dtype, True, "", "", 16)
 
 
 def prediction(setup: Setup, side: int, batch: int, dtype: torch.dtype, target: str) -> Row:

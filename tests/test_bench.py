@@ -117,3 +117,22 @@ def test_every_row_runs(repo, tmp_path):
     assert len(results) > 20 and all(result["rival"] for result in results)
     measured = [result for result in results if result["unit"] != "exponent"]  # of 2 and 4 images, it may be below 0
     assert len(measured) > 15 and all(result["ratio"] > 0 for result in measured)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, RIVALS)), reason="rivals are not installed: make bench does")
+def test_what_was_measured_stays_when_a_later_row_fails(monkeypatch, tmp_path):
+    from bench import rows, run
+
+    def group(_setup):
+        yield Row(row="a", rival="b", ours=int, theirs=int)
+        raise RuntimeError("the rival is out of memory")
+
+    for name in ("CPU", "GPU", "HOST"):
+        monkeypatch.setattr(rows, name, (group,) if name == "HOST" else ())
+    monkeypatch.setenv("BENCH", "smoke")
+    monkeypatch.setattr(sys, "argv", ["run"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.main()
+    assert [result["row"] for result in json.loads((tmp_path / "runs" / "bench.json").read_text())] == ["a"]

@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests python -m bench.run        BENCH=quick: at most 50 seconds; BENCH=smoke: only that it runs
 
-Imports cli.
+Imports cli, checkpoint.
 """
 
 import gc
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from bench.harness import measure, table
 from bench.rows import Setup
 
 from pneumo import cli
+from pneumo.checkpoint import write_atomic
 
 REPEATS = {"full": 5, "quick": 3, "smoke": 1}
 
@@ -44,25 +45,25 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "timm", "numpy", *rivals.PACKAGES)}
 
 
-def run(size: str, device: torch.device, only: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Measure all rows, or those of the groups whose names hold one of `only`."""
+def run(size: str, device: torch.device, only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Measure all rows, or those of the groups whose names hold one of `only`; each as soon as it is done."""
     groups = rows.GPU + rows.HOST if device.type == "cuda" else rows.CPU + rows.HOST
     if size == "smoke":
         groups = rows.CPU + rows.GPU + rows.HOST
     about = {"hardware": hardware(device), "versions": versions(), "date": date.today().isoformat(), "size": size}
-    results, start = [], time.perf_counter()
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, Elsewhere("bench.rivals") as elsewhere:
         setup = Setup(device, size, Path(folder), elsewhere)
         for group in groups:
             if only and not any(name in group.__name__ for name in only):
                 continue
             for row in group(setup):
-                results.append({**measure(row, REPEATS[size], device), **about})
+                result = {**measure(row, REPEATS[size], device), **about}
                 passed = f"{time.perf_counter() - start:4.0f} s "
-                print(passed + table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+                print(passed + table([result]).splitlines()[-1], file=sys.stderr, flush=True)
+                yield result
                 del row
                 gc.collect()
-    return results
 
 
 def main() -> int:
@@ -71,10 +72,11 @@ def main() -> int:
     warnings.filterwarnings("ignore")  # the rivals' own
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = run(os.environ.get("BENCH") or "full", device, sys.argv[1:])
-    if not sys.argv[1:]:
-        Path("runs").mkdir(exist_ok=True)
-        Path("runs/bench.json").write_text(json.dumps(results, indent=1) + "\n")
+    results = []
+    for result in run(os.environ.get("BENCH") or "full", device, sys.argv[1:]):
+        results.append(result)
+        if not sys.argv[1:]:  # so that what was measured stays when a later row ends it
+            write_atomic(Path("runs/bench.json"), (json.dumps(results, indent=1) + "\n").encode())
     if not results:
         print(f"no rows of a group named {' or '.join(sys.argv[1:])} on this device", file=sys.stderr)
         return 2

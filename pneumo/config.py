@@ -7,12 +7,13 @@ the nearest known one. Imports errors.
 import difflib
 import os
 import re
+import shlex
 import tomllib
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from pneumo.errors import UsageError, one_line
 
@@ -22,6 +23,8 @@ Share = "[0, 1]"
 NotNegative = "[0, inf)"
 
 _SHOWN = 5  # keys in a message
+_MOST = 120  # letters of overrides in a command that is suggested
+_MORE = "..."  # stands for more
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")  # of a recipe: it becomes a folder's
 
@@ -189,10 +192,15 @@ class PhantomConfig:
     positive_fraction: Annotated[float, Share]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that a run depends on."""
+    """Everything that a run depends on.
 
+    Attributes:
+        typed: the overrides as they were given, for commands that are suggested; no part of what is run or compared.
+    """
+
+    typed: ClassVar[tuple[str, ...]] = ()
     name: str
     seed: Annotated[int, NotNegative]
     runs: str
@@ -233,9 +241,26 @@ class Recipe:
         first = max(number for number in used if self.stage[number].start != "previous")
         return list(used[first - 1 :])
 
-    def command(self, target: str) -> str:
-        """What to type for a target of the Makefile, as make cv RECIPE=demo."""
-        return f"make {target}" + ("" if self.name == "seed" else f" RECIPE={self.name}")
+    def command(self, target: str, *overrides: str, recipe: str = "") -> str:
+        """What to type for a target of the Makefile, as make cv RECIPE=demo SET=stage.1.lr=1e-4.
+
+        Args:
+            overrides: besides those that were typed for this recipe, or in their place.
+            recipe: the name of another one, for which the same was typed.
+        """
+        name = recipe or self.name
+        keys = {override.partition("=")[0] for override in overrides}
+        typed = _brief([word for word in self.typed if word.partition("=")[0].strip() not in keys])
+        words = " ".join([*typed, *overrides])
+        plain = len(words.split()) == 1 and "'" not in words and words != _MORE
+        setting = "" if not words else f" SET={words}" if plain else f' SET="{words}"'
+        return f"make {target}" + ("" if name == "seed" else f" RECIPE={name}") + setting
+
+    def program(self, command: str) -> str:
+        """As `command`, where the Makefile has no target: python -m pneumo folds --recipe demo --set runs=DIR."""
+        return " ".join(
+            [f"python -m pneumo {command} --recipe {self.name}", *(["--set"] * bool(self.typed)), *_brief(self.typed)]
+        )
 
     def stage_folder(self, fold: int, stage: int) -> Path:
         """The run folder of one stage of one fold: holds last.pt, best.pt, log.jsonl, ..."""
@@ -250,6 +275,12 @@ class Recipe:
         return Path(self.runs) / name / f"fold{fold}" / f"stage{max(stage - 1, 1)}"
 
 
+def _brief(overrides: Sequence[str]) -> list[str]:
+    """Overrides as words for a shell; so many that nobody would read them are left out."""
+    words = [shlex.quote(override) for override in overrides]
+    return words if sum(map(len, words)) <= _MOST else [_MORE]
+
+
 def load(path: Path, name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read one recipe.
 
@@ -262,10 +293,12 @@ def load(path: Path, name: str, overrides: Sequence[str] = ()) -> Recipe:
         UsageError: the file, the recipe, a key, a type or a range is wrong; says where it stands, and what is allowed.
     """
     try:
-        return _load(Path(path), name, overrides)
+        recipe = _load(Path(path), name, overrides)
     except UsageError as error:
         text = one_line(error)
         raise UsageError(f"{path}{' ' if text[:1] == '[' else ': '}{text}") from None
+    object.__setattr__(recipe, "typed", tuple(overrides))
+    return recipe
 
 
 def _load(path: Path, name: str, overrides: Sequence[str]) -> Recipe:
@@ -550,11 +583,12 @@ def _build_table(cls: type, table: Any, where: str) -> Any:
     """Build dataclass `cls` from a TOML table, refusing unknown and missing keys."""
     if not isinstance(table, dict):
         raise _Mistake(where, "", f": expected a table, got {table!r}")
-    hints = get_type_hints(cls, include_extras=True)
+    kinds = get_type_hints(cls, include_extras=True)
+    hints = {field.name: kinds[field.name] for field in fields(cls)}
     prefix = f"{where}." if where else ""
     for key in sorted(table.keys() - hints.keys()):
         raise _Mistake(f"{prefix}{key}", 'unknown key "', f'".{_near(key, hints)}')
-    if missing := [field.name for field in fields(cls) if field.name not in table]:
+    if missing := [name for name in hints if name not in table]:
         raise _Mistake(f"{prefix}{missing[0]}", 'missing key "', '"')
     values = {key: _build(hints[key], item, f"{prefix}{key}") for key, item in table.items()}
     try:

@@ -130,8 +130,8 @@ def read_folds(recipe: Recipe, found: Sequence[Case]) -> np.ndarray:
     """
     path, ids = recipe.folder / "folds.csv", [case.image_id for case in found]
     redo = (
-        f"To split anew: `python -m pneumo folds --recipe {recipe.name} --force`; earlier runs cannot go on then. To "
-        f"keep those, choose another folder: --set runs=DIR."
+        f"To split anew: `{recipe.program('folds')} --force`; earlier runs cannot go on then. To keep those, choose "
+        f"another folder: --set runs=DIR."
     )
     fold_of = folds.load(path, ids, recipe.folds.count, redo=redo)
     if recipe.folds.group == "patient":

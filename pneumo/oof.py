@@ -142,7 +142,7 @@ def write(
 def _command(recipe: Recipe) -> str:
     """What makes the predictions of a recipe."""
     weights = recipe.predict.weights
-    return recipe.command("oof") + ("" if weights == "best" else f" SET=predict.weights={weights}")
+    return recipe.command("oof", *(() if weights == "best" else (f"predict.weights={weights}",)))
 
 
 def _of_other_data(recipe: Recipe) -> str:
@@ -151,7 +151,7 @@ def _of_other_data(recipe: Recipe) -> str:
         f"trained on other images, annotations or folds than {recipe.data.root} and {recipe.folder / 'folds.csv'} now "
         f"hold; their predictions would not be out of fold. Delete the folders fold0 to "
         f"fold{recipe.folds.count - 1} of {recipe.folder} and run: {recipe.command('cv')}; or keep them, and train "
-        f"into another folder: {recipe.command('cv')} SET=runs=DIR"
+        f"into another folder: {recipe.command('cv', 'runs=DIR')}"
     )
 
 
@@ -248,12 +248,12 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
         if origin["mirror"] != recipe.predict.mirror:
             raise DataError(
                 f"{path} was made with predict.mirror={str(origin['mirror']).lower()}, which is now "
-                f"{str(recipe.predict.mirror).lower()}. {again}, with the same SET"
+                f"{str(recipe.predict.mirror).lower()}. {again}"
             )
         if not levels <= set(origin["levels"]):
             raise DataError(
                 f"{path} was made for other thresholds than tune.thresholds, rule.threshold and rule.top_threshold now "
-                f"ask for. {again}, with the same SET"
+                f"ask for. {again}"
             )
         wanted = {data.cases[row].image_id for row in np.flatnonzero(data.folds == fold)}
         for what, odd in (

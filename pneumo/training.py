@@ -346,14 +346,13 @@ class _Run:
         if before is None:
             return None
         name, number = before.parent.parent.name, int(before.name.removeprefix("stage"))
-        recipe_word = "" if name == "seed" else f" RECIPE={name}"
         try:
             return stages.load_best(
                 before,
                 digest=self.data.digest,
                 split=self.data.split,
                 fold=self.fold,
-                command=f"make train FOLD={self.fold} STAGE={number}{recipe_word}",
+                command=self.recipe.command(f"train FOLD={self.fold} STAGE={number}", recipe=name),
             )
         except UsageError as error:
             raise UsageError(

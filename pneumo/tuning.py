@@ -149,7 +149,7 @@ def doubts(recipe: Recipe, found: OutOfFold, tuned: Tuned) -> list[str]:
         keys = " and ".join(f"rule.{edge.partition('=')[0]}" for edge in edges)
         said.append(
             f"the chosen rule stands on the edge of the grid ({'; '.join(edges)}): a better one may lie beyond. To try "
-            f"one there, set {keys} to it, and run again, with that SET: {recipe.command('oof')} and "
+            f"one there, set {keys} to it, and run again, with that in SET: {recipe.command('oof')} and "
             f"{recipe.command('tune')}"
         )
     return said
@@ -217,14 +217,17 @@ def misfit(recipe: Recipe, ruling: Ruling, chosen_for: dict[str, str], used: dic
         ruling, chosen_for: from `read`.
         used: sha256 by path of the checkpoints that predict.
     """
-    again = f"Run again, with the same SET: {recipe.command('oof')} and {recipe.command('tune')}"
-    if not set(used.values()) <= set(chosen_for.values()):
-        return f"was chosen for other checkpoints than {', '.join(used)}. {again}"
+    again = f"Run again: {recipe.command('oof')} and {recipe.command('tune')}"
     now = _predicted(recipe)
     if ruling.predicted is None:
         return f"is of an earlier version and does not say whether it was chosen with {_settings(now)}. {again}"
     if ruling.predicted != now:
-        return f"was chosen on predictions with {_settings(ruling.predicted)}, not {_settings(now)}. {again}"
+        return (
+            f"was chosen on predictions with {_settings(ruling.predicted)}, not {_settings(now)}. Add that to SET. "
+            f"Or run again: {recipe.command('oof')} and {recipe.command('tune')}"
+        )
+    if not set(used.values()) <= set(chosen_for.values()):
+        return f"was chosen for other checkpoints than {', '.join(used)}. {again}"
     return ""
 
 

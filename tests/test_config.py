@@ -343,3 +343,29 @@ def test_settings_of_a_stage_leave_out_what_changes_no_weight(repo):
     for telling in ("seed=1", "stage.2.epochs=3", "augment.flip=0", "rule.min_area=0", "folds.count=4"):
         other = config.load(repo / "configs.toml", "seed", [telling])
         assert config.stage_settings(other, 2) != config.stage_settings(base, 2), telling
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "target", "more", "command"),
+    [
+        ("seed", [], "cv", [], "make cv"),
+        ("demo", ["runs=r"], "cv FOLDS=1", [], "make cv FOLDS=1 RECIPE=demo SET=runs=r"),
+        ("seed", ["runs=r", "folds.count=3"], "oof", [], 'make oof SET="runs=r folds.count=3"'),
+        ("seed", ["runs=a b"], "oof", [], """make oof SET="'runs=a b'\""""),
+        ("seed", ["runs=a", "seed=1"], "cv", ["runs=DIR"], 'make cv SET="seed=1 runs=DIR"'),
+        ("seed", [f"runs={'r' * 120}"], "cv", [], 'make cv SET="..."'),
+        ("seed", [f"runs={'r' * 120}"], "cv", ["seed=1"], 'make cv SET="... seed=1"'),
+    ],
+)
+def test_a_suggested_command_has_what_was_typed(repo, tmp_path, name, typed, target, more, command):
+    recipe = config.load(repo / "configs.toml", name, typed)
+    assert recipe.command(target, *more) == command
+    assert "typed" not in config.dumps(recipe)
+    with pytest.raises(UsageError, match="unknown key"):
+        config.load(repo / "configs.toml", name, ["typed=1"])
+
+
+def test_a_suggested_command_beside_the_makefile(repo):
+    assert config.load(repo / "configs.toml", "seed").program("folds") == "python -m pneumo folds --recipe seed"
+    given = config.load(repo / "configs.toml", "demo", ["runs=a b", "seed=1"])
+    assert given.program("folds") == "python -m pneumo folds --recipe demo --set 'runs=a b' seed=1"

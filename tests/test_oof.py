@@ -199,7 +199,7 @@ def test_weights_that_were_not_kept_are_named(recipe, weights, hint):
 @pytest.mark.fault("S8", "out-of-fold files that lack an image or have one of another fold, or of none")
 def test_what_is_missing_or_strange_is_named(recipe, root, tmp_path):
     data = small_run.pretend_trained(recipe)
-    with pytest.raises(UsageError, match=r"no out-of-fold predictions yet\. Run: make oof$"):
+    with pytest.raises(UsageError, match=r'no out-of-fold predictions yet\. Run: make oof SET="\.\.\."$'):
         oof.load(recipe, data)
     oof.write(recipe, data, CPU)
     path = oof.path_of(recipe, 1)
@@ -255,7 +255,8 @@ def test_a_corrected_mask_asks_for_new_networks(repo, root, tmp_path):
     data = dataset.load(recipe)
     for command in (oof.load, lambda *of: oof.write(*of, CPU)):
         with pytest.raises(
-            DataError, match=r"best.*Delete the folders fold0 to fold2 of .*seed and run: make cv;"
+            DataError,
+            match=r"best.*Delete the folders fold0 to fold2 .*seed and run: make cv.*; .* make cv.*runs=DIR",
         ) as at:
             command(recipe, data)
         assert "make oof" not in str(at.value)
@@ -313,7 +314,9 @@ def test_files_of_strange_content_are_refused(recipe, capsys, figure):
         files.append((good[: entry + offset] + bytes([byte]) + good[entry + offset + 1 :], reason))
     for bad, reason in files:
         path.write_bytes(bad)
-        with pytest.raises(DataError, match=rf"oof-best\.npz cannot be read \(.*{reason}.*\)\. .* run: make oof$"):
+        with pytest.raises(
+            DataError, match=rf'oof-best\.npz cannot be read \(.*{reason}.*\)\. .* run: make oof SET="\.{{3}}"$'
+        ):
             oof.load(recipe, data)
     oof.write(recipe, data, CPU)
     assert "cannot be read" in capsys.readouterr().err

@@ -359,7 +359,9 @@ def test_another_split_is_refused(repo, root, straight, tmp_path):
 @pytest.mark.fault("R21", "stage 2 asked for before stage 1")
 def test_a_missing_stage_is_named_with_the_command(repo, root, tmp_path):
     recipe = small_run.recipe(repo, root, tmp_path)
-    with pytest.raises(UsageError, match=r'stage 1 of seed, but .*"missing"\. Run: make train FOLD=2 STAGE=1$'):
+    with pytest.raises(
+        UsageError, match=r'stage 1 of seed, but .*"missing"\. Run: make train FOLD=2 STAGE=1 SET="\.\.\."$'
+    ):
         train(recipe, fold=2, stage=2)
 
 

@@ -65,7 +65,7 @@ def test_tune_prints_what_it_found_and_prediction_uses_it(place, capsys):
     good = path.read_text()
     digest = next(iter(models.sources.values()))
     path.write_text(good.replace(digest, "0" * 64))
-    with pytest.raises(UsageError, match=r"chosen for other checkpoints than .*make oof and make tune, or"):
+    with pytest.raises(UsageError, match=r"chosen for other checkpoints than .*make oof SET.* and make tune SET.*, or"):
         tuning.ruling_for(recipe, models, "auto")
     capsys.readouterr()
     assert tuning.ruling_for(recipe, models, str(path)).rule == tuned.rule  # named on purpose
@@ -123,7 +123,7 @@ def test_a_rule_on_the_edge_of_the_grid_is_said(place):
     assert edges(Rule(threshold=inner, min_area=areas[-2], top_threshold=0.0, top_area=top_areas[-1])) == []
     (said,) = edges(Rule(threshold=low, min_area=areas[-1]))
     assert f"(threshold={low}, the smallest tried; min_area={areas[-1]}, the largest tried)" in said
-    assert "set rule.threshold and rule.min_area to it, and run again, with that SET: make oof and make tune" in said
+    assert "set rule.threshold and rule.min_area to it, and run again, with that in SET: make oof SET=" in said
     (said,) = edges(Rule(threshold=high, top_threshold=top, top_area=top_areas[-1]))
     assert f"(threshold={high}, the largest tried; top_area={top_areas[-1]}, the largest tried)" in said
     on_purpose = replace(recipe, rule=replace(recipe.rule, min_area=areas[-1]))
@@ -191,10 +191,10 @@ def test_what_tuning_did_not_see_or_gain_is_said(place, capsys, monkeypatch):
 def test_predictions_made_otherwise_are_not_tuned_on(place):
     recipe, data = place
     turned = replace(recipe, predict=replace(recipe.predict, mirror=not recipe.predict.mirror))
-    with pytest.raises(DataError, match=r"made with predict.mirror=(true|false), which is now .*make oof, with the"):
+    with pytest.raises(DataError, match=r"made with predict.mirror=(true|false), which is now .*Run again: make oof"):
         tuning.run(turned, data)
     finer = replace(recipe, tune=replace(recipe.tune, thresholds=100))
-    with pytest.raises(DataError, match=r"made for other thresholds than tune.thresholds.*make oof, with the same SET"):
+    with pytest.raises(DataError, match=r"made for other thresholds than tune.thresholds.*Run again: make oof"):
         tuning.run(finer, data)
 
 
@@ -284,6 +284,6 @@ def test_expected_dice_is_told_of_such_predictions_only_as_taught_it(place):
     for other in (recipe, turned):
         ruling = tuning.ruling_for(other, models, str(path))
         assert (ruling.rule, ruling.trust) == (tuned.rule, None)
-    with pytest.raises(UsageError, match=r"of an earlier version and does not say .* with the same SET: make oof and"):
+    with pytest.raises(UsageError, match=r"of an earlier version and does not say .* again: make oof .*and make tune"):
         tuning.ruling_for(recipe, models, "auto")
     path.unlink()

@@ -134,8 +134,8 @@ def test_a_split_of_other_settings_is_said(repo, data, tmp_path, capsys, figure)
     first = path.read_bytes()
     assert warnings("seed=1", "folds.area_bins=2") == (
         f"warning: {path} is used as it is, but was split with other settings (seed: 0 -> 1; folds.area_bins: 4 -> 2). "
-        "To split anew: `python -m pneumo folds --recipe seed --force`; earlier runs cannot go on then. To keep those, "
-        "choose another folder: --set runs=DIR.\n"
+        "To split anew: `python -m pneumo folds --recipe seed --set ... --force`; earlier runs cannot go on then. "
+        "To keep those, choose another folder: --set runs=DIR.\n"
     )
     assert path.read_bytes() == first
     path.write_text(re.sub(",([01]),", lambda found: f",{1 - int(found[1])},", first.decode()))

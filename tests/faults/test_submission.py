@@ -133,7 +133,7 @@ def test_a_missing_fold_is_asked_for_or_left_out_on_purpose(recipe, capsys, figu
     with pytest.raises(UsageError, match=r'fold 1 .*says "stopped" at epoch 12 of 30. Run: make cv FOLDS=1'):
         ensemble.load(recipe, [0, 1], CPU)
     (folder / "status.json").unlink()
-    with pytest.raises(UsageError, match=r"make cv FOLDS=1, or choose folds with --folds"):
+    with pytest.raises(UsageError, match=r'make cv FOLDS=1 SET="\.\.\.", or choose folds with --folds'):
         ensemble.load(recipe, ensemble.parse_folds("all", 2), CPU)
     assert len(ensemble.load(recipe, ensemble.parse_folds("0", 2), CPU).models) == 1
     for damaged in (b"", b"[]", b"{}", b'{"state": 1}', b'{"state": "done", "epoch": 1}', b"[" * 100_000, b"\xff"):

@@ -41,6 +41,13 @@ ifneq (,$(UNUSED))
 $(error $(firstword $(UNUSED))= has no meaning for make $(MAKECMDGOALS), which takes $(TAKEN))
 endif
 
+# a launch of 0 processes, or of words, is refused by torchrun with a traceback
+counted = $(shell printf %s '$($(1))' | grep -qxE '[1-9][0-9]{0,3}' || echo $(1))
+NO_COUNT := $(strip $(foreach name,$(call typed,GPUS JOBS WORKERS),$(call counted,$(name))))
+ifneq (,$(NO_COUNT))
+$(error $(firstword $(NO_COUNT))= takes a number of processes, 1 or more; on a CPU leave it out)
+endif
+
 ifdef PYTHON
 READY :=
 RIVALS :=

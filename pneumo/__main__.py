@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pneumo import checkpoint, cli, config, dataset, dist, log
+from pneumo import __version__, checkpoint, cli, config, dataset, dist, log
 from pneumo.config import Recipe
 from pneumo.errors import DataError, UsageError
 
@@ -80,6 +80,8 @@ def pack(options: argparse.Namespace) -> None:
 
 def folds(options: argparse.Namespace) -> None:
     """Split the training images and write folds.csv with its audit."""
+    from pneumo.data import cases
+
     recipe = cli.load_recipe(options)
     path = recipe.folder / "folds.csv"
     has_images = (Path(recipe.data.root) / recipe.data.train).is_dir()
@@ -89,7 +91,14 @@ def folds(options: argparse.Namespace) -> None:
         text = dataset.audit(recipe, found, dataset.read_folds(recipe, found), packed)
         log.say(f"{path} is there and fits the data; --force splits anew", *text.splitlines())
     else:
+        before = path.read_bytes() if path.exists() else None
         dataset.split(recipe, found, packed)
+        trained = {file.parent for file in recipe.folder.glob("fold*/stage*/*.pt")}
+        if trained and path.read_bytes() != before:
+            log.warn(
+                f"{cases.counted(len(trained), 'stage was', 'stages were')} trained on another split and cannot go on: "
+                f"{cases.some(map(str, sorted(trained)))}. To train anew, delete them"
+            )
 
 
 def cv(options: argparse.Namespace) -> None:
@@ -126,9 +135,11 @@ def oof(options: argparse.Namespace) -> None:
 
 def tune(options: argparse.Namespace) -> None:
     """Score every rule on the out-of-fold predictions, cross-fitted, and write the best as rule.toml."""
+    from pneumo import oof as oofs
     from pneumo import tuning
 
     recipe = cli.load_recipe(options)
+    oofs.predicted_folds(recipe)  # before anything is packed or split for nothing
     tuning.run(recipe, dataset.load(recipe))
 
 
@@ -199,8 +210,14 @@ def check_submission(options: argparse.Namespace) -> None:
     origin = path.with_suffix(".json")
     if origin.is_file() and path.is_file():
         try:
-            same = log.read_json(origin).get("sha256") == checkpoint.sha256(path)
-            log.say(f"{origin}: {'what made it' if same else 'tells of another file, which this one has replaced'}")
+            made = log.read_json(origin)
+            same = made.get("sha256") == checkpoint.sha256(path)
+            match made.get("folds"):
+                case [int(used), int(count)]:
+                    what = f"what made it, networks of {used} of {count} folds"
+                case _:  # of an earlier version
+                    what = "what made it"
+            log.say(f"{origin}: {what if same else 'tells of another file, which this one has replaced'}")
         except DataError as error:
             log.say(f"note  {error}, so what made the submission is not known; make submit writes both anew")
     cases.raise_fatal(problems, None)
@@ -277,7 +294,11 @@ def _name(command: Callable) -> str:
 
 def main() -> int:
     """Read the command line and run one command."""
-    parser = argparse.ArgumentParser(prog="python -m pneumo", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m pneumo",
+        description="The small commands; train.py trains one stage of one fold, predict.py predicts and submits.",
+    )
+    parser.add_argument("--version", action="version", version=f"pneumo {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(map(_name, COMMANDS)))
     for command in COMMANDS:
         subparser = subparsers.add_parser(_name(command), help=command.__doc__, description=command.__doc__)

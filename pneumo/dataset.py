@@ -17,6 +17,8 @@ from pneumo.data.cases import Case, Problem
 from pneumo.data.pack import Pack
 from pneumo.errors import DataError, NoSpaceError, WriteError
 
+PAIRS = 1000  # of near-duplicates that the audit lists
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -200,9 +202,21 @@ def _write_audit(
     areas, patients = [case.area for case in found], [case.patient for case in found]
     report = folds.audit(fold_of, areas, patients, duplicates)
     text = folds.audit_text(report)
+    if duplicates is not None:
+        report["duplicates"] = [[found[a].image_id, found[b].image_id] for a, b in duplicates[:PAIRS]]
+        if odd := [f"{a} and {b}" for a, b in _contradicting(found, duplicates)]:
+            log.warn(
+                f"of {cases.counted(len(odd), 'pair', 'pairs')} of near-duplicate images one is annotated with a "
+                f"pneumothorax, the other without: {cases.some(odd)}. {recipe.folder / 'audit.json'} has the pairs"
+            )
     checkpoint.write_atomic(recipe.folder / "audit.json", log.dumps(report, indent=1).encode() + b"\n")
     checkpoint.write_atomic(recipe.folder / "audit.txt", text.encode() + b"\n")
     return text
+
+
+def _contradicting(found: Sequence[Case], pairs: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
+    """The ids of pairs of which one image alone is positive."""
+    return [(found[a].image_id, found[b].image_id) for a, b in pairs if found[a].positive != found[b].positive]
 
 
 def _duplicates(recipe: Recipe, packed: Pack) -> list[tuple[int, int]]:
@@ -231,6 +245,8 @@ def check_fold(recipe: Recipe, dataset: Dataset, fold: int) -> None:
         DataError: nothing to train on or to validate on.
     """
     inside = dataset.folds == fold
+    if not dataset.positive.any():
+        raise DataError(f"fold {fold}: not one of the {len(inside):,} training images has a pneumothorax to learn from")
     if not inside.any() or not (dataset.positive & ~inside).any():
         raise DataError(
             f"fold {fold} has {int(inside.sum())} images and the others {int((dataset.positive & ~inside).sum())} "

@@ -106,6 +106,7 @@ def _write_submission(
     origin = {
         "sha256": checkpoint.sha256(path),
         "checkpoints": models.sources,
+        "folds": [len(models.models), recipe.folds.count],
         "rule": asdict(ruling.rule),
         "rule_source": ruling.source,
         "mirror": models.mirror,
@@ -116,6 +117,8 @@ def _write_submission(
     checkpoint.write_atomic(path.with_suffix(".json"), log.dumps(origin, indent=1).encode() + b"\n")
     _write_referrals([record for record, _ in written], recipe.folder / "referral.csv")
     log.say(f"{path}: {submission.summary(codes, size)}; {by_what(models, ruling)}")
+    if len(models.models) < recipe.folds.count:
+        log.warn(f"{path} is of {len(models.models)} of {recipe.folds.count} folds; make submit writes it of all")
 
 
 def by_what(models: Ensemble, ruling: Ruling) -> str:

@@ -220,6 +220,18 @@ def _write_fold(
     )
 
 
+def predicted_folds(recipe: Recipe) -> list[int]:
+    """The folds whose held-out images are predicted.
+
+    Raises:
+        UsageError: there are none.
+    """
+    folds = [fold for fold in range(recipe.folds.count) if path_of(recipe, fold).exists()]
+    if not folds:
+        raise UsageError(f"{recipe.folder}: no out-of-fold predictions yet. Run: {_command(recipe)}")
+    return folds
+
+
 def load(recipe: Recipe, data: Dataset) -> OutOfFold:
     """Read the out-of-fold predictions of every fold that has them.
 
@@ -228,11 +240,8 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
             image that is not its own: names the ids.
         UsageError: there are none.
     """
-    folds = [fold for fold in range(recipe.folds.count) if path_of(recipe, fold).exists()]
-    command = _command(recipe)
+    folds, command = predicted_folds(recipe), _command(recipe)
     levels = {level(threshold) for threshold in grid(recipe).thresholds}
-    if not folds:
-        raise UsageError(f"{recipe.folder}: no out-of-fold predictions yet. Run: {command}")
     row_of = {case.image_id: row for row, case in enumerate(data.cases)}
     parts, rows, sources, origins = [], [], {}, []
     for fold in folds:

@@ -45,7 +45,8 @@ from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
 from pneumo.signals import Interrupted, Signals
 
-FOUND = 0.05  # Dice on positives below which next to nothing is found
+FOUND = 0.05  # Dice on positives below which next to nothing of them is found
+SPARED = 0.5  # of the negatives, share with an empty mask below which a network marks what is none
 COMPILER = "It takes gcc and g++, Python's headers (python3-dev) and, on a GPU, one that Triton knows"
 
 
@@ -230,16 +231,22 @@ class _Run:
     def _warn_of_nothing(self) -> None:
         """Say that the best epoch is no better than masks that are all empty, which is easily taken for a result.
 
-        A stage that others follow may well find too much; it is worth a word only if it finds nothing.
+        A stage that others follow may well find too much, or what is none; it is worth a word only if it finds nothing.
         """
         position, all_empty = self.position, float((~self.data.positive[self.validation]).mean())
         best = next((line for line in position.history if line["epoch"] == position.best_epoch), {})
         found = best.get("dice_positive") or 0.0
-        if position.best > all_empty or (self.stage < self.recipe.stages and found > FOUND):
+        spared = best.get("true_negative_rate")
+        if found > FOUND:
+            what, other = "too much", "a higher"
+        elif spared is not None and spared < SPARED:
+            what, other = "little of what is there and much that is not", "a higher"
+        else:
+            what, other = "next to nothing", "a lower"
+        if position.best > all_empty or (self.stage < self.recipe.stages and other == "a higher"):
             return
         losses = [(line["val_loss"], line["epoch"]) for line in position.history if line["val_loss"] is not None]
         lowest = f"; the validation loss was lowest in epoch {min(losses)[1]}" if losses else ""
-        what, other = ("too much", "a higher") if found > FOUND else ("next to nothing", "a lower")
         log.warn(
             f"{self.folder}: no epoch is better than all masks empty (Dice {all_empty:.4f}), so best.pt, of epoch "
             f"{position.best_epoch}, finds {what}{lowest}. What may help: more epochs, {other} rule.min_area or "

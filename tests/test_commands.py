@@ -280,6 +280,9 @@ def dry_make(repo, *words: str) -> subprocess.CompletedProcess:
         (["demo", "RECIPE=seed"], "RECIPE= has no meaning for make demo, which takes PYTHON SET"),
         (["train", "RECIPES=demo"], "no variable RECIPES; there are RECIPE FOLD"),
         (["train", "recipe=demo"], "no variable recipe;"),
+        (["train", "GPUS=0"], "GPUS= takes a number of processes, 1 or more"),
+        (["cv", "GPUS=two"], "GPUS= takes a number of processes, 1 or more"),
+        (["cv", "JOBS="], "JOBS= takes a number of processes, 1 or more"),
     ],
 )
 def test_make_starts_nothing_else_than_what_was_meant(repo, words, said):
@@ -291,4 +294,5 @@ def test_make_starts_nothing_else_than_what_was_meant(repo, words, said):
 def test_one_of_several_targets_may_take_a_variable(repo):
     done = dry_make(repo, "cv", "tune", "report", "GPUS=2", "BESIDE=demo", "SET=stage.1.epochs=1")
     assert done.returncode == 0, done.stderr
+    assert dry_make(repo, "cv", "GPUS=2", "JOBS=12").returncode == 0
     assert "--nproc_per_node=2 -m pneumo cv" in done.stdout and "--beside demo" in done.stdout

@@ -358,9 +358,14 @@ def verify(cases: Sequence[Case], *, progress: Callable[..., Iterable] = log.bar
 
 
 def one_sided(cases: Sequence[Case]) -> str:
-    """What to warn of where all cases are positive; "" where they are not."""
-    if not cases or not all(case.positive for case in cases):
+    """What to warn of where all cases are positive, or none is; "" where there are both."""
+    if not cases or 0 < sum(case.positive for case in cases) < len(cases):
         return ""
+    if not cases[0].positive:
+        return (
+            f"NOT ONE of the {len(cases):,} training images has a pneumothorax: nothing can be trained on them. Are "
+            f"these the annotations that belong to the images?"
+        )
     return (
         f"NOT ONE of the {len(cases):,} training images is without pneumothorax: networks would learn to find one in "
         f"every image, and no score would show it. Add negatives: all-black mask pictures, rows with -1, or --set "
@@ -466,7 +471,10 @@ def some(names: Iterable[str]) -> str:
 def _find(
     root: Path, given: str, stems: Sequence[str], folders: Sequence[str], key: str, problems: list[Problem]
 ) -> Path | None:
-    """The file or folder that the recipe names, else the only one of a usual name; None if there is none."""
+    """The file or folder that the recipe names, else the only one of a usual name, files first; None if there is none.
+
+    A folder that is passed over for a file is noted.
+    """
     if given:
         if (root / given).exists():
             return root / given
@@ -474,12 +482,16 @@ def _find(
         return None
     names = {stem + suffix for stem in stems for suffix in (".csv", ".csv.gz")}
     entries = sorted(root.iterdir())
-    found = [path for path in entries if path.name.lower() in names and path.is_file()]
-    found = found or [path for path in entries if path.name.lower() in folders and path.is_dir()]
+    files = [path for path in entries if path.name.lower() in names and path.is_file()]
+    beside = [path for path in entries if path.name.lower() in folders and path.is_dir()]
+    found = files or beside
     if len(found) > 1:
         text = f"{' and '.join(path.name for path in found)} could all be meant. Set data.{key} to one of them."
         problems.append(_problem(root, text))
         return None
+    if files and beside:
+        text = f"{files[0].name} is read, {beside[0].name}/ beside it is not. data.{key} says which."
+        problems.append(_problem(root, text, fatal=False))
     return found[0] if found else None
 
 

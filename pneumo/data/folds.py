@@ -149,7 +149,8 @@ def audit(
 
     Returns:
         {"folds": [{"fold", "images", "positives", "positive_share", "patients"}], "patients_known",
-        "patients_crossing", "duplicate_pairs", "duplicates_crossing"}; the last two None if nobody looked.
+        "patients_crossing", "duplicate_pairs", "duplicates_crossing", "duplicates_contradicting": pairs of which one
+        has a mask}; the last three None if nobody looked.
     """
     positive = np.asarray(areas) > 0
     where: dict[str, set[int]] = {}
@@ -168,13 +169,17 @@ def audit(
                 "patients": sum(fold in places for places in where.values()),
             }
         )
-    crossing = None if duplicates is None else sum(int(folds[a] != folds[b]) for a, b in duplicates)
+    crossing = contradicting = None
+    if duplicates is not None:
+        crossing = sum(int(folds[a] != folds[b]) for a, b in duplicates)
+        contradicting = sum(int(positive[a] != positive[b]) for a, b in duplicates)
     return {
         "folds": rows,
         "patients_known": len(where),
         "patients_crossing": sum(len(places) > 1 for places in where.values()),
         "duplicate_pairs": None if duplicates is None else len(duplicates),
         "duplicates_crossing": crossing,
+        "duplicates_contradicting": contradicting,
     }
 
 
@@ -191,7 +196,8 @@ def audit_text(report: dict[str, Any]) -> str:
         lines.append("near-duplicate images: not looked for (no images)")
     else:
         lines.append(
-            f"near-duplicate pairs: {report['duplicate_pairs']}, in more than one fold: {report['duplicates_crossing']}"
+            f"near-duplicate pairs: {report['duplicate_pairs']}, in more than one fold: "
+            f"{report['duplicates_crossing']}, annotated empty and not: {report['duplicates_contradicting']}"
         )
     return "\n".join(lines)
 

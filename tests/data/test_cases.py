@@ -280,6 +280,20 @@ def test_images_without_a_mask_picture(tmp_path):
     assert [(case.image_id, case.area) for case in found] == [("a", 0), ("b", GRID**2), ("c", 0)]
     assert not problem.fatal and "2 of 3 images are not in" in problem.message and len(problem.each) == 2
     assert cases.one_sided(found) == cases.one_sided([]) == ""
+    assert cases.one_sided(found[::2]).startswith("NOT ONE of the 2 training images has a pneumothorax")
+
+
+def test_mask_pictures_beside_a_csv_are_passed_over_with_a_note(tmp_path):
+    root = folder(tmp_path, "ImageId,EncodedPixels\na,-1\n", ids=("a",))
+    assert load(root)[1] == []
+    (root / "mask").mkdir()
+    Image.fromarray(np.full((GRID, GRID), 255, np.uint8)).save(root / "mask" / "a.png")
+    (case,), (problem,) = load(root)
+    assert case.area == 0 and not problem.fatal
+    assert problem.message == f"{root}: train-rle.csv is read, mask/ beside it is not. data.annotations says which."
+    (case,), problems = load(root, annotations="mask")
+    assert (case.area, problems) == (GRID**2, [])
+    assert load(root, annotations="train-rle.csv")[1] == []
 
 
 @pytest.mark.fault("I11", "smoothed, three-channel and other-sized masks: named with their values or sizes")

@@ -136,7 +136,10 @@ def test_audit_sees_a_leak():
         "positive_share": 0.5,
         "patients": 2,
     }
-    assert "in more than one fold: 1" in folds.audit_text(report)
+    assert report["duplicates_contradicting"] == 2
+    assert "in more than one fold: 1, annotated empty and not: 2" in folds.audit_text(report)
+    unknown = folds.audit(np.array([0, 1]), [5, 0], [None, None], None)
+    assert unknown["duplicate_pairs"] is unknown["duplicates_contradicting"] is None
 
 
 def test_a_fold_file_reads_back(tmp_path):

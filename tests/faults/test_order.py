@@ -1,6 +1,8 @@
 """Order that must not matter, and folds that must not leak."""
 
+import argparse
 import csv
+import json
 import random
 import re
 import shutil
@@ -12,6 +14,7 @@ import pytest
 import small_run
 from PIL import Image
 
+from pneumo import __main__ as commands
 from pneumo import dataset
 from pneumo.data import rle
 from pneumo.errors import DataError
@@ -94,6 +97,48 @@ def test_nothing_is_in_two_folds(repo, tmp_path, figure):
         images += len(fold)
     assert np.mean(spreads) < 0.1  # of some 17 images a fold
     figure(f"{images} ids in 10 splits: 0 in two folds, 0 patients, 0 pairs; prevalence within {np.mean(spreads):.1%}")
+
+
+@pytest.mark.fault("R20", "the same picture twice, annotated with a pneumothorax and without")
+def test_copies_that_contradict_each_other_are_named(repo, data, tmp_path, capsys, figure):
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    before = json.loads(audit_of(repo, root, tmp_path / "before"))
+    assert before["duplicates"] == [] and "near-duplicate images" not in capsys.readouterr().err
+    with open(root / "train-rle.csv", newline="") as file:
+        positive = next(row["ImageId"] for row in csv.DictReader(file) if row["EncodedPixels"] != "-1")
+    source = next((root / "train").glob(f"{positive}.*"))
+    shutil.copy(source, source.with_name(f"copy{source.suffix}"))
+    with open(root / "train-rle.csv", "a", newline="") as file:
+        file.write("copy,-1\n")
+    audit = json.loads(audit_of(repo, root, tmp_path / "after"))
+    assert audit["duplicates"] == [sorted([positive, "copy"])] and audit["duplicates_contradicting"] == 1
+    said = capsys.readouterr().err
+    assert "of 1 pair of near-duplicate images one is annotated with a pneumothorax, the other without: " in said
+    assert positive in said
+    figure("named")
+
+
+def audit_of(repo: Path, root: Path, runs: Path) -> str:
+    """The audit of a new split."""
+    recipe = small_run.recipe(repo, root, runs)
+    dataset.load(recipe)
+    return (recipe.folder / "audit.json").read_text()
+
+
+@pytest.mark.fault("R20", "folds --force on a run that has trained networks")
+def test_a_new_split_names_the_stages_that_it_leaves(repo, data, tmp_path, capsys, figure):
+    settings = small_run.settings(data, tmp_path)
+    small_run.pretend_trained(small_run.recipe(repo, data, tmp_path))
+    for more, stale in (((), False), (("seed=1",), True)):
+        options = argparse.Namespace(
+            recipe="seed", config=repo / "configs.toml", set=[[*settings, *more]], debug=False, force=True
+        )
+        commands.folds(options)
+        said = capsys.readouterr().err
+        assert ("3 stages were trained on another split and cannot go on: " in said) == stale
+        assert (str(tmp_path / "seed" / "fold0" / "stage3") in said) == stale
+    figure("3 of 3 named")
 
 
 @pytest.mark.fault("R20", "patients.csv written after the split: train, tune and folds refuse it; --force splits anew")

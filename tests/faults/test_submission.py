@@ -174,7 +174,7 @@ def test_a_submission_is_checked(recipe, tmp_path, capsys, figure):
     written = dict(rows_of(recipe.folder / "submission.csv"))
     assert f"submission.csv: 9 rows, 9 ids; {submission.summary(written, 64)}" in said
     assert "sample_submission.csv: 9 ids" in said and "all masks empty: Dice 0.6667 on 18 training images" in said
-    assert "submission.json: what made it" in said
+    assert "submission.json: what made it, networks of 2 of 2 folds" in said
     note = recipe.folder / "submission.json"
     written_note = note.read_bytes()
     for damaged in (b"", b"[1]"):

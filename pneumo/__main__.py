@@ -139,7 +139,7 @@ def tune(options: argparse.Namespace) -> None:
     from pneumo import tuning
 
     recipe = cli.load_recipe(options)
-    oofs.predicted_folds(recipe)  # before anything is packed or split for nothing
+    oofs.check_predicted(recipe)  # before anything is packed or split for nothing
     tuning.run(recipe, dataset.load(recipe))
 
 

@@ -221,15 +221,18 @@ def _write_fold(
 
 
 def predicted_folds(recipe: Recipe) -> list[int]:
-    """The folds whose held-out images are predicted.
+    """The folds whose held-out images are predicted; looks only, and writes nothing."""
+    return [fold for fold in range(recipe.folds.count) if path_of(recipe, fold).exists()]
+
+
+def check_predicted(recipe: Recipe) -> None:
+    """Refuse a recipe without out-of-fold predictions.
 
     Raises:
-        UsageError: there are none.
+        UsageError: gives the command that makes them.
     """
-    folds = [fold for fold in range(recipe.folds.count) if path_of(recipe, fold).exists()]
-    if not folds:
+    if not predicted_folds(recipe):
         raise UsageError(f"{recipe.folder}: no out-of-fold predictions yet. Run: {_command(recipe)}")
-    return folds
 
 
 def load(recipe: Recipe, data: Dataset) -> OutOfFold:
@@ -240,6 +243,7 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
             image that is not its own: names the ids.
         UsageError: there are none.
     """
+    check_predicted(recipe)
     folds, command = predicted_folds(recipe), _command(recipe)
     levels = {level(threshold) for threshold in grid(recipe).thresholds}
     row_of = {case.image_id: row for row, case in enumerate(data.cases)}

@@ -217,14 +217,14 @@ def misfit(recipe: Recipe, ruling: Ruling, chosen_for: dict[str, str], used: dic
         ruling, chosen_for: from `read`.
         used: sha256 by path of the checkpoints that predict.
     """
-    again = f"Run again: {recipe.command('oof')} and {recipe.command('tune')}"
-    now = _predicted(recipe)
+    commands = f"{recipe.command('oof')} and {recipe.command('tune')}"
+    again, now = f"Run again: {commands}", _predicted(recipe)
     if ruling.predicted is None:
         return f"is of an earlier version and does not say whether it was chosen with {_settings(now)}. {again}"
     if ruling.predicted != now:
         return (
-            f"was chosen on predictions with {_settings(ruling.predicted)}, not {_settings(now)}. Add that to SET. "
-            f"Or run again: {recipe.command('oof')} and {recipe.command('tune')}"
+            f"was chosen on predictions with {_settings(ruling.predicted)}, not {_settings(now)}. Set the "
+            f"former, or run again: {commands}"
         )
     if not set(used.values()) <= set(chosen_for.values()):
         return f"was chosen for other checkpoints than {', '.join(used)}. {again}"

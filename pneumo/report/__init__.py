@@ -63,7 +63,7 @@ def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
         UsageError: a recipe beside has no out-of-fold predictions; nothing has been written then.
     """
     for other in beside:
-        if not results.predicted(other):
+        if not oof.predicted_folds(other):
             raise UsageError(
                 f"{other.folder}: no out-of-fold predictions to set beside those of {recipe.name}. "
                 f"Run: {other.command('cv')}"
@@ -82,7 +82,7 @@ def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
         figures=[("Training", _training_figures(recipe, data, logs, note, folder))],
     )
     numbers: set[str] = set()
-    if results.predicted(recipe):
+    if oof.predicted_folds(recipe):
         content, numbers = _add_out_of_fold(recipe, data, beside, note, folder, logs, content)
     else:
         log.warn(

@@ -79,11 +79,6 @@ class Decided:
         )
 
 
-def predicted(recipe: Recipe) -> bool:
-    """Whether any fold has out-of-fold predictions; looks only, and writes nothing."""
-    return any(oof.path_of(recipe, fold).exists() for fold in range(recipe.folds.count))
-
-
 def by_rule(name: str, found: OutOfFold, rule: Rule) -> Decided:
     """All cases decided by one rule."""
     return Decided(name, found, tables.dice(found.tables, rule), trust.signals(found.tables, rule))

@@ -45,7 +45,7 @@ endif
 counted = $(shell printf %s '$($(1))' | grep -qxE '[1-9][0-9]{0,3}' || echo $(1))
 NO_COUNT := $(strip $(foreach name,$(call typed,GPUS JOBS WORKERS),$(call counted,$(name))))
 ifneq (,$(NO_COUNT))
-$(error $(firstword $(NO_COUNT))= takes a number of processes, 1 or more; on a CPU leave it out)
+$(error $(firstword $(NO_COUNT))= takes a number of processes, 1 or more, on a CPU as well)
 endif
 
 ifdef PYTHON

@@ -26,6 +26,7 @@ def recipe(options: argparse.Namespace) -> None:
 def verify(options: argparse.Namespace) -> None:
     """Read every image and annotation once; list every problem by file and row."""
     from pneumo.data import cases
+    from pneumo.data import folds as splits
 
     recipe = cli.load_recipe(options)
     data, root = recipe.data, Path(recipe.data.root)
@@ -48,7 +49,9 @@ def verify(options: argparse.Namespace) -> None:
     # of images whose annotation is bad the pixels are looked at as well: all problems in one go
     bad = {problem.image_id for problem in problems if problem.fatal}
     suspects = [cases.Case(image_id, path, ()) for image_id, path in cases.find_images(root / data.train)[0].items()]
-    problems += cases.verify([*found, *test, *(case for case in suspects if case.image_id in bad)], progress=log.bar)
+    more, thumbnails = cases.verify([*found, *test, *(case for case in suspects if case.image_id in bad)])
+    known = thumbnails[: len(found) + len(test)]
+    problems += more + splits.seen_in_training(found, test, known, recipe.folds.duplicate_correlation)
     report = recipe.folder / "data_report.csv"
     for line in cases.listed(problems, report):
         log.say(line)

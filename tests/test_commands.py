@@ -262,6 +262,24 @@ def test_data_without_a_negative_are_warned_of(repo, tmp_path, capsys):
     assert warning not in run("pneumo", "verify", "--set", *settings, "data.unmasked=empty", cwd=tmp_path)
 
 
+def test_verify_names_test_images_that_are_trained_on(tmp_path):
+    """Under another name, and four times as large with noise."""
+    small_run.write_data(tmp_path / "data")
+    train, test = tmp_path / "data" / "train", tmp_path / "data" / "test"
+    shutil.copy(train / "train-004.png", test / "test-002.png")
+    with Image.open(train / "train-007.png") as image:
+        pixels = np.array(image.resize((256, 256))) + np.random.default_rng(0).integers(0, 8, (256, 256))
+    Image.fromarray(pixels.astype(np.uint8)).save(test / "test-000.png")
+    shutil.copy(train / "train-009.png", train / "train-010.png")  # that pair is one of the folds' audit
+    (tmp_path / "data" / "train" / "train-011.png").write_bytes(b"")  # no picture at all, which shifts no other
+    options = ["--set", *small_run.settings(tmp_path / "data", tmp_path / "runs")]
+    said = run("pneumo", "verify", *options, cwd=tmp_path, code=3)
+    known = "test-{}.png: nearly the same picture as {}/train-{}.png, so that no score of it is one of an unseen image"
+    assert said.count("nearly the same") == 2
+    assert known.format("002", train, "004") in said and known.format("000", train, "007") in said
+    assert "1 error, 3 notes" in said  # one of rows that overlap
+
+
 def dry_make(repo, *words: str) -> subprocess.CompletedProcess:
     """What make would do; these tests may themselves run in a make, whose variables are none of it."""
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES")}

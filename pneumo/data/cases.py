@@ -38,6 +38,7 @@ MAX_BYTES = 256 * 2**20  # of a CSV, unpacked
 MAX_ROWS = 1_000_000  # of a CSV; a row that packs to a few bits takes hundreds of bytes of memory
 ENOUGH = 20  # masks that do not all lie in the leftmost quarter of their grid by chance
 SHOWN = 5  # ids in a message; data_report.csv has all
+THUMBNAIL = 16  # pixels; enough to know a picture again
 LISTED = 20  # problems of one kind on a terminal; there may be one for each image
 
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -335,26 +336,32 @@ def read_sample(path: Path) -> tuple[list[str], list[Problem]]:
     return list(lines), problems
 
 
-def verify(cases: Sequence[Case], *, progress: Callable[..., Iterable] = log.bar) -> list[Problem]:
+def verify(cases: Sequence[Case], *, progress: Callable[..., Iterable] = log.bar) -> tuple[list[Problem], np.ndarray]:
     """Read every image, as training will, and list all that cannot be read and all that is odd.
 
     Args:
         progress: makes a bar; called with an iterable, total= and title=.
 
     Returns:
-        Problems in order of the cases.
+        Problems in order of the cases; (N, 16, 16) uint8 thumbnails, of one value where there is no image.
     """
+    thumbnails = np.zeros((len(cases), THUMBNAIL, THUMBNAIL), dtype=np.uint8)
 
-    def check(case: Case) -> list[Problem]:
+    def check(place: int) -> list[Problem]:
+        case = cases[place]
         if case.path is None:
             return [Problem("", None, case.image_id, f"ImageId {case.image_id}: no image", True)]
         try:
-            remarks = images.read(case.path).warnings
+            scan = images.read(case.path)
         except PneumoError as error:
             return [Problem(str(case.path), None, case.image_id, str(error), True)]
-        return [Problem(str(case.path), None, case.image_id, f"{case.path}: {remark}", False) for remark in remarks]
+        thumbnails[place] = images.resize(images.to_square(scan.pixels), THUMBNAIL)
+        return [
+            Problem(str(case.path), None, case.image_id, f"{case.path}: {remark}", False) for remark in scan.warnings
+        ]
 
-    return [problem for found in _in_threads(check, cases, "verify", progress) for problem in found]
+    problems = [problem for found in _in_threads(check, range(len(cases)), "verify", progress) for problem in found]
+    return problems, thumbnails
 
 
 def one_sided(cases: Sequence[Case]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pneumo.data.cases import Problem, counted, raise_fatal, read_rows, some
+from pneumo.data.cases import Case, Problem, counted, raise_fatal, read_rows, some
 from pneumo.errors import DataError, UsageError
 
 
@@ -102,6 +102,31 @@ def find_duplicates(thumbnails: np.ndarray, correlation: float) -> list[tuple[in
         rows, columns = np.nonzero(np.triu(similar, k=1))
         pairs += [(start + int(row), start + int(column)) for row, column in zip(rows, columns, strict=True)]
     return pairs
+
+
+def seen_in_training(
+    train: Sequence[Case], test: Sequence[Case], thumbnails: np.ndarray, correlation: float
+) -> list[Problem]:
+    """Note the test images that are nearly the same picture as a training image, which make a score too good.
+
+    Args:
+        thumbnails: of the training and then the test images, as of `find_duplicates`.
+        correlation: as of `find_duplicates`.
+
+    Returns:
+        A note for each such test image, not fatal.
+    """
+    found: dict[int, list[Case]] = {}
+    for a, b in find_duplicates(thumbnails, correlation):
+        if a < len(train) <= b:
+            found.setdefault(b - len(train), []).append(train[a])
+    return [
+        Problem(
+            str(test[place].path), None, test[place].image_id, f"{test[place].path}: nearly the same picture as "
+            f"{some(str(case.path) for case in alike)}, so that no score of it is one of an unseen image", False,
+        )
+        for place, alike in sorted(found.items())
+    ]  # fmt: skip
 
 
 def join_groups(groups: Sequence[str | None], pairs: Sequence[tuple[int, int]]) -> list[str | None]:

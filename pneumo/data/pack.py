@@ -21,7 +21,7 @@ import numpy as np
 
 from pneumo import checkpoint, log
 from pneumo.data import images
-from pneumo.data.cases import Case, Problem, raise_fatal
+from pneumo.data.cases import THUMBNAIL, Case, Problem, raise_fatal
 from pneumo.errors import DataError
 from pneumo.kernels.runs import runs_to_mask
 
@@ -204,7 +204,7 @@ def pack_mask(runs: np.ndarray, annotation_size: int, side: int) -> np.ndarray:
     return np.packbits(mask, axis=1)
 
 
-def thumbnails(pack: Pack, side: int = 16) -> np.ndarray:
+def thumbnails(pack: Pack, side: int = THUMBNAIL) -> np.ndarray:
     """Block means of the packed images: (N, side, side) float32, for finding near-duplicates."""
     block = pack.side // side
     blocks = pack.images.reshape(len(pack.images), side, block, side, block)

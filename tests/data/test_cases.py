@@ -421,7 +421,7 @@ def test_verify_lists_every_problem_in_one_go(tmp_path):
     (root / "train" / "c.png").write_bytes(b"<html>")
     Image.fromarray(np.full((GRID, GRID), 9, np.uint8)).save(root / "train" / "d.png")
     found, _ = load(root)
-    problems = cases.verify(found, progress=lambda items, **_: items)
+    problems, _ = cases.verify(found, progress=lambda items, **_: items)
     assert [(problem.image_id, problem.fatal) for problem in problems] == [("b", True), ("c", True), ("d", False)]
     with pytest.raises(DataError, match=r"b\.png.*1 more"):
         cases.raise_fatal(problems, tmp_path / "report.csv")
@@ -575,7 +575,7 @@ def test_dicom_without_suffix_is_found(tmp_path):
     (root / "train" / "1.2.840.3").write_bytes(bytes(128) + b"DICM")
     found, problems = load(root)
     assert [case.path.name for case in found] == ["1.2.840.3", "a.png"] and problems == []
-    assert [problem.image_id for problem in cases.verify(found)] == ["1.2.840.3"]
+    assert [problem.image_id for problem in cases.verify(found)[0]] == ["1.2.840.3"]
 
 
 def test_pipes_are_not_waited_for(tmp_path):

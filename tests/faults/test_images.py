@@ -162,7 +162,7 @@ def on_a_terminal(command: list[str], *, cwd: Path, repo: Path) -> tuple[int, st
 def test_pack_says_what_verify_says(tmp_path, figure):
     bad = spoiled(tmp_path / "data", 600)
     found, _ = cases.load_train(tmp_path / "data", annotation_size=64)
-    verified = {problem.image_id: problem.message for problem in cases.verify(found)}
+    verified = {problem.image_id: problem.message for problem in cases.verify(found)[0]}
     decoded = []
     report = tmp_path / "data_report.csv"
 

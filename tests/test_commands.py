@@ -280,6 +280,14 @@ def test_verify_names_test_images_that_are_trained_on(tmp_path):
     assert "1 error, 3 notes" in said  # one of rows that overlap
 
 
+def test_verify_says_what_is_missing_where_there_is_no_image(tmp_path):
+    options = ["--set", f"data.root={tmp_path / 'data'}", f"runs={tmp_path / 'runs'}"]
+    assert "data: no such folder" in run("pneumo", "verify", *options, cwd=tmp_path, code=3)
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "train-rle.csv").write_text("ImageId,EncodedPixels\n")
+    assert "train: no PNG, JPEG or DICOM file in it" in run("pneumo", "verify", *options, cwd=tmp_path, code=3)
+
+
 def dry_make(repo, *words: str) -> subprocess.CompletedProcess:
     """What make would do; these tests may themselves run in a make, whose variables are none of it."""
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES")}

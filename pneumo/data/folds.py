@@ -6,6 +6,7 @@ By image and never by annotation row; the order of the input does not matter. Im
 import csv
 import hashlib
 import io
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ def find_duplicates(thumbnails: np.ndarray, correlation: float) -> list[tuple[in
     Returns:
         Pairs (i, j), i < j.
     """
-    flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
+    flat = thumbnails.reshape(len(thumbnails), math.prod(thumbnails.shape[1:])).astype(np.float32)
     flat = flat - flat.mean(axis=1, keepdims=True)
     norm = np.linalg.norm(flat, axis=1, keepdims=True)
     flat = np.divide(flat, norm, out=np.zeros_like(flat), where=norm > 0)  # a constant picture resembles none

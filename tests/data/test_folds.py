@@ -107,6 +107,7 @@ def test_duplicates_are_found_and_kept_together():
     pairs = folds.find_duplicates(thumbnails, 0.995)
     assert sorted(pairs) == [(3, 1400), (7, 900)]
     assert folds.find_duplicates(thumbnails, 1.0) == [(3, 1400)]
+    assert folds.find_duplicates(thumbnails[:0], 0.995) == []
 
 
 def test_what_was_kept_together_is_read_again(tmp_path):

@@ -271,9 +271,11 @@ def test_what_cannot_be_encoded_is_escaped(data, tmp_path, figure):
     hook = partial(forked.outputs, "ascii")
     options = ["--set", *small_run.settings(data, tmp_path / "läufe")]
     job = forked.start("pneumo", "verify", *options, cwd=tmp_path, hook=hook)
-    assert job.wait() == 0 and r"l\xe4ufe/seed/data_report.csv" in job.text
+    assert job.wait() == 0, job.text
+    assert r"l\xe4ufe/seed/data_report.csv" in job.text
     job = forked.start("pneumo", "verify", "--set", "data.root=nöwhere", cwd=tmp_path, hook=hook)
-    assert job.wait() == 3 and r"n\xf6where" in job.text
+    assert job.wait() == 3, job.text
+    assert r"n\xf6where" in job.text
     figure("escaped, exit codes as always")
 
 

@@ -41,7 +41,7 @@ class LossSettings:
         compute: `losses.loss` compiled; None for it as it stands.
     """
 
-    kind: str
+    kind: losses.Kind
     focal_weight: float
     gamma: float
     smooth: float

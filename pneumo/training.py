@@ -140,7 +140,10 @@ class _Run:
         self.folder = recipe.stage_folder(fold, stage)
         self.settings: StageConfig = recipe.stage[stage]
         self.loss = LossSettings(
-            self.settings.loss, self.settings.focal_weight, self.settings.gamma, self.settings.smooth
+            self.settings.loss,
+            focal_weight=self.settings.focal_weight,
+            gamma=self.settings.gamma,
+            smooth=self.settings.smooth,
         )
         self.rule = Rule(**asdict(recipe.rule))
         self.dtype = engine.autocast_dtype(recipe.train.amp, device)

@@ -392,6 +392,21 @@ def test_other_choices_train(repo, root, tmp_path, change):
     assert line["val_loss"] > 0
 
 
+def test_every_number_of_the_loss_is_used_in_training_and_validation(repo, root, tmp_path):
+    """`gamma` has no meaning where the focal term has no weight."""
+
+    def both(name: str, *more: str) -> tuple[float, float]:
+        numbers = [f"stage.1.{change}" for change in ("epochs=1", *more)]
+        (line,) = log.read_jsonl(train(small_run.recipe(repo, root, tmp_path / name, *numbers)) / "log.jsonl")
+        return line["loss"], line["val_loss"]
+
+    plain, gamma, smooth = both("plain"), both("gamma", "gamma=5"), both("smooth", "smooth=1000")
+    light, light_gamma = both("light", "focal_weight=0"), both("light-gamma", "focal_weight=0", "gamma=5")
+    assert light == light_gamma
+    for other in (gamma, smooth, light):
+        assert all(abs(new - old) > 0.01 for new, old in zip(other, plain, strict=True)), (other, plain)
+
+
 @pytest.mark.fault("R4", "a signal while a run waits for the pack's lock, or for weights from a network that stalls")
 @pytest.mark.parametrize("number", start.endings())
 @pytest.mark.parametrize("wait", ["lock", "weights"])

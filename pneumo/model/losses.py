@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kind = Literal["focal_dice", "bce_dice", "lovasz"]
+Kind = Literal["focal_dice", "bce_dice", "lovasz"]  # as config.StageConfig.loss has them
 
 PIXELS, BCE, FOCAL, OVERLAP, PROBS, MASK, LOVASZ, IMAGES = range(8)  # places in the vector of sums
 
@@ -57,9 +57,14 @@ def loss_from_sums(
     Args:
         sums: (8,) from `loss_sums`, or several of them added.
         kind: "focal_dice" is focal_weight * focal - log D, "bce_dice" is BCE + 1 - D, "lovasz" the mean Lovász hinge.
+        focal_weight: of the focal term.
+        smooth: added to both parts of D, in pixels: of empty masks that stay empty D is 1.
 
     Returns:
         The scalar, and by name the unweighted, detached bce, focal and soft_dice (D).
+
+    Raises:
+        ValueError: `kind` is none of these.
     """
     bce, focal = sums[BCE] / sums[PIXELS], sums[FOCAL] / sums[PIXELS]
     soft_dice = (2 * sums[OVERLAP] + smooth) / (sums[PROBS] + sums[MASK] + smooth)
@@ -67,8 +72,10 @@ def loss_from_sums(
         value = focal_weight * focal - soft_dice.log()
     elif kind == "bce_dice":
         value = bce + 1 - soft_dice
-    else:
+    elif kind == "lovasz":
         value = sums[LOVASZ] / sums[IMAGES]
+    else:
+        raise ValueError(f"no loss of kind {kind!r}")
     return value, {"bce": bce.detach(), "focal": focal.detach(), "soft_dice": soft_dice.detach()}
 
 

@@ -1,7 +1,10 @@
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 from torch import nn
 
+from pneumo.config import StageConfig
 from pneumo.model import losses
 from pneumo.model.losses import bce_dice_loss, focal_dice_loss, lovasz_hinge_loss
 
@@ -110,3 +113,11 @@ def trained_dice(kind: str, seed: int) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_loss_trains_from_scratch(kind):
     assert trained_dice(kind, seed=0) > 0.9
+
+
+def test_the_losses_of_recipes_are_those_that_there_are():
+    sums = losses.loss_sums(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), "lovasz")
+    assert get_type_hints(StageConfig)["loss"] == losses.Kind
+    assert all(losses.loss_from_sums(sums, kind)[0] > 0 for kind in get_args(losses.Kind))
+    with pytest.raises(ValueError, match="no loss of kind 'tversky'"):
+        losses.loss_from_sums(sums, "tversky")

@@ -30,17 +30,28 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and so does nohup
 
 WITH_GPUS = dict(os.environ)  # for those commands that are to see them
-if torch.cuda.is_available():
-    # for tests marked gpu, in this process; the commands that tests start compute on the CPU, where two processes can
-    # share what there is, unless a test says otherwise
-    import torch._inductor.config
-
-    torch._inductor.config.compile_threads = 1  # in this process alone: the compiler's helpers would not see the card
-    torch.cuda.init()
-    torch.cuda.device_count()  # kept from now on
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_on_cpu() -> Iterator[None]:
+    """The commands that tests start see no GPU unless a test says otherwise: on a CPU two can share what there is.
+
+    This process, in which the tests marked gpu compute, keeps it. Not done on import: pytest-xdist's first process
+    imports this file as well, and the others would inherit it.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    from torch._inductor import config
+
+    config.compile_threads = 1  # in this process alone: the compiler's helpers would not see the card
+    torch.cuda.init()
+    torch.cuda.device_count()  # kept from now on
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 @pytest.fixture(scope="session")

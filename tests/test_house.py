@@ -1,7 +1,10 @@
 """The house: imports point one way, every module says what it imports, and the root holds what it should."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -107,6 +110,17 @@ def test_the_readme_knows_the_house(repo):
 
 def test_scripts_alone_stand_at_the_top(repo):
     assert sorted(path.name for path in repo.glob("*.py")) == ["predict.py", "train.py"]
+
+
+def test_the_first_of_several_test_processes_leaves_the_gpu_to_the_others(repo):
+    """It imports conftest.py before it starts them, and they inherit its environment."""
+    code = "import torch; torch.cuda.is_available = lambda: True; import conftest, os; print(os.environ[KEY])"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("KEY", "'CUDA_VISIBLE_DEVICES'")],
+        env=environment, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout == "0\n"
 
 
 def test_every_module_and_public_function_says_what_it_is_for(repo):

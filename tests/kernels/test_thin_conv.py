@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.skipif(cannot_interpret(), reason="Triton too old for NumPy 2.4"),
     pytest.mark.skipif(GPU and not thin_conv.has_products(torch.device(DEVICE)), reason="GPU too old for Triton's dot"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
+    *([pytest.mark.gpu] if GPU else []),  # all of them compute there
 ]
 
 

@@ -25,7 +25,7 @@ from pneumo.config import Recipe
 from pneumo.data import cases, images
 from pneumo.data.images import Scan
 from pneumo.data.pack import pack_image
-from pneumo.decision.rule import decide
+from pneumo.decision.rule import PROBABILITY, decide
 from pneumo.ensemble import Ensemble
 from pneumo.errors import DataError, UsageError
 from pneumo.inference import BEHIND
@@ -219,6 +219,30 @@ def predict(
         raise DataError(f"{len(complaints)} of {len(given)} files could not be predicted: {complaints[0]}")
 
 
+def segment(recipe: Recipe, models: Ensemble, ruling: Ruling, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Predict one image that is in memory, as `predict` does those in files.
+
+    Args:
+        pixels: (H, W) uint8, bright is dense, as `images.read(path).pixels` gives it.
+
+    Returns:
+        (H, W) float32 probabilities, in 256 levels, and (H, W) bool, the mask; each pixel as the nearest one of the
+        annotation grid.
+
+    Raises:
+        ValueError: of another type or shape.
+        NotFiniteError: a network's probability is not a number.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 2:
+        raise ValueError(f"an image must be (H, W) uint8, got {pixels.shape} {pixels.dtype}")
+    size = recipe.data.annotation_size
+    device = next(models.models[0][0].parameters()).device
+    image = torch.from_numpy(pack_image(pixels, models.image_size))[None, None].to(device)
+    boxes = images.boxes(np.array([pixels.shape]), size)
+    q = ensemble.predict(models, image, size, ["the image"], boxes).q[0]
+    return _on_image(PROBABILITY[q].astype(np.float32), pixels), _on_image(_mask(q, ruling), pixels)
+
+
 @dataclass(frozen=True)
 class _Read:
     """A batch of given files, read.
@@ -369,10 +393,7 @@ def _write_file(
         of: of the file, the parts of `ensemble.Prediction`.
     """
     height, width = scan.pixels.shape
-    decided = runs_to_mask(decide(of[0], ruling.rule), *of[0].shape)
-    longer = max(height, width)
-    square = Image.fromarray(decided).resize((longer, longer), Image.Resampling.NEAREST)
-    mask = images.from_square(np.asarray(square), height, width)
+    mask = _on_image(_mask(of[0], ruling), scan.pixels)
     area = int(mask.sum())
     pictures = (Image.fromarray(mask.astype(np.uint8) * 255), overlay(scan.pixels, mask))
     names = [given.name + suffix for suffix in SUFFIXES]
@@ -392,6 +413,18 @@ def _write_file(
         "warnings": list(scan.warnings),
     }
     return record, {name: _write_png(picture, out / name) for name, picture in zip(names, pictures, strict=True)}
+
+
+def _mask(q: np.ndarray, ruling: Ruling) -> np.ndarray:
+    """(A, A) bool, the mask of one image on the annotation grid, from (A, A) uint8 quantised probabilities."""
+    return runs_to_mask(decide(q, ruling.rule), *q.shape)
+
+
+def _on_image(grid: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Bring what is on the (A, A) annotation grid to an image's own (H, W) pixels, to each from the nearest."""
+    longer = max(pixels.shape)
+    square = Image.fromarray(grid).resize((longer, longer), Image.Resampling.NEAREST)
+    return images.from_square(np.asarray(square), *pixels.shape)
 
 
 def overlay(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:

@@ -509,7 +509,7 @@ def _meant(table: Mapping[str, Any], parts: Sequence[str], at: int, found: Any) 
     whole = [key for key, _ in _flatten(table, "") if key.rpartition(".")[2] == parts[-1]]
     if whole:
         return f" Did you mean {' or '.join(whole[:_SHOWN])}?"
-    return _near(parts[at], known)
+    return _near_or_all(parts[at], known)
 
 
 def _expand_home(table: Mapping[str, Any]) -> None:
@@ -587,7 +587,7 @@ def _build_table(cls: type, table: Any, where: str) -> Any:
     hints = {field.name: kinds[field.name] for field in fields(cls)}
     prefix = f"{where}." if where else ""
     for key in sorted(table.keys() - hints.keys()):
-        raise _Mistake(f"{prefix}{key}", 'unknown key "', f'".{_near(key, hints)}')
+        raise _Mistake(f"{prefix}{key}", 'unknown key "', f'".{_near_or_all(key, hints)}')
     if missing := [name for name in hints if name not in table]:
         raise _Mistake(f"{prefix}{missing[0]}", 'missing key "', '"')
     values = {key: _build(hints[key], item, f"{prefix}{key}") for key, item in table.items()}
@@ -612,3 +612,9 @@ def _inside(number: float, interval: str) -> bool:
 def _near(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
     return f' Did you mean "{near[0]}"?' if near else ""
+
+
+def _near_or_all(word: str, known: Iterable[str]) -> str:
+    """The key that is probably meant, else all that there are."""
+    known = list(known)
+    return _near(word, known) or (f" There are: {', '.join(known)}" if known else "")

@@ -522,7 +522,12 @@ def predict_logits(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Tenso
 
     Args:
         image: (B, 1, S, S) uint8.
+
+    Raises:
+        TypeError: they are not uint8; in [0, 1] they would be all but black.
     """
+    if image.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8 grey levels, got {image.dtype}")
     with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
         return model(to_input(image)).float()
 

@@ -54,6 +54,12 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
         DataError: a checkpoint is damaged, or the folds were trained on different data or splits.
     """
     stage = recipe.stages
+    if not recipe.folder.is_dir():
+        some = "" if len(folds) == recipe.folds.count else f" FOLDS={','.join(map(str, folds))}"
+        raise UsageError(
+            f"{recipe.folder.absolute()}: no such folder, so nothing is trained. Run: {recipe.command(f'cv{some}')}, "
+            f"or say where it is: --set runs=DIR"
+        )
     engine.make_room(device)
     models: list[tuple[FoldedUNet, ...]] = []
     sources, origins = {}, set()

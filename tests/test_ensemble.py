@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from pneumo import ensemble, inference
+from pneumo import config, ensemble, inference
 from pneumo.decision.rule import Rule, image_score, quantise
 from pneumo.decision.trust import Trust
 from pneumo.ensemble import Ensemble
@@ -101,6 +101,19 @@ def test_a_probability_that_is_no_number_is_never_an_empty_mask():
 
     with pytest.raises(NotFiniteError, match="probabilities of b are not numbers"):
         ensemble.predict(made(LeftRight(0.0), Broken(0.0), mirror=False), image(), 8, "abc")
+
+
+def test_grey_levels_in_0_to_1_are_refused():
+    with pytest.raises(TypeError, match=r"must be uint8 grey levels, got torch\.float32"):
+        ensemble.predict(made(LeftRight(0.0), mirror=False), image() / 255, 8, "abc")
+
+
+def test_a_run_folder_that_is_not_there_is_named_in_full(repo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = config.load(repo / "configs.toml", "seed")
+    for folds, command in (([0, 1, 2, 3, 4], "make cv,"), ([0, 2], "make cv FOLDS=0,2,")):
+        with pytest.raises(UsageError, match=f"^{tmp_path}/runs/seed: no such folder, .* Run: {command} or say where"):
+            ensemble.load(recipe, folds, torch.device("cpu"))
 
 
 def test_folds_are_parsed():

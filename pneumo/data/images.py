@@ -28,6 +28,15 @@ MAX_BYTES = 256 * 2**20
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".dcm": "DICOM", ".dicom": "DICOM"}
 
+_OTHERS = {
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"RIFF": "WebP",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+}  # how they begin
+
 _PNG_GREY, _PNG_RGB, _PNG_GREY_ALPHA = 0, 2, 4  # colour types; the other of 16 bits is RGB and alpha
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 _PNG_LOOKED_AT = 1000  # chunks before the pixels; encoders write ten
@@ -279,6 +288,9 @@ def _kind(data: bytes) -> str:
         return "DICOM"
     if not data:
         raise DataError("the file is empty. Copy it again.")
+    for start, name in _OTHERS.items():
+        if data.startswith(start):
+            raise DataError(f"a {name} file, not a PNG, JPEG or DICOM. Save it as PNG, 16 bits as 16 bits.")
     if data.startswith(b"version https://git-lfs"):
         raise DataError("a git-LFS pointer, not the image. Run: git lfs pull")
     if data[:1024].lstrip()[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):

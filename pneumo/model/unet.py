@@ -134,6 +134,9 @@ class UNet(nn.Module):
 
         Returns:
             (B, 1, H, W) logits.
+
+        Raises:
+            ValueError: of another shape or type; uint8 would be 255 times too bright.
         """
         *skips, x = features(self, image)
         for block, skip in zip(self.blocks, [*reversed(skips), None], strict=True):
@@ -161,7 +164,15 @@ def features(net: nn.Module, image: Tensor, *, relu: bool = False) -> list[Tenso
 
     Args:
         relu: let its first convolution end with one.
+
+    Raises:
+        ValueError: as of `UNet.forward`.
     """
+    batch, *shape = image.shape
+    if not image.is_floating_point() or len(shape) != 3 or shape[0] != 1 or shape[1] % 32 or shape[2] % 32:
+        raise ValueError(
+            f"images must be (B, 1, H, W) float in [0, 1], H and W multiples of 32, got {(batch, *shape)} {image.dtype}"
+        )
     if net.stem is None:
         return net.encoder((image - net.mean) / net.std)  # grey to the encoder's three channels
     return net.encoder(thin_conv.grey_conv(image, net.encoder.get_submodule(net.stem), net.mean, net.std, relu=relu))

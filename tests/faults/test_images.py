@@ -78,7 +78,7 @@ def spoiled(root: Path, count: int) -> dict[str, str]:
         (b"", "the file is empty. Copy it again."),
         (b"<!DOCTYPE html><html>Sign in</html>", "an HTML page, not an image. Did the download need a login?"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a git-LFS pointer, not the image. Run: git lfs pull"),
-        (b"GIF89a" + bytes(99), "not a PNG, JPEG or DICOM file"),
+        (b"GIF89a" + bytes(99), "a GIF file, not a PNG, JPEG or DICOM. Save it as PNG"),
     ]
     bad = {}
     rows = ["ImageId,EncodedPixels"]

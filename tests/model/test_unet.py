@@ -66,6 +66,21 @@ def test_size_and_shape(resnet):
     assert resnet(torch.rand(2, 1, 64, 96)).shape == (2, 1, 64, 96)
 
 
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.zeros(2, 1, 64, 64, dtype=torch.uint8),
+        torch.zeros(2, 3, 64, 64),
+        torch.zeros(2, 1, 64, 100),
+        torch.zeros(1, 64, 64),
+    ],
+)
+def test_another_image_than_it_takes_is_named(resnet, image):
+    for net in (resnet, FoldedUNet(resnet, torch.float32)):
+        with pytest.raises(ValueError, match=r"images must be \(B, 1, H, W\) float .* 32, got \(.*\) torch\."):
+            net(image)
+
+
 def test_normalization_is_the_encoders_own(resnet):
     assert resnet.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
     assert resnet.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])

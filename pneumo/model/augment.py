@@ -283,7 +283,7 @@ def _follow(knots: Tensor, x: Tensor) -> Tensor:
 
 
 def _columns(grid_steps: int) -> dict[str, int]:
-    """What the random numbers of an image are for, and how many each takes."""
+    """What the random numbers of an image are for, and how many each takes; one more changes all that a seed draws."""
     once = ("tone", "toned", "contrast", "gamma", "brightness", "distortion", "distorted", "lens")
     more = {"corners": 6, "steps": 2 * grid_steps, "moved": 1, "angle": 1, "zoom": 1, "shift": 2, "flip": 1}
     return dict.fromkeys(once, 1) | more

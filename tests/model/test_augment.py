@@ -56,6 +56,21 @@ def test_same_seed_same_batch():
     assert not torch.equal(a, c)
 
 
+def test_a_seed_draws_what_it_always_drew():
+    """Else a run that is gone on with by a later version ends elsewhere, and no result can be made again."""
+    warp = draw(8, flip=0.5, intensity=1.0, distort=1.0, rigid=1.0)
+    wanted = {
+        "rigid": (21.368, 0.0043), "affine": (16.732, 0.0), "elastic": (162.483, 0.0), "grid": (58.503, 1.205),
+        "optical": (0.063, 0.0), "flip": (8.0, 1.0), "gamma": (7.863, 0.9543), "gain": (7.830, 1.0),
+        "bias": (0.500, 0.0),
+    }  # fmt: skip
+    for name, (size, last) in wanted.items():
+        value = getattr(warp, name)
+        assert float(value.abs().sum()) == pytest.approx(size, abs=2e-3), name
+        assert float(value.flatten()[-1]) == pytest.approx(last, abs=1e-4), name
+    assert wanted.keys() == vars(warp).keys()
+
+
 @pytest.mark.parametrize("side", [64, 128])
 def test_a_mask_moves_with_its_image(side):
     image = pictures(24, side)

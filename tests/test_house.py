@@ -3,8 +3,7 @@
 import ast
 import os
 import re
-import subprocess
-import sys
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -112,15 +111,13 @@ def test_scripts_alone_stand_at_the_top(repo):
     assert sorted(path.name for path in repo.glob("*.py")) == ["predict.py", "train.py"]
 
 
-def test_the_first_of_several_test_processes_leaves_the_gpu_to_the_others(repo):
+def test_the_first_of_several_test_processes_leaves_the_gpu_to_the_others(repo, monkeypatch):
     """It imports conftest.py before it starts them, and they inherit its environment."""
-    code = "import torch; torch.cuda.is_available = lambda: True; import conftest, os; print(os.environ[KEY])"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, "-c", code.replace("KEY", "'CUDA_VISIBLE_DEVICES'")],
-        env=environment, capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    assert done.stdout == "0\n"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ["TRITON_INTERPRET"])  # set anew, and then as before
+    runpy.run_path(str(repo / "tests" / "conftest.py"))
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["TRITON_INTERPRET"]) == ("0", "0")
 
 
 def test_every_module_and_public_function_says_what_it_is_for(repo):

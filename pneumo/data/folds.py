@@ -17,6 +17,9 @@ import numpy as np
 from pneumo.data.cases import Case, Problem, counted, raise_fatal, read_rows, some
 from pneumo.errors import DataError, UsageError
 
+BLOCK = 1024  # rows of a table of correlations that are computed at a time
+PAIRS = 1_000_000  # of near-duplicates; of more, nothing sensible can be made
+
 
 def split(
     image_ids: Sequence[str],
@@ -91,16 +94,21 @@ def find_duplicates(thumbnails: np.ndarray, correlation: float) -> list[tuple[in
 
     Returns:
         Pairs (i, j), i < j.
+
+    Raises:
+        DataError: there are more than `PAIRS`.
     """
-    flat = thumbnails.reshape(len(thumbnails), math.prod(thumbnails.shape[1:])).astype(np.float32)
-    flat = flat - flat.mean(axis=1, keepdims=True)
-    norm = np.linalg.norm(flat, axis=1, keepdims=True)
-    flat = np.divide(flat, norm, out=np.zeros_like(flat), where=norm > 0)  # a constant picture resembles none
-    limit = min(correlation, 1 - 1e-6)  # float32 products of equal rows are not exactly 1
+    flat, limit = _standardized(thumbnails), _limit(correlation)
     pairs: list[tuple[int, int]] = []
-    for start in range(0, len(flat), 1024):
-        similar = flat[start : start + 1024] @ flat[start:].T > limit
-        rows, columns = np.nonzero(np.triu(similar, k=1))
+    for start in range(0, len(flat), BLOCK):
+        similar = np.triu(flat[start : start + BLOCK] @ flat[start:].T > limit, k=1)
+        if len(pairs) + np.count_nonzero(similar) > PAIRS:
+            raise DataError(
+                f"more than {PAIRS:,} pairs of images are nearly the same picture, as they correlate above "
+                f"{correlation:g}: hardly X-rays of different people. Remove the copies, or raise "
+                f"folds.duplicate_correlation"
+            )
+        rows, columns = np.nonzero(similar)
         pairs += [(start + int(row), start + int(column)) for row, column in zip(rows, columns, strict=True)]
     return pairs
 
@@ -117,17 +125,32 @@ def seen_in_training(
     Returns:
         A note for each such test image, not fatal.
     """
-    found: dict[int, list[Case]] = {}
-    for a, b in find_duplicates(thumbnails, correlation):
-        if a < len(train) <= b:
-            found.setdefault(b - len(train), []).append(train[a])
-    return [
-        Problem(
-            str(test[place].path), None, test[place].image_id, f"{test[place].path}: nearly the same picture as "
-            f"{some(str(case.path) for case in alike)}, so that no score of it is one of an unseen image", False,
-        )
-        for place, alike in sorted(found.items())
-    ]  # fmt: skip
+    flat, limit = _standardized(thumbnails), _limit(correlation)
+    notes: list[Problem] = []
+    for start in range(len(train), len(flat) if train else 0, BLOCK):
+        likeness = flat[start : start + BLOCK] @ flat[: len(train)].T
+        count, nearest = (likeness > limit).sum(axis=1), likeness.argmax(axis=1)
+        for row in np.flatnonzero(count).tolist():
+            case = test[start - len(train) + row]
+            more = f" and {count[row] - 1:,} more" if count[row] > 1 else ""
+            text = (
+                f"{case.path}: nearly the same picture as {train[nearest[row]].path}{more}, so that no score of it is "
+                f"one of an unseen image"
+            )
+            notes.append(Problem(str(case.path), None, case.image_id, text, False))
+    return notes
+
+
+def _standardized(thumbnails: np.ndarray) -> np.ndarray:
+    """(N, h * w) float32 whose products are Pearson correlations; a constant picture is 0 and resembles none."""
+    flat = thumbnails.reshape(len(thumbnails), math.prod(thumbnails.shape[1:])).astype(np.float32)
+    flat = flat - flat.mean(axis=1, keepdims=True)
+    norm = np.linalg.norm(flat, axis=1, keepdims=True)
+    return np.divide(flat, norm, out=np.zeros_like(flat), where=norm > 0)
+
+
+def _limit(correlation: float) -> float:
+    return min(correlation, 1 - 1e-6)  # float32 products of equal rows are not exactly 1
 
 
 def join_groups(groups: Sequence[str | None], pairs: Sequence[tuple[int, int]]) -> list[str | None]:

@@ -1,11 +1,14 @@
 import csv
 import gzip
+import re
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pneumo.data import folds
+from pneumo.data.cases import Case
 from pneumo.errors import DataError, UsageError
 
 
@@ -108,6 +111,19 @@ def test_duplicates_are_found_and_kept_together():
     assert sorted(pairs) == [(3, 1400), (7, 900)]
     assert folds.find_duplicates(thumbnails, 1.0) == [(3, 1400)]
     assert folds.find_duplicates(thumbnails[:0], 0.995) == []
+
+
+def test_copies_of_one_picture_take_no_memory_by_their_square():
+    picture = np.random.default_rng(0).random((1, 16, 16)).astype(np.float32)
+    assert len(folds.find_duplicates(picture.repeat(1000, axis=0), 0.995)) == 499_500
+    with pytest.raises(
+        DataError, match=r"more than 1,000,000 pairs of images .* above 0\.995: .*Remove the copies, or raise"
+    ):
+        folds.find_duplicates(picture.repeat(12_000, axis=0), 0.995)
+    train, test = ([Case(f"{part}{i}", Path(f"{part}/{i}"), ()) for i in range(2000)] for part in ("train", "test"))
+    notes = folds.seen_in_training(train, test, picture.repeat(4000, axis=0), 0.995)
+    assert [note.image_id for note in notes] == [case.image_id for case in test]
+    assert re.fullmatch(r"test/7: nearly the same picture as train/\d+ and 1,999 more, so that .*", notes[7].message)
 
 
 def test_what_was_kept_together_is_read_again(tmp_path):

@@ -579,7 +579,7 @@ def test_a_bad_file_in_one_process_is_named_and_all_end(repo, trained, scans, tm
         cwd=repo, env={**os.environ, "PYTHONPATH": str(repo)}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     seconds = time.perf_counter() - started
-    assert done.returncode != 0 and "test-003.png: not a PNG, JPEG or DICOM file" in done.stderr
+    assert done.returncode != 0 and "test-003.png: a GIF file, not a PNG, JPEG or DICOM. " in done.stderr
     assert len(list((tmp_path / "out").glob("*_mask.png"))) == IMAGES - 1
     figure(f"named; 6 of 6 others predicted; all gone after {seconds:.1f} s, launch included")
 

@@ -220,7 +220,7 @@ def _contradicting(found: Sequence[Case], pairs: Sequence[tuple[int, int]]) -> l
 
 
 def _duplicates(recipe: Recipe, packed: Pack) -> list[tuple[int, int]]:
-    return folds.find_duplicates(pack.thumbnails(packed), recipe.folds.duplicate_correlation)
+    return folds.find_duplicates(packed.image_ids, pack.thumbnails(packed), recipe.folds.duplicate_correlation)
 
 
 def _judge(recipe: Recipe, problems: list[Problem]) -> None:

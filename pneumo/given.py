@@ -234,7 +234,9 @@ def segment(recipe: Recipe, models: Ensemble, ruling: Ruling, pixels: np.ndarray
         NotFiniteError: a network's probability is not a number.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 2:
-        raise ValueError(f"an image must be (H, W) uint8, got {pixels.shape} {pixels.dtype}")
+        raise ValueError(
+            f"an image must be (H, W) uint8, as of images.read(path).pixels, got {pixels.shape} {pixels.dtype}"
+        )
     size = recipe.data.annotation_size
     device = next(models.models[0][0].parameters()).device
     image = torch.from_numpy(pack_image(pixels, models.image_size))[None, None].to(device)

@@ -274,7 +274,7 @@ def test_verify_names_test_images_that_are_trained_on(tmp_path):
     (tmp_path / "data" / "train" / "train-011.png").write_bytes(b"")  # no picture at all, which shifts no other
     options = ["--set", *small_run.settings(tmp_path / "data", tmp_path / "runs")]
     said = run("pneumo", "verify", *options, cwd=tmp_path, code=3)
-    known = "test-{}.png: nearly the same picture as {}/train-{}.png, so that no score of it is one of an unseen image"
+    known = "test-{}.png: nearly the same picture as {}/train-{}.png, so that no score of it is one of an unseen image."
     assert said.count("nearly the same") == 2
     assert known.format("002", train, "004") in said and known.format("000", train, "007") in said
     assert "1 error, 3 notes" in said  # one of rows that overlap

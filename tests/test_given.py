@@ -55,7 +55,7 @@ def test_all_of_an_oblong_image_is_there_and_nothing_of_its_padding(trained):
     "pixels", [np.zeros((64, 64), np.float32), np.zeros((64, 64), np.uint16), np.zeros((3, 64, 64), np.uint8)]
 )
 def test_another_type_or_shape_is_refused(trained, pixels):
-    with pytest.raises(ValueError, match=r"an image must be \(H, W\) uint8, got \("):
+    with pytest.raises(ValueError, match=r"an image must be \(H, W\) uint8, as of images.read.*, got \("):
         given.segment(*trained, pixels)
 
 

@@ -18,7 +18,7 @@ from pneumo.data.cases import Case, Problem, counted, raise_fatal, read_rows, so
 from pneumo.errors import DataError, UsageError
 
 BLOCK = 1024  # rows of a table of correlations that are computed at a time
-PAIRS = 1_000_000  # of near-duplicates; of more, nothing sensible can be made
+MOST_PAIRS = 1_000_000  # of near-duplicates; of more, nothing sensible can be made
 
 
 def split(
@@ -85,10 +85,11 @@ def split(
     return folds
 
 
-def find_duplicates(thumbnails: np.ndarray, correlation: float) -> list[tuple[int, int]]:
+def find_duplicates(image_ids: Sequence[str], thumbnails: np.ndarray, correlation: float) -> list[tuple[int, int]]:
     """Find pairs of images that are nearly the same picture.
 
     Args:
+        image_ids: of the N images, for the error.
         thumbnails: (N, h, w) grey, small (16 x 16) versions of the images.
         correlation: pairs whose thumbnails' Pearson correlation exceeds it are duplicates; at 1.0, equal ones only.
 
@@ -96,17 +97,19 @@ def find_duplicates(thumbnails: np.ndarray, correlation: float) -> list[tuple[in
         Pairs (i, j), i < j.
 
     Raises:
-        DataError: there are more than `PAIRS`.
+        DataError: there are more than `MOST_PAIRS`; names the image with most of them.
     """
     flat, limit = _standardized(thumbnails), _limit(correlation)
     pairs: list[tuple[int, int]] = []
     for start in range(0, len(flat), BLOCK):
         similar = np.triu(flat[start : start + BLOCK] @ flat[start:].T > limit, k=1)
-        if len(pairs) + np.count_nonzero(similar) > PAIRS:
+        if len(pairs) + np.count_nonzero(similar) > MOST_PAIRS:
+            copies = similar.sum(axis=1)
+            most = int(copies.argmax())
             raise DataError(
-                f"more than {PAIRS:,} pairs of images are nearly the same picture, as they correlate above "
-                f"{correlation:g}: hardly X-rays of different people. Remove the copies, or raise "
-                f"folds.duplicate_correlation"
+                f"more than {MOST_PAIRS:,} pairs of images are nearly the same picture, as {image_ids[start + most]} "
+                f"and {copies[most]:,} others: they correlate above {correlation:g}, as hardly do X-rays of different "
+                f"people. Remove the copies, or raise folds.duplicate_correlation"
             )
         rows, columns = np.nonzero(similar)
         pairs += [(start + int(row), start + int(column)) for row, column in zip(rows, columns, strict=True)]
@@ -135,7 +138,7 @@ def seen_in_training(
             more = f" and {count[row] - 1:,} more" if count[row] > 1 else ""
             text = (
                 f"{case.path}: nearly the same picture as {train[nearest[row]].path}{more}, so that no score of it is "
-                f"one of an unseen image"
+                f"one of an unseen image. Take it out of one of the two"
             )
             notes.append(Problem(str(case.path), None, case.image_id, text, False))
     return notes

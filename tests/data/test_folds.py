@@ -102,24 +102,26 @@ def test_real_patients_stay_together_and_shares_agree(siim, figure):
 
 
 def test_duplicates_are_found_and_kept_together():
-    rng = np.random.default_rng(0)
+    rng, ids = np.random.default_rng(0), list(map(str, range(1500)))
     thumbnails = rng.random((1500, 16, 16)).astype(np.float32) * 255
     thumbnails[1400] = thumbnails[3] * 0.8 + 10  # the same picture, other exposure
     thumbnails[7] = thumbnails[900] + rng.normal(0, 1, (16, 16))
     thumbnails[20] = thumbnails[21] = 128.0  # constant pictures resemble none
-    pairs = folds.find_duplicates(thumbnails, 0.995)
+    pairs = folds.find_duplicates(ids, thumbnails, 0.995)
     assert sorted(pairs) == [(3, 1400), (7, 900)]
-    assert folds.find_duplicates(thumbnails, 1.0) == [(3, 1400)]
-    assert folds.find_duplicates(thumbnails[:0], 0.995) == []
+    assert folds.find_duplicates(ids, thumbnails, 1.0) == [(3, 1400)]
+    assert folds.find_duplicates([], thumbnails[:0], 0.995) == []
 
 
 def test_copies_of_one_picture_take_no_memory_by_their_square():
     picture = np.random.default_rng(0).random((1, 16, 16)).astype(np.float32)
-    assert len(folds.find_duplicates(picture.repeat(1000, axis=0), 0.995)) == 499_500
+    ids = list(map(str, range(12_000)))
+    assert len(folds.find_duplicates(ids[:1000], picture.repeat(1000, axis=0), 0.995)) == 499_500
     with pytest.raises(
-        DataError, match=r"more than 1,000,000 pairs of images .* above 0\.995: .*Remove the copies, or raise"
+        DataError,
+        match=r"more than 1,000,000 pairs .* as 0 and 11,999 others: .* above 0\.995, .*Remove the copies, or raise",
     ):
-        folds.find_duplicates(picture.repeat(12_000, axis=0), 0.995)
+        folds.find_duplicates(ids, picture.repeat(12_000, axis=0), 0.995)
     train, test = ([Case(f"{part}{i}", Path(f"{part}/{i}"), ()) for i in range(2000)] for part in ("train", "test"))
     notes = folds.seen_in_training(train, test, picture.repeat(4000, axis=0), 0.995)
     assert [note.image_id for note in notes] == [case.image_id for case in test]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pneumo import __version__, checkpoint, cli, config, dataset, dist, log
 from pneumo.config import Recipe
+from pneumo.data.problems import Problem, counted, listed, raise_fatal, some
 from pneumo.errors import DataError, UsageError
 
 
@@ -53,17 +54,17 @@ def verify(options: argparse.Namespace) -> None:
     known = thumbnails[: len(found) + len(test)]
     problems += more + splits.seen_in_training(found, test, known, recipe.folds.duplicate_correlation)
     report = recipe.folder / "data_report.csv"
-    for line in cases.listed(problems, report):
+    for line in listed(problems, report):
         log.say(line)
     positive, errors = sum(case.positive for case in found), sum(problem.fatal for problem in problems)
     log.say(
-        f"{cases.counted(len(found), 'training image', 'training images')}, {positive} with pneumothorax, "
-        f"{cases.counted(len(test), 'test image', 'test images')}; {cases.counted(errors, 'error', 'errors')}, "
-        f"{cases.counted(len(problems) - errors, 'note', 'notes')}; all are in {report}"
+        f"{counted(len(found), 'training image', 'training images')}, {positive} with pneumothorax, "
+        f"{counted(len(test), 'test image', 'test images')}; {counted(errors, 'error', 'errors')}, "
+        f"{counted(len(problems) - errors, 'note', 'notes')}; all are in {report}"
     )
     if warning := cases.one_sided(found):
         log.warn(warning)
-    cases.raise_fatal(problems, report)
+    raise_fatal(problems, report)
 
 
 def pack(options: argparse.Namespace) -> None:
@@ -83,8 +84,6 @@ def pack(options: argparse.Namespace) -> None:
 
 def folds(options: argparse.Namespace) -> None:
     """Split the training images and write folds.csv with its audit."""
-    from pneumo.data import cases
-
     recipe = cli.load_recipe(options)
     path = recipe.folder / "folds.csv"
     has_images = (Path(recipe.data.root) / recipe.data.train).is_dir()
@@ -99,8 +98,8 @@ def folds(options: argparse.Namespace) -> None:
         trained = {file.parent for file in recipe.folder.glob("fold*/stage*/*.pt")}
         if trained and path.read_bytes() != before:
             log.warn(
-                f"{cases.counted(len(trained), 'stage was', 'stages were')} trained on another split and cannot go on: "
-                f"{cases.some(map(str, sorted(trained)))}. To train anew, delete them"
+                f"{counted(len(trained), 'stage was', 'stages were')} trained on another split and cannot go on: "
+                f"{some(map(str, sorted(trained)))}. To train anew, delete them"
             )
 
 
@@ -190,7 +189,7 @@ def check_submission(options: argparse.Namespace) -> None:
     recipe = cli.load_recipe(options)
     data, root = recipe.data, Path(recipe.data.root)
     path = options.submission or recipe.folder / "submission.csv"
-    problems: list[cases.Problem] = []
+    problems: list[Problem] = []
     sample, sample_ids = options.sample, None
     if sample is None and root.is_dir():
         sample = cases.find_sample(root, data.sample, problems)
@@ -202,12 +201,12 @@ def check_submission(options: argparse.Namespace) -> None:
     for problem in problems:
         log.say(f"{'ERROR' if problem.fatal else 'note '} {problem.message}")
     what = submission.summary(checked.codes, data.annotation_size) if checked.codes else "no row is good"
-    counts = f"{cases.counted(checked.rows, 'row', 'rows')}, {cases.counted(checked.ids, 'id', 'ids')}"
+    counts = f"{counted(checked.rows, 'row', 'rows')}, {counted(checked.ids, 'id', 'ids')}"
     log.say(f"{path}: {counts}; {what}")
     if sample_ids is None:
         log.say("no sample submission: ids were not compared")
     else:
-        log.say(f"{sample}: {cases.counted(len(sample_ids), 'id', 'ids')}")
+        log.say(f"{sample}: {counted(len(sample_ids), 'id', 'ids')}")
     empty = _empty(options.truth, recipe)
     log.say("no annotations" if empty is None else f"all masks empty: Dice {empty[0]:.4f} on {empty[1]}")
     origin = path.with_suffix(".json")
@@ -223,7 +222,7 @@ def check_submission(options: argparse.Namespace) -> None:
             log.say(f"{origin}: {what if same else 'tells of another file, which this one has replaced'}")
         except DataError as error:
             log.say(f"note  {error}, so what made the submission is not known; make submit writes both anew")
-    cases.raise_fatal(problems, None)
+    raise_fatal(problems, None)
 
 
 def _empty(truth: Path | None, recipe: Recipe) -> tuple[float, str] | None:
@@ -250,7 +249,7 @@ def _empty(truth: Path | None, recipe: Recipe) -> tuple[float, str] | None:
     image = "image" if truth else "training image"
     if not positive or any(problem.fatal for problem in problems):
         return None
-    return 1 - sum(positive) / len(positive), f"{cases.counted(len(positive), image, f'{image}s')} of {truth or root}"
+    return 1 - sum(positive) / len(positive), f"{counted(len(positive), image, f'{image}s')} of {truth or root}"
 
 
 def phantom(options: argparse.Namespace) -> None:

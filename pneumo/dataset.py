@@ -13,8 +13,9 @@ import numpy as np
 from pneumo import checkpoint, dist, log
 from pneumo.config import Recipe
 from pneumo.data import cases, folds, pack
-from pneumo.data.cases import Case, Problem
+from pneumo.data.cases import Case
 from pneumo.data.pack import Pack
+from pneumo.data.problems import SHOWN, Problem, counted, raise_fatal, some
 from pneumo.errors import DataError, NoSpaceError, WriteError
 
 PAIRS = 1000  # of near-duplicates that the audit lists
@@ -206,8 +207,8 @@ def _write_audit(
         report["duplicates"] = [[found[a].image_id, found[b].image_id] for a, b in duplicates[:PAIRS]]
         if odd := [f"{a} and {b}" for a, b in _contradicting(found, duplicates)]:
             log.warn(
-                f"of {cases.counted(len(odd), 'pair', 'pairs')} of near-duplicate images one is annotated with a "
-                f"pneumothorax, the other without: {cases.some(odd)}. {recipe.folder / 'audit.json'} has the pairs"
+                f"of {counted(len(odd), 'pair', 'pairs')} of near-duplicate images one is annotated with a "
+                f"pneumothorax, the other without: {some(odd)}. {recipe.folder / 'audit.json'} has the pairs"
             )
     checkpoint.write_atomic(recipe.folder / "audit.json", log.dumps(report, indent=1).encode() + b"\n")
     checkpoint.write_atomic(recipe.folder / "audit.txt", text.encode() + b"\n")
@@ -227,15 +228,15 @@ def _judge(recipe: Recipe, problems: list[Problem]) -> None:
     report = recipe.folder / "data_report.csv"
     for problem in problems:
         if not problem.fatal:
-            more = len(problem.each) > cases.SHOWN
+            more = len(problem.each) > SHOWN
             log.warn(f"{problem.message.rstrip('.')}. All are listed in {report}." if more else problem.message)
     if problems:
         try:
-            cases.raise_fatal(problems, report if dist.is_main() else None)  # one process writes it; all stop
+            raise_fatal(problems, report if dist.is_main() else None)  # one process writes it; all stop
         except NoSpaceError:
             raise
         except WriteError:  # a folder that is only read
-            cases.raise_fatal(problems, None)
+            raise_fatal(problems, None)
 
 
 def check_fold(recipe: Recipe, dataset: Dataset, fold: int) -> None:

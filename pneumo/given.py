@@ -25,6 +25,7 @@ from pneumo.config import Recipe
 from pneumo.data import cases, images
 from pneumo.data.images import Scan
 from pneumo.data.pack import pack_image
+from pneumo.data.problems import raise_fatal
 from pneumo.decision.rule import PROBABILITY, decide
 from pneumo.ensemble import Ensemble
 from pneumo.errors import DataError, UsageError
@@ -74,7 +75,7 @@ def find(arguments: Sequence[Path], out: Path) -> list[Given]:
         if argument.resolve() == place:
             raise UsageError(f"{argument}: the masks would lie among the X-rays. Choose another folder: --out DIR")
         found, others, problems = cases.list_images(argument)
-        cases.raise_fatal(problems, None)
+        raise_fatal(problems, None)
         found = [path for path in found if not path.resolve().is_relative_to(place)]
         kinds = sorted({path.suffix.lower() for path in others} & PICTURES)
         convert = f". Those in {', '.join(kinds)} can be read if they are saved as PNG" if kinds else ""

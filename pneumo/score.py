@@ -7,7 +7,8 @@ import numpy as np
 
 from pneumo import log
 from pneumo.data import cases
-from pneumo.data.cases import Problem
+from pneumo.data.problems import Problem, raise_fatal, some
+from pneumo.data.rows import read_rows
 from pneumo.decision import metrics
 from pneumo.errors import DataError
 from pneumo.kernels.runs import area
@@ -45,17 +46,17 @@ def score_files(
         DataError: a file is wrong, or the truth lacks ids; names them.
     """
     decided, problems = cases.read_codes(submission, annotation_size, also_empty=EMPTY_SPELLINGS)
-    cases.raise_fatal(problems, None)
+    raise_fatal(problems, None)
     annotated, problems = cases.read_annotations(truth, annotation_size, also_empty=EMPTY_SPELLINGS)
-    cases.raise_fatal(_of(decided, problems), None)
+    raise_fatal(_of(decided, problems), None)
     if missing := [image_id for image_id in decided if image_id not in annotated]:
-        text = f"{truth}: no truth for {len(missing)} of {len(decided)} ids of {submission}, as {cases.some(missing)}"
+        text = f"{truth}: no truth for {len(missing)} of {len(decided)} ids of {submission}, as {some(missing)}"
         if unmasked != "empty":
             negative = "an all-black picture" if truth.is_dir() else "a row with -1"
             raise DataError(f"{text}. A negative needs {negative} there, or --set data.unmasked=empty")
         log.warn(f"{text}; their masks are taken for empty (data.unmasked)")
         annotated |= dict.fromkeys(missing, np.zeros((0, 2), dtype=np.int64))
-    rows = sum(1 for _ in cases.read_rows(submission, ("ImageId",), []))
+    rows = sum(1 for _ in read_rows(submission, ("ImageId",), []))
     if rows > len(decided):
         log.warn(f"{submission}: {rows:,} rows of {len(decided):,} ids; several of one id were united")
     if more := [image_id for image_id in annotated if image_id not in decided]:
@@ -66,7 +67,7 @@ def score_files(
     patient_of: dict[str, str] = {}
     if patients is not None:
         patient_of, problems = cases.read_patients(patients)
-        cases.raise_fatal(_of(decided, problems), None)
+        raise_fatal(_of(decided, problems), None)
     scores = metrics.summarise(
         np.array([metrics.dice_runs(runs, annotated[image_id]) for image_id, runs in decided.items()]),
         np.array([area(annotated[image_id]) > 0 for image_id in decided]),

@@ -4,12 +4,14 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pneumo import checkpoint
-from pneumo.data import cases, rle
-from pneumo.data.cases import Problem
+from pneumo.data import rle
+from pneumo.data.problems import Problem, counted, some
+from pneumo.data.rows import first_line, read_rows
 from pneumo.errors import DataError
 from pneumo.kernels.runs import area, join
 
@@ -75,14 +77,10 @@ def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) ->
     codes: dict[str, str] = {}
     lines: dict[str, int] = {}
 
-    def complain(
-        text: str, line: int | None = None, image_id: str = "", *, field: str = "", fatal: bool = True
-    ) -> None:
-        where = f"{path}{f' line {line}' if line else ''}{f', ImageId {image_id}' if image_id else ''}"
-        where += f", {field}" if field else ""
-        problems.append(Problem(str(path), line, image_id, f"{where}: {text}", fatal))
+    def complain(text: str, row: int | None = None, image_id: str = "", **more: Any) -> None:
+        problems.append(Problem.at(path, text, row=row, image_id=image_id, **more))
 
-    found = cases.read_rows(path, ("ImageId", "EncodedPixels"), problems, blanks=False)
+    found = read_rows(path, ("ImageId", "EncodedPixels"), problems, blanks=False)
     for line, (image_id, code) in found:
         rows += 1
         if lines.setdefault(image_id, line) != line:
@@ -98,7 +96,7 @@ def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) ->
             text = "runs that touch, or zeros or blanks too many. Encode it anew."
             complain(text, line, image_id, field="EncodedPixels")
     if lines:
-        first = cases.first_line(path)
+        first = first_line(path)
         if first != HEADER:
             complain(f"the first line must be {HEADER}, it is {first[:100]!a}", 1)
     if sample_ids is not None and lines:
@@ -111,7 +109,7 @@ def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) ->
             (("id is not in the sample", "ids are not in the sample"), [i for i in lines if i not in wanted]),
         ):
             if odd:
-                complain(f"{cases.counted(len(odd), *what)}: {cases.some(odd)}")
+                complain(f"{counted(len(odd), *what)}: {some(odd)}")
         if list(lines) != list(sample_ids) and set(lines) == wanted:
             complain("its rows are not in the sample's order", fatal=False)
     return Checked(rows, len(lines), codes, problems)
@@ -122,7 +120,7 @@ def summary(codes: Mapping[str, str], annotation_size: int) -> str:
     areas = np.array([_area(code, annotation_size) for code in codes.values()])
     found = areas[areas > 0]
     median = f"{int(np.median(found)):,} px" if found.size else "-"
-    there = cases.counted(len(areas), "image", "images")
+    there = counted(len(areas), "image", "images")
     return f"{there}, {(areas == 0).mean():.1%} empty, median area of the others {median}"
 
 

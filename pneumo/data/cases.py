@@ -1,27 +1,23 @@
 """A folder of images and an annotation file to a checked list of cases.
 
 Nothing is silently dropped: what is wrong or left out becomes a `Problem` that names file, line and id, and
-all of them are collected before anything stops. Imports rle, images, kernels, checkpoint, log, errors.
+all of them are collected before anything stops. Imports problems, rows, rle, images, kernels, log, errors.
 """
 
-import csv
-import gzip
-import io
 import os
-import re
-import zlib
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from pneumo import checkpoint, log
+from pneumo import log
 from pneumo.data import images, rle
-from pneumo.errors import DataError, PneumoError
+from pneumo.data.problems import Problem, counted, some, summary
+from pneumo.data.rows import ID, ID_RULE, read_rows
+from pneumo.errors import PneumoError
 from pneumo.kernels.runs import area, join, mask_to_runs, union
 
 ANNOTATION_NAMES = ("train-rle", "train_rle", "stage_2_train", "stage_1_train", "train")  # .csv or .csv.gz
@@ -33,20 +29,11 @@ SAMPLE_NAMES = (
 )
 PATIENT_NAMES = ("patients",)
 MASK_FOLDERS = ("mask", "masks")
-ALIASES = {"fname": "ImageId", "mask": "EncodedPixels"}
-MAX_BYTES = 256 * 2**20  # of a CSV, unpacked
-MAX_ROWS = 1_000_000  # of a CSV; a row that packs to a few bits takes hundreds of bytes of memory
 ENOUGH = 20  # masks that do not all lie in the leftmost quarter of their grid by chance
-SHOWN = 5  # ids in a message; data_report.csv has all
 THUMBNAIL = 16  # pixels; enough to know a picture again
-LISTED = 20  # problems of one kind on a terminal; there may be one for each image
 
-_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-_VARIES = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|[\d.,]+""")
 _JUNK = {"thumbs.db", "desktop.ini"}
 _JUNK_FOLDERS = {"__MACOSX"}
-
-csv.field_size_limit(MAX_BYTES)  # its default of 128 KiB is less than a speckled mask can take
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,26 +60,6 @@ class Case:
     def area(self) -> int:
         """Pixels of the annotation grid."""
         return area(self.runs)
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What is wrong or odd, and where.
-
-    Attributes:
-        row: line of the file, the header's being 1; None if it is about all of it.
-        image_id: "" if it is about several.
-        message: one line that says all of it, file and line included.
-        fatal: whether nothing may be done with these data.
-        each: the single problems that this one sums up, for the report.
-    """
-
-    file: str
-    row: int | None
-    image_id: str
-    message: str
-    fatal: bool
-    each: tuple["Problem", ...] = ()
 
 
 def load_train(
@@ -123,7 +90,7 @@ def load_train(
     """
     root, problems, files = Path(root), [], {}
     if not root.is_dir():
-        return [], [_problem(root, "no such folder. Set data.root.")]
+        return [], [Problem.at(root, "no such folder. Set data.root.")]
     if need_images:
         files = _find_folder(root, train, "data.train", problems)
     source = _find(root, annotations, ANNOTATION_NAMES, MASK_FOLDERS, "annotations", problems)
@@ -131,7 +98,7 @@ def load_train(
         if not problems:
             tables = some(path.name for path in sorted(root.glob("*.csv*")))
             problems.append(
-                _problem(
+                Problem.at(
                     root,
                     f"no annotations: neither {', '.join(ANNOTATION_NAMES)} (.csv, .csv.gz) nor a folder "
                     f"{' or '.join(MASK_FOLDERS)}. CSV files there: {tables or 'none'}. Set data.annotations.",
@@ -146,7 +113,7 @@ def load_train(
         runs_of |= dict.fromkeys(bare, np.zeros((0, 2), dtype=np.int64))
         lines |= dict.fromkeys(bare)
         text = f"{len(bare):,} of {len(files):,} images are not in {source}; their masks are empty (data.unmasked)"
-        problems.append(_summary(root / train, text, bare, f"not in {source}, so empty", fatal=False))
+        problems.append(summary(root / train, text, bare, f"not in {source}, so empty", fatal=False))
     patient_of = {}
     table = _find(root, patients, PATIENT_NAMES, (), "patients", problems)
     if table is not None:
@@ -166,15 +133,15 @@ def load_train(
                 f"none of its {counted(len(patient_of), 'id', 'ids')} is that of an image: it has {min(patient_of)}, "
                 f"the images have {ids[0]}. An ImageId is a file's name without suffix; correct or remove the table."
             )
-            problems.append(_problem(table, text))
+            problems.append(Problem.at(table, text))
         elif unknown and (patient_of or not more):  # else the table could not be read
             lack = "has no patient there, it is" if len(unknown) == 1 else "have no patient there, each is"
             text = f"{len(unknown):,} of {len(ids):,} images {lack} taken for a patient"
             if 2 * len(unknown) > len(ids):
                 text = f"fewer than half of the images have a patient, do the ids fit? {text}"
-            problems.append(_summary(table, text, unknown, "no patient_id", fatal=False))
+            problems.append(summary(table, text, unknown, "no patient_id", fatal=False))
     if not ids and not any(problem.fatal for problem in problems):
-        problems.append(_problem(source, "not a single case"))
+        problems.append(Problem.at(source, "not a single case"))
     cases = [Case(image_id, files.get(image_id), runs_of[image_id], patient_of.get(image_id)) for image_id in ids]
     return cases, problems
 
@@ -196,7 +163,7 @@ def load_test(
     """
     root, problems = Path(root), []
     if not root.is_dir():
-        return [], [], [_problem(root, "no such folder. Set data.root.")]
+        return [], [], [Problem.at(root, "no such folder. Set data.root.")]
     files = _find_folder(root, test, "data.test", problems)
     source = find_sample(root, sample, problems)
     ids = sorted(files)
@@ -205,7 +172,7 @@ def load_test(
         problems += more
         there = set(_match(source, ids, dict.fromkeys(ids), root / test, files, allow_missing, problems))
         if not there and not any(problem.fatal for problem in problems):
-            problems.append(_problem(source, f"not a single test image: none of its ids has one in {root / test}"))
+            problems.append(Problem.at(source, f"not a single test image: none of its ids has one in {root / test}"))
     else:
         there = set(ids)
     nothing = np.zeros((0, 2), dtype=np.int64)
@@ -226,17 +193,17 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
     paths, others, problems = list_images(folder)
     for path in paths:
         image_id = name_of(path)
-        if not _ID.fullmatch(image_id):
-            problems.append(_problem(path, f"{_ID_RULE} Rename it."))
+        if not ID.fullmatch(image_id):
+            problems.append(Problem.at(path, f"{ID_RULE} Rename it."))
         elif image_id in found:
             text = f"the image of this id is there twice; the other is {found[image_id]}. Remove one."
-            problems.append(_problem(path, text, image_id=image_id))
+            problems.append(Problem.at(path, text, image_id=image_id))
         else:
             found[image_id] = path
     if others:
         no_image = "no PNG, JPEG or DICOM and"
         text = counted(len(others), f"file is {no_image} was left out", f"files are {no_image} were left out")
-        each = tuple(_problem(path, "not an image", fatal=False) for path in others)
+        each = tuple(Problem.at(path, "not an image", fatal=False) for path in others)
         message = f"{folder}: {text}: {some(path.name for path in others)}"
         problems.append(Problem(str(folder), None, "", message, False, each))
     return dict(sorted(found.items())), problems
@@ -300,10 +267,10 @@ def read_patients(path: Path) -> tuple[dict[str, str], list[Problem]]:
     for line, (image_id, patient) in read_rows(path, ("ImageId", "patient_id"), problems):
         if not patient:
             text = "empty. Give the patient, or delete the row."
-            problems.append(_problem(path, text, row=line, image_id=image_id, field="patient_id"))
+            problems.append(Problem.at(path, text, row=line, image_id=image_id, field="patient_id"))
         elif patient_of.setdefault(image_id, patient) != patient:
             text = "another patient than in a row before. Delete one of them."
-            problems.append(_problem(path, text, row=line, image_id=image_id, field="patient_id"))
+            problems.append(Problem.at(path, text, row=line, image_id=image_id, field="patient_id"))
     return patient_of, problems
 
 
@@ -326,13 +293,13 @@ def read_sample(path: Path) -> tuple[list[str], list[Problem]]:
         count += 1
         if lines.setdefault(image_id, line) != line:
             text = f"repeats line {lines[image_id]}"
-            repeated.append(_problem(path, text, row=line, image_id=image_id, fatal=False))
+            repeated.append(Problem.at(path, text, row=line, image_id=image_id, fatal=False))
     if repeated:
         ids = counted(len(lines), "different id", "different ids")
         text = f"{path}: {count:,} rows have {ids}; one row each is written"
         problems.append(Problem(str(path), None, "", text, False, tuple(repeated)))
     if not lines and not problems:
-        problems.append(_problem(path, "no rows"))
+        problems.append(Problem.at(path, "no rows"))
     return list(lines), problems
 
 
@@ -380,96 +347,6 @@ def one_sided(cases: Sequence[Case]) -> str:
     )
 
 
-def listed(problems: Sequence[Problem], report: Path) -> list[str]:
-    """Lines that tell the problems: of each kind the first `LISTED`, and how many more the report has."""
-    kinds = [_kind(problem) for problem in problems]
-    left = Counter(kinds)
-    seen: Counter[tuple[bool, str]] = Counter()
-    lines = []
-    for problem, kind in zip(problems, kinds, strict=True):
-        grade = "ERROR" if problem.fatal else "note "
-        seen[kind] += 1
-        left[kind] -= 1
-        if seen[kind] <= LISTED:
-            lines.append(f"{grade} {problem.message}")
-        if seen[kind] == LISTED and left[kind]:
-            lines.append(f"{grade} {left[kind]:,} more like this one; all are in {report}")
-    return lines
-
-
-def _kind(problem: Problem) -> tuple[bool, str]:
-    """Its message without what differs from case to case: names, numbers and values in quotes."""
-    text = problem.message.replace(problem.file, "") if problem.file else problem.message
-    if problem.image_id:
-        text = re.sub(rf"(?<![\w.-]){re.escape(problem.image_id)}(?!\w)", "", text)
-    return problem.fatal, _VARIES.sub("", text)
-
-
-def raise_fatal(problems: Sequence[Problem], report: Path | None) -> None:
-    """Stop if there is a fatal problem.
-
-    Args:
-        report: where to write all problems, fatal or not, as CSV; None: nowhere.
-
-    Raises:
-        DataError: the first fatal problem, how many others there are, and where they are listed.
-        WriteError: the report could not be written.
-    """
-    if report is not None:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["file", "row", "image_id", "message", "fatal"])
-        for problem in problems:
-            for one in problem.each or (problem,):
-                writer.writerow([one.file, one.row, one.image_id, one.message, str(one.fatal).lower()])
-        checkpoint.write_atomic(report, text.getvalue().encode("utf-8", "surrogateescape"))
-    fatal = [problem for problem in problems if problem.fatal]
-    if fatal:
-        others = sum(len(problem.each) or 1 for problem in fatal[1:])
-        listed = f" listed in {report}" if report is not None else ""
-        message = fatal[0].message.rstrip(".") + "."
-        if others:
-            message += f" {others:,} more problem{'s are' if others > 1 else ' is'}{listed or ' there'}."
-        elif fatal[0].each and listed:
-            message += f" All are{listed}."
-        raise DataError(message)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Problems
-# ------------------------------------------------------------------------------------------------------------
-
-_ID_RULE = "an ImageId is 1 to 128 of A-Z, a-z, 0-9, dot, underscore and hyphen, and begins with no dot."
-
-
-def _problem(
-    file: Path, text: str, *, row: int | None = None, image_id: str = "", field: str = "", fatal: bool = True
-) -> Problem:
-    where = f"{file}{f' line {row}' if row else ''}{f', ImageId {image_id}' if image_id else ''}"
-    where += f", {field}" if field else ""
-    return Problem(str(file), row, image_id, f"{where}: {text}", fatal)
-
-
-def _summary(
-    file: Path, text: str, ids: Sequence[str], each: str, *, fatal: bool, lines: Mapping[str, int | None] | None = None
-) -> Problem:
-    """One problem for many ids."""
-    lines = lines or {}
-    single = tuple(_problem(file, each, row=lines.get(i), image_id=i, fatal=fatal) for i in ids)
-    return Problem(str(file), None, "", f"{file}: {text}: {some(ids)}.", fatal, single)
-
-
-def counted(number: int, one: str, many: str) -> str:
-    """A number and what it counts, as 1 image or 1,204 images."""
-    return f"{number:,} {one if number == 1 else many}"
-
-
-def some(names: Iterable[str]) -> str:
-    """The first `SHOWN` names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Folders
 # ------------------------------------------------------------------------------------------------------------
@@ -485,7 +362,7 @@ def _find(
     if given:
         if (root / given).exists():
             return root / given
-        problems.append(_problem(root / given, f"not there. data.{key} is relative to data.root."))
+        problems.append(Problem.at(root / given, f"not there. data.{key} is relative to data.root."))
         return None
     names = {stem + suffix for stem in stems for suffix in (".csv", ".csv.gz")}
     entries = sorted(root.iterdir())
@@ -494,11 +371,11 @@ def _find(
     found = files or beside
     if len(found) > 1:
         text = f"{' and '.join(path.name for path in found)} could all be meant. Set data.{key} to one of them."
-        problems.append(_problem(root, text))
+        problems.append(Problem.at(root, text))
         return None
     if files and beside:
         text = f"{files[0].name} is read, {beside[0].name}/ beside it is not. data.{key} says which."
-        problems.append(_problem(root, text, fatal=False))
+        problems.append(Problem.at(root, text, fatal=False))
     return found[0] if found else None
 
 
@@ -507,12 +384,12 @@ def _find_folder(root: Path, name: str, key: str, problems: list[Problem]) -> di
     folder = root / name
     if not folder.is_dir():
         there = some(path.name for path in sorted(root.iterdir()) if path.is_dir())
-        problems.append(_problem(folder, f"no such folder; {root} has: {there or 'none'}. Set {key}."))
+        problems.append(Problem.at(folder, f"no such folder; {root} has: {there or 'none'}. Set {key}."))
         return {}
     found, more = find_images(folder)
     problems += more
     if not found and not any(problem.fatal for problem in more):
-        problems.append(_problem(folder, "no PNG, JPEG or DICOM file in it"))
+        problems.append(Problem.at(folder, "no PNG, JPEG or DICOM file in it"))
     return found
 
 
@@ -520,7 +397,7 @@ def _files(folder: Path, problems: list[Problem]) -> Iterator[Path]:
     """Every file of a folder and the folders in it but hidden ones, sorted; links are followed, once."""
 
     def complain(error: OSError) -> None:
-        problems.append(_problem(Path(error.filename), f"cannot be read: {error.strerror}"))
+        problems.append(Problem.at(Path(error.filename), f"cannot be read: {error.strerror}"))
 
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=complain):
@@ -564,12 +441,12 @@ def _match(
         else:
             text += f"; copy {'it' if one else 'them'}, or set data.allow_missing"
         each = f"no image in {folder}"
-        problems.append(_summary(source, text, missing, each, fatal=not allow_missing, lines=lines))
+        problems.append(summary(source, text, missing, each, fatal=not allow_missing, lines=lines))
     extra = [image_id for image_id in files if image_id not in lines]
     if extra:
         verb = "is" if len(extra) == 1 else "are"
         text = f"{len(extra):,} of {len(files):,} images {verb} not in {source} and {verb} left out{hint}"
-        problems.append(_summary(folder, text, extra, f"not in {source}", fatal=False))
+        problems.append(summary(folder, text, extra, f"not in {source}", fatal=False))
     return sorted(image_id for image_id in annotated if image_id in files)
 
 
@@ -594,7 +471,7 @@ def _check_square(
                 f"a code, but {files[image_id]} is {width} x {height} pixels and not square. "
                 f"Give its mask as a PNG of that size in a folder {MASK_FOLDERS[0]}."
             )
-            problems.append(_problem(source, text, row=lines.get(image_id), image_id=image_id))
+            problems.append(Problem.at(source, text, row=lines.get(image_id), image_id=image_id))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -616,7 +493,7 @@ def _read_codes(
             runs = rle.decode_runs(code, annotation_size, annotation_size)
         except ValueError as error:
             bad.add(image_id)
-            problems.append(_problem(path, str(error), row=line, image_id=image_id, field="EncodedPixels"))
+            problems.append(Problem.at(path, str(error), row=line, image_id=image_id, field="EncodedPixels"))
             continue
         rows.setdefault(image_id, []).append((line, code, runs))
 
@@ -633,7 +510,7 @@ def _read_codes(
         if empty and len(empty) < len(its):
             other = next(line for line, _, runs in its if len(runs))
             text = f"empty here, but line {other} has a mask of it. Delete one of them."
-            problems.append(_problem(path, text, row=empty[0], image_id=image_id, field="EncodedPixels"))
+            problems.append(Problem.at(path, text, row=empty[0], image_id=image_id, field="EncodedPixels"))
             continue
         runs_of[image_id] = union([runs for _, _, runs in its])
         pixels = sum(area(runs) for _, _, runs in its) - area(runs_of[image_id])
@@ -641,7 +518,7 @@ def _read_codes(
         if pixels or same:
             twice, repeated = twice + pixels, repeated + same
             text = f"{_pixels(pixels)} in more than one row, {_rows(same)} repeated; united"
-            overlaps.append(_problem(path, text, row=its[0][0], image_id=image_id, fatal=False))
+            overlaps.append(Problem.at(path, text, row=its[0][0], image_id=image_id, fatal=False))
     if overlaps:
         message = (
             f"{path}: {counted(len(overlaps), 'image has', 'images have')} rows that overlap ({_pixels(twice)}) or "
@@ -649,14 +526,14 @@ def _read_codes(
         )
         problems.append(Problem(str(path), None, "", message, False, tuple(overlaps)))
     if not lines and not any(problem.fatal for problem in problems if problem.file == str(path)):
-        problems.append(_problem(path, "no rows"))
+        problems.append(Problem.at(path, "no rows"))
     ends = [int(runs[-1, 1]) for runs in runs_of.values() if len(runs)]
     if len(ends) >= ENOUGH and max(ends) <= (annotation_size // 2) ** 2:
         text = (
             f"all {len(ends):,} masks end within the first {max(ends):,} pixels of {annotation_size}×{annotation_size}."
             f" Were they made for a smaller size? Set data.annotation_size."
         )
-        problems.append(_problem(path, text, fatal=False))
+        problems.append(Problem.at(path, text, fatal=False))
     return runs_of, lines
 
 
@@ -679,7 +556,7 @@ def _read_masks(
     masks, more = find_images(folder)
     problems += more
     if not masks:
-        problems.append(_problem(folder, "no masks in it"))
+        problems.append(Problem.at(folder, "no masks in it"))
 
     def read(image_id: str) -> np.ndarray | Problem:
         path = masks[image_id]
@@ -702,7 +579,7 @@ def _read_masks(
                 )
                 if mask.shape == shape[::-1]:
                     text += " If the image's EXIF orientation turns it, turn the mask instead, or remove that tag."
-                return _problem(path, text, image_id=image_id)
+                return Problem.at(path, text, image_id=image_id)
         square = images.to_square(mask)
         if len(square) != annotation_size:
             nearest = (2 * np.arange(annotation_size) + 1) * len(square) // (2 * annotation_size)
@@ -727,125 +604,3 @@ def _in_threads(
             return list(progress(pool.map(work, items), total=len(items), title=title))
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# CSV
-# ------------------------------------------------------------------------------------------------------------
-
-
-def read_rows(
-    path: Path, columns: Sequence[str], problems: list[Problem], *, blanks: bool = True
-) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Line number and values of the named columns of each row; the first is an id, and checked.
-
-    Every value is text, and a row must have as many fields as the header: nothing is guessed, padded or
-    shifted.
-
-    Args:
-        blanks: values are stripped, and may be quoted after a blank; else blanks and such quotes are part of them, as
-            others read them.
-    """
-    try:
-        content = io.StringIO(_text(path), newline="")
-        reader = csv.reader(content, strict=True, skipinitialspace=blanks)
-        header: list[str] | None = None
-        for count, fields in enumerate(reader):
-            if count > MAX_ROWS:
-                raise DataError(f"more than {MAX_ROWS:,} rows")
-            stripped = [field.strip() for field in fields]
-            if not any(stripped):
-                continue
-            if blanks or header is None:
-                fields = stripped
-            if header is None:
-                header = [ALIASES.get(field, field) for field in fields]
-                places = _places(header, columns)
-                continue
-            if len(fields) != len(header):
-                there = counted(len(fields), "field", "fields")
-                text = f"{there}, the header has {len(header)}: a comma too many or too few"
-                problems.append(_problem(path, text, row=reader.line_num))
-                continue
-            values = tuple(fields[place] for place in places)
-            if not _ID.fullmatch(values[0]):
-                shown = values[0] if len(values[0]) <= 40 else values[0][:37] + "..."
-                text = f"{columns[0]} {shown!a}: {_ID_RULE}"
-                problems.append(_problem(path, text, row=reader.line_num))
-                continue
-            yield reader.line_num, values
-        if header is None:
-            raise DataError("empty")
-    except csv.Error as error:
-        problems.append(_problem(path, f"not a CSV: {error}", row=reader.line_num))
-    except DataError as error:
-        problems.append(_problem(path, f"{error}. Expected: a CSV with columns {', '.join(columns)}."))
-
-
-def first_line(path: Path) -> str:
-    """The first line of a file that `read_rows` reads, as it stands there, with a byte order mark if it has one.
-
-    Raises:
-        DataError: it is no such file.
-    """
-    return _text(path, "utf-8").partition("\n")[0].rstrip("\r")
-
-
-def _places(header: list[str], columns: Sequence[str]) -> list[int]:
-    for column in columns:
-        if header.count(column) != 1:
-            shown = ", ".join(header)
-            hint = next(
-                (f"columns are separated by {name}" for mark, name in _SEPARATORS.items() if mark in shown),
-                "",
-            )
-            found = shown if len(shown) <= 100 else shown[:97] + "..."
-            what = "is there twice" if column in header else "is missing"
-            raise DataError(f"column {column} {what}; found {found!a}{', ' if hint else ''}{hint}")
-    return [header.index(column) for column in columns]
-
-
-_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-
-
-def _bounded(file: IO[bytes]) -> bytes:
-    """All of a file, which may unpack to thousands of times its size, unless that is too much."""
-    parts, size = [], 0
-    while part := file.read(2**20):
-        parts.append(part)
-        size += len(part)
-        if size > MAX_BYTES:
-            raise DataError(f"larger than {MAX_BYTES // 2**20} MB")
-    return b"".join(parts)
-
-
-def _text(path: Path, encoding: str = "utf-8-sig") -> str:
-    """The text of a UTF-8 file, perhaps gzipped; what else downloads turn out to be is refused by name."""
-    try:
-        if Path(path).is_dir():
-            raise DataError("a folder, not a file")
-        if not Path(path).is_file():  # to open a pipe is to wait for ever
-            raise DataError("no such file")
-        with open(path, "rb") as file:
-            data = _bounded(file)
-        if data.startswith(b"\x1f\x8b"):
-            with gzip.open(io.BytesIO(data)) as file:
-                data = _bounded(file)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"damaged gzip file ({error}); copy it again") from None
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}") from None
-    if not data.strip():
-        raise DataError("empty")
-    if data.startswith(b"version https://git-lfs"):
-        raise DataError("a git-LFS pointer, not the file itself; run: git lfs pull")
-    if data[:1024].lstrip().startswith(b"<"):
-        raise DataError("an HTML page; did the download need a login?")
-    if data.startswith(b"PK\x03\x04"):
-        raise DataError("a ZIP archive; unpack it")
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:1024]:
-        raise DataError("UTF-16 or binary; save it as UTF-8")
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 at byte {error.start:,}; save it as UTF-8") from None

@@ -1,6 +1,6 @@
 """Stratified folds that keep a patient, and near-duplicate images, on one side; and the audit that shows it.
 
-By image and never by annotation row; the order of the input does not matter. Imports cases, errors.
+By image and never by annotation row; the order of the input does not matter. Imports cases, problems, rows, errors.
 """
 
 import csv
@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from pneumo.data.cases import Case, Problem, counted, raise_fatal, read_rows, some
+from pneumo.data.cases import Case
+from pneumo.data.problems import Problem, counted, raise_fatal, some
+from pneumo.data.rows import read_rows
 from pneumo.errors import DataError, UsageError
 
 BLOCK = 1024  # rows of a table of correlations that are computed at a time

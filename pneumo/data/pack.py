@@ -1,8 +1,8 @@
 """Images decoded once into a memory-mapped uint8 array, their masks into bits beside it.
 
 A pack is a folder named by the content of what is in it, so a changed image, mask or list of images makes another one.
-Packing can be interrupted at any point and goes on where it was. Imports cases, images, kernels, checkpoint,
-log, errors.
+Packing can be interrupted at any point and goes on where it was. Imports cases, problems, images, kernels,
+checkpoint, log, errors.
 """
 
 import errno
@@ -21,7 +21,8 @@ import numpy as np
 
 from pneumo import checkpoint, log
 from pneumo.data import images
-from pneumo.data.cases import THUMBNAIL, Case, Problem, raise_fatal
+from pneumo.data.cases import THUMBNAIL, Case
+from pneumo.data.problems import Problem, raise_fatal
 from pneumo.errors import DataError
 from pneumo.kernels.runs import runs_to_mask
 

@@ -1,4 +1,3 @@
-import csv
 import gzip
 import json
 import os
@@ -13,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pneumo.data import cases
-from pneumo.data.cases import Problem
+from pneumo.data.problems import raise_fatal
 from pneumo.errors import DataError
 from pneumo.kernels.runs import mask_to_runs, runs_to_mask
 
@@ -228,7 +227,7 @@ def test_rows_without_image_stop_unless_allowed(tmp_path, figure):
     assert "37 of 39 ids have no image" in message and "x0, x1, x2, x3, x4 and 32 more" in message
     assert "copy them, or set data.allow_missing" in message
     with pytest.raises(DataError, match=r"All are listed in .*report\.csv\.$"):
-        cases.raise_fatal(load(root)[1], root / "report.csv")
+        raise_fatal(load(root)[1], root / "report.csv")
     assert len((root / "report.csv").read_text().splitlines()) == 38
     figure("37 of 39 missing: 5 named, 37 in the report")
 
@@ -424,7 +423,7 @@ def test_verify_lists_every_problem_in_one_go(tmp_path):
     problems, _ = cases.verify(found, progress=lambda items, **_: items)
     assert [(problem.image_id, problem.fatal) for problem in problems] == [("b", True), ("c", True), ("d", False)]
     with pytest.raises(DataError, match=r"b\.png.*1 more"):
-        cases.raise_fatal(problems, tmp_path / "report.csv")
+        raise_fatal(problems, tmp_path / "report.csv")
     assert len((tmp_path / "report.csv").read_text().splitlines()) == 4
 
 
@@ -478,26 +477,6 @@ def test_a_shifted_row_never_becomes_an_id(tmp_path):
     messages = fatal(folder(tmp_path, "ImageId,EncodedPixels\na,b,3 2\nb,-1,\n"))
     assert "line 2: 3 fields, the header has 2" in messages[0]
     assert "line 3: 3 fields" in messages[1]
-
-
-@pytest.mark.fault("P1", "12,000 masks of another size than their images, in folders of their own: 20 lines, and one")
-def test_one_cause_for_all_images_is_not_told_of_each(tmp_path):
-    def problem(number, text, fatal=True):
-        image_id = f"ab{number:x}"
-        path = f"{tmp_path}/masks/of {number}/{image_id}.png"
-        return Problem(path, None, image_id, f"{path}, ImageId {image_id}: {text}", fatal)
-
-    small = [
-        problem(i, f"the mask is {i:,} x 9 pixels, its image /x/f{i:x}/ab{i:x}.png is 1,024 x 9") for i in range(12_000)
-    ]
-    others = [problem(7, "colours"), problem(7, 'token 7 is not whole: "x"'), problem(8, 'token 70 is not whole: "yz"')]
-    notes = [problem(i, "colours", fatal=False) for i in range(21)]
-    lines = cases.listed([*small, *others, *notes], tmp_path / "report.csv")
-    errors = [f"ERROR {one.message}" for one in [*small[:20], *others]]
-    errors.insert(20, f"ERROR 11,980 more like this one; all are in {tmp_path / 'report.csv'}")
-    assert lines[:24] == errors
-    assert lines[24:44] == [f"note  {one.message}" for one in notes[:20]] and len(lines) == 45
-    assert cases.listed(small[:20], tmp_path) == errors[:20] and cases.listed([], tmp_path) == []
 
 
 def test_other_columns_are_passed_over(tmp_path):
@@ -600,20 +579,6 @@ def test_sample_ids_without_image(tmp_path):
     (tmp_path / "sample_submission.csv").write_text("ImageId\na\n")
     assert "Set data.sample to one of them" in cases.load_test(tmp_path)[2][0].message
     assert cases.load_test(tmp_path, sample="sample_submission.csv")[1] == ["a"]
-
-
-def test_report_has_a_row_for_each(tmp_path):
-    root = folder(tmp_path, PLAIN + "c,-1\nd,1 1\na,3 3\n")
-    _, problems = load(root)
-    report = tmp_path / "runs" / "data_report.csv"
-    with pytest.raises(DataError, match=rf"c, d\. All are listed in {report}\.$"):
-        cases.raise_fatal(problems, report)
-    with open(report, newline="") as file:
-        rows = [(row["row"], row["image_id"], row["fatal"]) for row in csv.DictReader(file)]
-    assert sorted(rows) == [("2", "a", "false"), ("4", "c", "true"), ("5", "d", "true")]
-    with pytest.raises(DataError, match=r"c, d\.$"):
-        cases.raise_fatal(problems, None)
-    cases.raise_fatal([problem for problem in problems if not problem.fatal], report)
 
 
 def test_a_damaged_table_never_raises(tmp_path):

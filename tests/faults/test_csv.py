@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pneumo.data import cases, pack, rle
+from pneumo.data import cases, pack, rle, rows
 from pneumo.decision.metrics import dice_runs
 from pneumo.kernels.runs import mask_to_runs, runs_to_mask, union
 
@@ -78,8 +78,8 @@ def test_masks_of_another_grid_are_noticed(tmp_path, figure):
 
 @pytest.mark.fault("I2", "a gzip of 300 kB that unpacks to 300 MB, a million rows, a code of 50 MB")
 def test_bombs_are_refused_within_bounds(tmp_path, figure, monkeypatch):
-    monkeypatch.setattr(cases, "MAX_BYTES", 8 * 2**20)  # so that the test is quick; what is measured scales with it
-    monkeypatch.setattr(cases, "MAX_ROWS", 10_000)
+    monkeypatch.setattr(rows, "MAX_BYTES", 8 * 2**20)  # so that the test is quick; what is measured scales with it
+    monkeypatch.setattr(rows, "MAX_ROWS", 10_000)
     path = tmp_path / "train-rle.csv"
     header = b"ImageId,EncodedPixels\n"
     bombs = [
@@ -96,9 +96,9 @@ def test_bombs_are_refused_within_bounds(tmp_path, figure, monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert any(problem.fatal and reason in problem.message for problem in problems), problems[:3]
-    assert max(peaks) < 40 * cases.MAX_BYTES
+    assert max(peaks) < 40 * rows.MAX_BYTES
     figure(
-        f"{len(bombs)} of {len(bombs)} refused; memory at most {max(peaks) / cases.MAX_BYTES:.0f} x the limit of 8 MB"
+        f"{len(bombs)} of {len(bombs)} refused; memory at most {max(peaks) / rows.MAX_BYTES:.0f} x the limit of 8 MB"
     )
 
 
@@ -124,5 +124,5 @@ def test_the_limits_let_the_largest_real_table_through():
     """A million rows, and a code that changes at every pixel."""
     checkered = rle.encode(np.indices((GRID, GRID)).sum(axis=0) % 2 == 0)
     assert len(rle.decode_runs(checkered, GRID, GRID)) > 500_000
-    assert len(checkered) < 3 * 2**20 < cases.MAX_BYTES
-    assert cases.MAX_ROWS > 50 * 12_877
+    assert len(checkered) < 3 * 2**20 < rows.MAX_BYTES
+    assert rows.MAX_ROWS > 50 * 12_877

@@ -27,6 +27,7 @@ from torch import nn
 
 from pneumo import checkpoint, config, ensemble, log, oof, stages, tuning
 from pneumo.data import cases, dicom, images, pack, rle
+from pneumo.data.problems import raise_fatal
 from pneumo.decision import tables
 from pneumo.errors import DataError, PneumoError
 from pneumo.model import unet
@@ -364,11 +365,11 @@ def test_csv(folder, figure, count):
                 assert problem.message.startswith(str(path)) and "\n" not in problem.message
                 assert len(problem.message) < 1_000
         _, problems = cases.read_codes(path, 16)
-        cases.raise_fatal(problems, None)
+        raise_fatal(problems, None)
 
     def read_sample_or_patients(path: Path) -> None:
         _, problems = cases.read_patients(path) if b"patient_id" in path.read_bytes() else cases.read_sample(path)
-        cases.raise_fatal(problems, None)
+        raise_fatal(problems, None)
 
     figure("annotations: " + fuzz(folder, "table.csv", contents[:2], mutate_text, read, count // 2))
     figure("others: " + fuzz(folder, "other.csv", contents, mutate_text, read_sample_or_patients, count // 2))

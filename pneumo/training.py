@@ -1,7 +1,7 @@
 """One stage of one fold: chained to the stage before it, resumable at any step, stopped cleanly by a signal.
 
-Imports config, dataset, engine, measured, stages, signals, checkpoint, log, dist, model, data, decision, kernels,
-errors.
+Imports resume, config, dataset, engine, measured, stages, signals, checkpoint, log, dist, model, data, decision,
+kernels, errors.
 """
 
 import math
@@ -10,12 +10,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -27,22 +26,17 @@ from pneumo.dataset import Dataset
 from pneumo.decision.rule import Rule
 from pneumo.engine import LossSettings, RunningStatistics
 from pneumo.errors import (
-    DataError,
-    FolderGoneError,
-    NoSpaceError,
     NotFiniteError,
-    PneumoError,
     Stopped,
     StoppedAlone,
     UsageError,
     WriteError,
-    is_gpu_full,
-    one_line,
 )
 from pneumo.kernels import thin_conv
 from pneumo.model import augment, losses
 from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
+from pneumo.resume import Position, StageFolder, of_this_run
 from pneumo.signals import Interrupted, Signals
 
 FOUND = 0.05  # Dice on positives below which next to nothing of them is found
@@ -55,38 +49,6 @@ class _StopAsked(Exception):
 
 
 _signals = Signals()
-
-
-@dataclass
-class Position:
-    """How far a run is; saved with every checkpoint.
-
-    Attributes:
-        epoch: the one to go on with, from 1.
-        step: the one of it to go on with, from 0.
-        loss_sum, taken, images, seconds: of this epoch so far, for its log line.
-        seen: images of all epochs so far.
-        skipped: steps in a row that were not finite.
-        best: highest mean Dice so far, and best_epoch.
-        ema_best: highest mean Dice of the averaged weights so far, and ema_best_epoch.
-        kept: epochs whose weights are kept for an ensemble, the best first.
-        history: log lines of the finished epochs.
-    """
-
-    epoch: int = 1
-    step: int = 0
-    loss_sum: float = 0.0
-    taken: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    seen: int = 0
-    skipped: int = 0
-    best: float = -1.0
-    best_epoch: int = 0
-    ema_best: float = -1.0
-    ema_best_epoch: int = 0
-    kept: list[int] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train_stage(recipe: Recipe, data: Dataset, fold: int, stage: int, device: torch.device) -> None:
@@ -116,28 +78,11 @@ def train_stage(recipe: Recipe, data: Dataset, fold: int, stage: int, device: to
             _Run(recipe, data, fold, stage, device).train()
 
 
-@contextmanager
-def _of_this_run(folder: Path) -> Iterator[None]:
-    """Name the checkpoint whose file is whole, but whose content is not what this program saves."""
-    try:
-        yield
-    except (PneumoError, torch.AcceleratorError):
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if is_gpu_full(error):
-            raise
-        raise DataError(
-            f"{folder / 'last.pt'}, or the checkpoint it starts from, is whole but holds no state of this run "
-            f"({type(error).__name__}: {one_line(error)[:200]}). Restore it, or delete {folder} to start anew."
-        ) from error
-
-
 class _Run:
     """The state of one stage while it trains."""
 
     def __init__(self, recipe: Recipe, data: Dataset, fold: int, stage: int, device: torch.device) -> None:
         self.recipe, self.data, self.fold, self.stage, self.device = recipe, data, fold, stage, device
-        self.folder = recipe.stage_folder(fold, stage)
         self.settings: StageConfig = recipe.stage[stage]
         self.loss = LossSettings(
             self.settings.loss,
@@ -147,19 +92,12 @@ class _Run:
         )
         self.rule = Rule(**asdict(recipe.rule))
         self.dtype = engine.autocast_dtype(recipe.train.amp, device)
-        self.identity = {
-            "settings": config.stage_settings(recipe, stage),
-            "digest": data.digest,
-            "split": data.split,
-            "fold": fold,
-            "stage": stage,
-        }
+        self.files = StageFolder(recipe, data, fold, stage, self.dtype)
+        self.folder = self.files.path
         inside = data.folds == fold
         self.training, self.validation = np.flatnonzero(~inside), np.flatnonzero(inside)
         self.transform = augment.transform
-        self.start = ""  # fingerprint of the weights of the stage before that this one began with; "" of the encoder's
         self.position = Position()
-        self.saved: dict[str, Any] | None = None  # the position that last.pt holds
         self.noted = 0  # the step of the epoch whose numbers the host reads next
         self.done = False
 
@@ -177,16 +115,16 @@ class _Run:
             self._stop()
 
     def _train(self) -> None:
-        saved = self._load_last()
+        saved = self.files.load_last()
         if saved is not None:
-            self.position, self.saved = Position(**saved["position"]), saved["position"]
-        elif dist.broadcast(dist.is_main() and self._outlived()):
+            self.position = Position(**saved["position"])
+        elif dist.broadcast(dist.is_main() and self.files.outlived()):
             self.done = True
             log.say(f"{self.folder}: done, nothing to do; last.pt is not there, so it cannot be given more epochs")
             return
         if self.position.epoch > self.settings.epochs:
             if dist.is_main():
-                self._publish()  # in case that the run ended just before
+                self.files.publish(self.position)  # in case that the run ended just before
             self._finish()
             log.say(f"{self.folder}: done, nothing to do")
             return
@@ -258,9 +196,7 @@ class _Run:
 
     def _build(self, saved: dict[str, Any] | None) -> None:
         """Make model, optimizer and schedule, and put them where a checkpoint left them."""
-        begin = None if saved is not None else self._start_weights()
-        if begin is not None:
-            self.start = checkpoint.fingerprint(begin["model"])
+        begin = None if saved is not None else self.files.load_start()
         known = saved is not None or begin is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(feeds.key(self.recipe.seed, self.fold, "model"))
@@ -271,7 +207,7 @@ class _Run:
                 self.recipe.model.checkpointing,
             )
         if known:
-            with _of_this_run(self.folder):
+            with of_this_run(self.folder):
                 model.load_state_dict((saved or begin)["model"])
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.merged = (
@@ -279,11 +215,11 @@ class _Run:
             if saved is None
             else saved.get("merged")
         )
-        with _of_this_run(self.folder):
+        with of_this_run(self.folder):
             for block, merged in zip(self.model.blocks, self.merged, strict=True):
                 block.merged = merged
         self.folded = FoldedUNet(self.model, self.dtype)
-        with _of_this_run(self.folder):
+        with of_this_run(self.folder):
             before = 0 if saved is None else int(saved["evaluation_batch"])
         self.evaluation_batch = (
             self.recipe.predict.batch_size
@@ -301,8 +237,7 @@ class _Run:
             threshold=self.settings.plateau_threshold,
         )
         if saved is not None:
-            with _of_this_run(self.folder):
-                self.start = saved["start"]
+            with of_this_run(self.folder):
                 self.optimizer.load_state_dict(saved["optimizer"])
                 self.plateau.load_state_dict(saved["plateau"])
                 self.scaler.load_state_dict(saved["scaler"])
@@ -349,125 +284,6 @@ class _Run:
         if trouble:
             log.warn(f"Nothing is compiled, so training takes longer: {trouble}. {COMPILER}.")
         return not trouble
-
-    def _start_weights(self) -> dict[str, Any] | None:
-        """The best checkpoint of the stage before; None if this stage starts from the encoder."""
-        before = self.recipe.start_folder(self.fold, self.stage)
-        if before is None:
-            return None
-        name, number = before.parent.parent.name, int(before.name.removeprefix("stage"))
-        try:
-            return stages.load_best(
-                before,
-                digest=self.data.digest,
-                split=self.data.split,
-                fold=self.fold,
-                command=self.recipe.command(f"train FOLD={self.fold} STAGE={number}", recipe=name),
-            )
-        except UsageError as error:
-            raise UsageError(
-                f"Stage {self.stage} of fold {self.fold} starts from stage {number} of {name}, but {error}"
-            ) from None
-
-    def _load_last(self) -> dict[str, Any] | None:
-        """The run's own last good checkpoint, on every process the same, if its settings are the recipe's."""
-        found = checkpoint.load_last(self.folder) if dist.is_main() else None
-        if found is not None:
-            saved, path, complaints = found
-            with _of_this_run(self.folder):
-                Position(**saved["position"])
-                for complaint in complaints:
-                    earlier = log.read_status(self.folder).get("images_seen", 0) - saved["position"]["seen"]
-                    log.warn(
-                        f"{complaint} Continuing from {path.name}, {_place(saved['position'])}"
-                        + (f" ({earlier:,} images earlier)." if earlier > 0 else ".")
-                    )
-                self._check_same(saved, path)
-                self._check_start(saved, path)
-                best = self.folder / "best.pt"
-                if saved["position"]["best_epoch"] and not best.exists():
-                    raise DataError(f"{best}: no such file, but {path.name} tells of one. {stages.way_out(best)}")
-                if name := checkpoint.not_finite(saved):
-                    raise NotFiniteError(
-                        f"{path} cannot be used: {one_line(name)} is not finite. Restore it, or delete "
-                        f"{self.folder} to start anew."
-                    )
-                if changed := [
-                    f"{name} {saved['versions'].get(name)} -> {now}"
-                    for name, now in _versions().items()
-                    if saved["versions"].get(name) != now
-                ]:
-                    log.warn(f"{path}: made with {', '.join(changed)}; the last digits may come out otherwise")
-        return dist.broadcast(None if found is None else saved)
-
-    def _outlived(self) -> bool:
-        """Whether the stage is done though last.pt and prev.pt were deleted, as may be; no if it has never begun.
-
-        Raises:
-            UsageError: it is done, but under other settings or data, or with fewer epochs.
-            DataError: it had begun, and nothing is left to go on from.
-        """
-        best, status = self.folder / "best.pt", log.read_status(self.folder)
-        if not best.exists() and not (self.folder / "log.jsonl").exists():
-            return False
-        if status["state"] != "done" or not best.exists():
-            how = "is done, but no best.pt" if status["state"] == "done" else "has begun"
-            raise DataError(
-                f"{self.folder} holds a stage that {how}, and neither last.pt nor prev.pt to go on from. Restore them, "
-                f"or delete the folder to start this stage anew."
-            )
-        state = stages.load_weights(best, digest=None, split=None, fold=self.fold)
-        theirs = {**state["settings"], f"stage.{self.stage}.epochs": status.get("epochs")}  # it may have got more later
-        self._check_same({**state, "settings": theirs, "processes": dist.world(), "autocast": str(self.dtype)}, best)
-        if "start" in state:
-            self._check_start(state, best)
-        if self.settings.epochs != status.get("epochs"):
-            raise UsageError(
-                f"{self.folder} is done with {status.get('epochs')} epochs, and without last.pt it cannot go on to "
-                f"{self.settings.epochs}. Restore last.pt, or delete the folder to start this stage anew."
-            )
-        return True
-
-    def _check_same(self, saved: dict[str, Any], path: Path) -> None:
-        """Refuse to go on with a run under other settings, other data or another number of processes."""
-        mine = {**self.identity["settings"], "processes": dist.world(), "autocast": str(self.dtype)}
-        theirs = {**saved["settings"], "processes": saved["processes"], "autocast": saved["autocast"]}
-        epochs = f"stage.{self.stage}.epochs"
-        if self.settings.schedule == "plateau" and theirs[epochs] < mine[epochs]:
-            theirs[epochs] = mine[epochs]  # as if it had had them from the start
-        changed = [
-            f"{key}: {theirs.get(key)} -> {mine.get(key)}"
-            for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key)
-        ]
-        changed += [
-            f"{what}: {saved[key][:12]} -> {self.identity[key][:12]}"
-            for key, what in (("digest", "images or annotations"), ("split", "folds.csv"))
-            if saved[key] != self.identity[key]
-        ]
-        if changed:
-            raise UsageError(
-                f"{path} was made with other settings ({'; '.join(changed)}). Go back to them, choose another "
-                f"folder (--set runs=DIR), or delete {self.folder} to start this stage anew."
-            )
-
-    def _check_start(self, saved: dict[str, Any], path: Path) -> None:
-        """Refuse to go on where the stage before has been trained to other weights since.
-
-        Where its best.pt is gone or cannot be read, nothing is compared.
-        """
-        before = self.recipe.start_folder(self.fold, self.stage)
-        if before is None:
-            return
-        try:
-            now = checkpoint.fingerprint(checkpoint.load(before / "best.pt")["model"])
-        except (DataError, LookupError, AttributeError):
-            return
-        if now != saved["start"]:
-            raise UsageError(
-                f"{path} began with other weights than {before / 'best.pt'} now holds. Delete {self.folder} to train "
-                f"this stage anew from them, or restore that file."
-            )
 
     def _train_epoch(self, feed: Feed, plan: list[list[np.ndarray]]) -> None:
         """Take the steps of the epoch that are left."""
@@ -548,7 +364,7 @@ class _Run:
             if self.position.skipped >= limit:
                 raise NotFiniteError(
                     f"Loss or gradient was not finite for {limit} steps in a row (to {where}; last ids "
-                    f"{', '.join(ids[:4])}, ...). No bad weights were saved; {self._intact()}. "
+                    f"{', '.join(ids[:4])}, ...). No bad weights were saved; {self.files.intact()}. "
                     f"Try --set train.amp=off or a lower stage.{self.stage}.lr."
                 )
             if not (self.scaler.is_enabled() and math.isfinite(loss)):  # else the scaler is finding its scale
@@ -558,7 +374,7 @@ class _Run:
     def _finish_epoch(self, feed: Feed) -> None:
         """Validate, log, keep the best, and save."""
         position, epoch = self.position, self.position.epoch
-        if self.saved is None:
+        if self.files.saved is None:
             self._save()  # so that there is no best.pt without it
         try:
             result = self._validate(feed)
@@ -608,11 +424,11 @@ class _Run:
             new.kept = [line["epoch"] for line in ranked[: self.recipe.train.keep_best]]
         self.position = new
         if dist.is_main():
-            self._prune()
+            self.files.prune(new)
             if epoch in new.kept:
                 self._keep(stages.KEPT.format(epoch), record)
             self._save()
-            self._publish()
+            self.files.publish(new)
         log.say(self._line(record, improved))
         if _stop_asked():
             self._stop()
@@ -642,93 +458,37 @@ class _Run:
         return result
 
     def _keep(self, name: str, record: dict[str, Any]) -> None:
-        """Write the weights that the model now has as a checkpoint to predict from."""
+        """Keep the weights that the model now has, to predict from."""
         if dist.is_main():
-            state = {**self.identity, "start": self.start, "model": self._weights(), "record": record}
-            self._write(state, self.folder / name)
-
-    def _prune(self) -> None:
-        """Remove kept epochs that others have overtaken, before the next is kept: the disk need not hold more."""
-        checkpoint.check_held(self.folder)
-        for path in self.folder.glob(stages.KEPT.format("*")):
-            if path.name not in map(stages.KEPT.format, self.position.kept):
-                path.unlink()
-
-    def _publish(self) -> None:
-        """Bring what is beside last.pt up to it."""
-        self._prune()
-        log.write_jsonl(self.folder / "log.jsonl", self.position.history)
+            self.files.keep(name, self._weights(), record)
 
     def _save(self) -> None:
-        """Write last.pt, keeping the one before as prev.pt."""
+        """Save all that this run needs to go on from here."""
         if not dist.is_main():
             return
         state = {
-            **self.identity,
-            "start": self.start,
             "model": self._weights(),
             "optimizer": self.optimizer.state_dict(),
             "plateau": self.plateau.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "position": asdict(self.position),
             "merged": self.merged,
             "evaluation_batch": self.evaluation_batch,
-            "processes": dist.world(),
-            "autocast": str(self.dtype),
-            "versions": _versions(),
         }
-        self._write(state, self.folder / "last.pt", keep=self.folder / "prev.pt")
-        self.saved = asdict(self.position)
+        self.files.save(self.position, state)
         self._status("running")
-
-    def _write(self, state: dict[str, Any], path: Path, keep: Path | None = None) -> None:
-        """Save a checkpoint; on a full disk, at the price of the oldest, prev.pt, if last.pt is good.
-
-        Raises:
-            WriteError: says which checkpoint is intact.
-        """
-        try:
-            try:
-                checkpoint.save(state, path, keep=keep)
-            except NoSpaceError as error:
-                previous = self.folder / "prev.pt"
-                if not previous.exists() or not self._last_is_good():
-                    raise
-                log.warn(f"{error} Removing {previous} to make room.")
-                previous.unlink()
-                checkpoint.save(state, path, keep=keep)
-        except FolderGoneError:
-            raise
-        except WriteError as error:
-            keeps = self.recipe.train.keep_best > 1
-            raise type(error)(
-                f"{error} For this run, {self._intact()}. Free space{' or lower train.keep_best' if keeps else ''}, "
-                f"then run the same command."
-            ) from None
-
-    def _last_is_good(self) -> bool:
-        try:
-            checkpoint.load(self.folder / "last.pt")
-        except DataError:
-            return False
-        return True
-
-    def _intact(self) -> str:
-        """What a run that ends now goes on from."""
-        return "nothing was saved before" if self.saved is None else f"last.pt is from {_place(self.saved)}"
 
     def _stop(self) -> None:
         """Leave after a signal to any process; the checkpoint has been written."""
         numbers = [number for number in dist.gather(_signals.number) if number]
         _signals.number = _signals.number or numbers[0]
-        where = "when it was done" if self.done else f"at {_place(asdict(self.position))}"
+        where = "when it was done" if self.done else f"at {self.position}"
         self._leave(f"{where}. The same command goes on from there.")
 
     def _leave_alone(self, where: str) -> None:
         """Leave after a signal where nothing is saved: while the run waits, or where it ended the compiler, too."""
-        self.position = Position(**(self.saved or {}))
-        intact = f"; {self._intact()}" if dist.is_main() else ""  # which the others do not know
+        self.position = self.files.saved or Position()
+        intact = f"; {self.files.intact()}" if dist.is_main() else ""  # which the others do not know
         self._leave(f"{where}{intact}. The same command goes on.", StoppedAlone)
 
     def _leave(self, where: str, kind: type[Stopped] = Stopped) -> None:
@@ -836,11 +596,3 @@ def _true_status(folder: Path) -> Iterator[None]:
     except BaseException as error:
         failed(dist.reason(error) or type(error).__name__)
         raise
-
-
-def _place(position: dict[str, Any]) -> str:
-    return f"epoch {position['epoch']}, step {position['step']:,}"
-
-
-def _versions() -> dict[str, str]:
-    return {"torch": str(torch.__version__), "timm": str(timm.__version__), "numpy": str(np.__version__)}

@@ -31,7 +31,9 @@ ALLOWED = {
     "measured": {"engine", "kernels"} | BASE,
     "dataset": {"data"} | BASE,
     "engine": {"data", "model", "decision"} | BASE,
-    "training": {"data", "model", "decision", "kernels", "dataset", "engine", "measured", "signals", "stages"} | BASE,
+    "resume": {"dataset", "stages"} | BASE,
+    "training": {"data", "model", "decision", "kernels", "dataset", "engine", "measured", "resume", "signals", "stages"}
+    | BASE,
     "ensemble": {"model", "decision", "engine", "measured", "stages"} | BASE,
     "oof": {"data", "decision", "dataset", "stages", "ensemble"} | BASE,
     "tuning": {"decision", "dataset", "ensemble", "oof"} | BASE,

@@ -16,6 +16,7 @@ from small_run import differing
 
 from pneumo import checkpoint, dataset, engine, log, oof, start, training
 from pneumo.errors import DataError, NotFiniteError, Stopped, UsageError
+from pneumo.resume import StageFolder, of_this_run
 
 CPU = torch.device("cpu")
 
@@ -314,9 +315,9 @@ def test_without_a_compiler_training_goes_on_unless_the_recipe_insists(repo, roo
 
 def test_a_failing_gpu_is_no_damaged_checkpoint(tmp_path):
     for error in (torch.AcceleratorError("CUDA error: an illegal memory access"), torch.OutOfMemoryError("full")):
-        with pytest.raises(type(error)), training._of_this_run(tmp_path):
+        with pytest.raises(type(error)), of_this_run(tmp_path):
             raise error
-    with pytest.raises(DataError, match="is whole but holds no state of this run"), training._of_this_run(tmp_path):
+    with pytest.raises(DataError, match="is whole but holds no state of this run"), of_this_run(tmp_path):
         raise RuntimeError("size mismatch")
 
 
@@ -441,13 +442,13 @@ def test_a_signal_ends_what_only_waits(repo, root, tmp_path, monkeypatch, figure
 @pytest.mark.fault("R4", "a signal while a stage that was made ready earlier is looked at, and after its last look")
 def test_a_signal_is_not_forgotten_where_nothing_is_left_to_do(copied, monkeypatch, figure):
     recipe, folder = copied
-    data, load_last, look = dataset.load(recipe), training._Run._load_last, training._stop_asked
+    data, load_last, look = dataset.load(recipe), StageFolder.load_last, training._stop_asked
 
     def signalled(self):
         signal.raise_signal(signal.SIGTERM)
         return load_last(self)
 
-    monkeypatch.setattr(training._Run, "_load_last", signalled)
+    monkeypatch.setattr(StageFolder, "load_last", signalled)
     with pytest.raises(Stopped, match="stage1: stopped by SIGTERM when it was done") as caught:
         training.train_stage(recipe, data, 0, 1, CPU)
     assert caught.value.exit_code == 143

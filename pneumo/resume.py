@@ -1,0 +1,323 @@
+"""The folder of a stage while that trains: what the run goes on from, what is refused, what it leaves.
+
+Imports stages, dataset, config, checkpoint, dist, log, errors.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor
+
+from pneumo import checkpoint, config, dist, log, stages
+from pneumo.config import Recipe
+from pneumo.dataset import Dataset
+from pneumo.errors import (
+    DataError,
+    FolderGoneError,
+    NoSpaceError,
+    NotFiniteError,
+    PneumoError,
+    UsageError,
+    WriteError,
+    is_gpu_full,
+    one_line,
+)
+
+
+@dataclass
+class Position:
+    """How far a run is; saved with every checkpoint.
+
+    Attributes:
+        epoch: the one to go on with, from 1.
+        step: the one of it to go on with, from 0.
+        loss_sum, taken, images, seconds: of this epoch so far, for its log line.
+        seen: images of all epochs so far.
+        skipped: steps in a row that were not finite.
+        best: highest mean Dice so far, and best_epoch.
+        ema_best: highest mean Dice of the averaged weights so far, and ema_best_epoch.
+        kept: epochs whose weights are kept for an ensemble, the best first.
+        history: log lines of the finished epochs.
+    """
+
+    epoch: int = 1
+    step: int = 0
+    loss_sum: float = 0.0
+    taken: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    seen: int = 0
+    skipped: int = 0
+    best: float = -1.0
+    best_epoch: int = 0
+    ema_best: float = -1.0
+    ema_best_epoch: int = 0
+    kept: list[int] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}, step {self.step:,}"
+
+
+@contextmanager
+def of_this_run(folder: Path) -> Iterator[None]:
+    """Name the checkpoint whose file is whole, but whose content is not what this program saves.
+
+    Raises:
+        DataError: in place of what reading such content raises.
+    """
+    try:
+        yield
+    except (PneumoError, torch.AcceleratorError):
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_gpu_full(error):
+            raise
+        raise DataError(
+            f"{folder / 'last.pt'}, or the checkpoint it starts from, is whole but holds no state of this run "
+            f"({type(error).__name__}: {one_line(error)[:200]}). Restore it, or delete {folder} to start anew."
+        ) from error
+
+
+class StageFolder:
+    """The folder of one stage of one fold, for the run that trains it. Only the first process writes into it.
+
+    Args:
+        dtype: of autocast, which a run keeps to its end.
+
+    Attributes:
+        path: of the folder.
+        saved: the position that last.pt holds; None while there is none.
+        start: fingerprint of the weights of the stage before that this one began with; "" of the encoder's.
+    """
+
+    def __init__(self, recipe: Recipe, data: Dataset, fold: int, stage: int, dtype: torch.dtype) -> None:
+        self.path = recipe.stage_folder(fold, stage)
+        self.saved: Position | None = None
+        self.start = ""
+        self._recipe, self._fold, self._stage = recipe, fold, stage
+        self._before = recipe.start_folder(fold, stage)
+        self._identity = {
+            "settings": config.stage_settings(recipe, stage),
+            "digest": data.digest,
+            "split": data.split,
+            "fold": fold,
+            "stage": stage,
+        }
+        self._launch = {"processes": dist.world(), "autocast": str(dtype)}
+
+    def load_last(self) -> dict[str, Any] | None:
+        """The run's own last good checkpoint, on every process the same; None if there is none.
+
+        Raises:
+            UsageError: it was made under other settings, of other data or from another start.
+            DataError: neither last.pt nor prev.pt is good, or best.pt is gone.
+            NotFiniteError: it holds NaN or infinity.
+        """
+        found = checkpoint.load_last(self.path) if dist.is_main() else None
+        if found is not None:
+            with of_this_run(self.path):
+                self._judge(*found)
+        state = dist.broadcast(None if found is None else found[0])
+        if state is not None:
+            with of_this_run(self.path):
+                self.saved, self.start = Position(**state["position"]), state["start"]
+        return state
+
+    def _judge(self, state: dict[str, Any], path: Path, complaints: list[str]) -> None:
+        """Refuse a checkpoint that this run may not go on from, and tell what is odd."""
+        position = Position(**state["position"])
+        for complaint in complaints:
+            earlier = log.read_status(self.path).get("images_seen", 0) - position.seen
+            log.warn(
+                f"{complaint} Continuing from {path.name}, {position}"
+                + (f" ({earlier:,} images earlier)." if earlier > 0 else ".")
+            )
+        self._check_same(state, path)
+        self._check_start(state, path)
+        best = self.path / "best.pt"
+        if position.best_epoch and not best.exists():
+            raise DataError(f"{best}: no such file, but {path.name} tells of one. {stages.way_out(best)}")
+        if name := checkpoint.not_finite(state):
+            raise NotFiniteError(
+                f"{path} cannot be used: {one_line(name)} is not finite. Restore it, or delete {self.path} to start "
+                f"anew."
+            )
+        if changed := [
+            f"{name} {state['versions'].get(name)} -> {now}"
+            for name, now in _versions().items()
+            if state["versions"].get(name) != now
+        ]:
+            log.warn(f"{path}: made with {', '.join(changed)}; the last digits may come out otherwise")
+
+    def outlived(self) -> bool:
+        """Whether the stage is done though last.pt and prev.pt were deleted, as may be; no if it has never begun.
+
+        Raises:
+            UsageError: it is done, but under other settings or data, or with fewer epochs.
+            DataError: it had begun, and nothing is left to go on from.
+        """
+        best, status = self.path / "best.pt", log.read_status(self.path)
+        if not best.exists() and not (self.path / "log.jsonl").exists():
+            return False
+        if status["state"] != "done" or not best.exists():
+            how = "is done, but no best.pt" if status["state"] == "done" else "has begun"
+            raise DataError(
+                f"{self.path} holds a stage that {how}, and neither last.pt nor prev.pt to go on from. Restore them, "
+                f"or delete the folder to start this stage anew."
+            )
+        state = stages.load_weights(best, digest=None, split=None, fold=self._fold)
+        before, now = status.get("epochs"), self._recipe.stage[self._stage].epochs
+        theirs = {**state["settings"], f"stage.{self._stage}.epochs": before}  # it may have got more later
+        self._check_same({**state, **self._launch, "settings": theirs}, best)
+        if "start" in state:
+            self._check_start(state, best)
+        if now != before:
+            raise UsageError(
+                f"{self.path} is done with {before} epochs, and without last.pt it cannot go on to {now}. Restore "
+                f"last.pt, or delete the folder to start this stage anew."
+            )
+        return True
+
+    def load_start(self) -> dict[str, Any] | None:
+        """The best checkpoint of the stage before; None if this stage starts from the encoder.
+
+        Raises:
+            UsageError: the stage before is not done.
+            DataError: its checkpoint is damaged, or of other data.
+        """
+        if self._before is None:
+            return None
+        name, number = self._before.parent.parent.name, int(self._before.name.removeprefix("stage"))
+        try:
+            state = stages.load_best(
+                self._before,
+                digest=self._identity["digest"],
+                split=self._identity["split"],
+                fold=self._fold,
+                command=self._recipe.command(f"train FOLD={self._fold} STAGE={number}", recipe=name),
+            )
+        except UsageError as error:
+            raise UsageError(
+                f"Stage {self._stage} of fold {self._fold} starts from stage {number} of {name}, but {error}"
+            ) from None
+        self.start = checkpoint.fingerprint(state["model"])
+        return state
+
+    def _check_same(self, saved: Mapping[str, Any], path: Path) -> None:
+        """Refuse to go on with a run under other settings, other data or another number of processes."""
+        mine = {**self._identity["settings"], **self._launch}
+        theirs = {**saved["settings"], **{key: saved[key] for key in self._launch}}
+        epochs = f"stage.{self._stage}.epochs"
+        if self._recipe.stage[self._stage].schedule == "plateau" and theirs[epochs] < mine[epochs]:
+            theirs[epochs] = mine[epochs]  # as if it had had them from the start
+        changed = [
+            f"{key}: {theirs.get(key)} -> {mine.get(key)}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key)
+        ]
+        changed += [
+            f"{what}: {saved[key][:12]} -> {self._identity[key][:12]}"
+            for key, what in (("digest", "images or annotations"), ("split", "folds.csv"))
+            if saved[key] != self._identity[key]
+        ]
+        if changed:
+            raise UsageError(
+                f"{path} was made with other settings ({'; '.join(changed)}). Go back to them, choose another "
+                f"folder (--set runs=DIR), or delete {self.path} to start this stage anew."
+            )
+
+    def _check_start(self, saved: Mapping[str, Any], path: Path) -> None:
+        """Refuse to go on where the stage before has been trained to other weights since.
+
+        Where its best.pt is gone or cannot be read, nothing is compared.
+        """
+        if self._before is None:
+            return
+        try:
+            now = checkpoint.fingerprint(checkpoint.load(self._before / "best.pt")["model"])
+        except (DataError, LookupError, AttributeError):
+            return
+        if now != saved["start"]:
+            raise UsageError(
+                f"{path} began with other weights than {self._before / 'best.pt'} now holds. Delete {self.path} to "
+                f"train this stage anew from them, or restore that file."
+            )
+
+    def save(self, position: Position, state: Mapping[str, Any]) -> None:
+        """Write last.pt, keeping the one before as prev.pt.
+
+        Args:
+            state: of model, optimizer and all else that the run needs to go on.
+
+        Raises:
+            WriteError: says which checkpoint is intact.
+        """
+        more = {"start": self.start, "position": asdict(position), **self._launch, "versions": _versions()}
+        self._write({**self._identity, **more, **state}, self.path / "last.pt", keep=self.path / "prev.pt")
+        self.saved = Position(**more["position"])
+
+    def keep(self, name: str, weights: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Write weights as a checkpoint to predict from.
+
+        Args:
+            record: the log line of their validation.
+
+        Raises:
+            WriteError: as of `save`.
+        """
+        self._write({**self._identity, "start": self.start, "model": weights, "record": record}, self.path / name)
+
+    def prune(self, position: Position) -> None:
+        """Remove kept epochs that others have overtaken, before the next is kept: the disk need not hold more."""
+        checkpoint.check_held(self.path)
+        for path in self.path.glob(stages.KEPT.format("*")):
+            if path.name not in map(stages.KEPT.format, position.kept):
+                path.unlink()
+
+    def publish(self, position: Position) -> None:
+        """Bring what is beside last.pt up to it."""
+        self.prune(position)
+        log.write_jsonl(self.path / "log.jsonl", position.history)
+
+    def intact(self) -> str:
+        """What a run that ends now goes on from."""
+        return "nothing was saved before" if self.saved is None else f"last.pt is from {self.saved}"
+
+    def _write(self, state: dict[str, Any], path: Path, keep: Path | None = None) -> None:
+        """Save a checkpoint; on a full disk, at the price of the oldest, prev.pt, if last.pt is good."""
+        try:
+            try:
+                checkpoint.save(state, path, keep=keep)
+            except NoSpaceError as error:
+                previous = self.path / "prev.pt"
+                if not previous.exists() or not self._last_is_good():
+                    raise
+                log.warn(f"{error} Removing {previous} to make room.")
+                previous.unlink()
+                checkpoint.save(state, path, keep=keep)
+        except FolderGoneError:
+            raise
+        except WriteError as error:
+            keeps = self._recipe.train.keep_best > 1
+            raise type(error)(
+                f"{error} For this run, {self.intact()}. Free space{' or lower train.keep_best' if keeps else ''}, "
+                f"then run the same command."
+            ) from None
+
+    def _last_is_good(self) -> bool:
+        try:
+            checkpoint.load(self.path / "last.pt")
+        except DataError:
+            return False
+        return True
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": str(torch.__version__), "timm": str(timm.__version__), "numpy": str(np.__version__)}

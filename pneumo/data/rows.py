@@ -35,6 +35,9 @@ def read_rows(
     shifted.
 
     Args:
+        path: of a CSV, perhaps gzipped.
+        columns: names, the id's first; others are passed over.
+        problems: gets what is wrong; a row that is wrong is left out.
         blanks: values are stripped, and may be quoted after a blank; else blanks and such quotes are part of them, as
             others read them.
     """

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +181,21 @@ def wrap(model: nn.Module) -> nn.Module:
     """
     if world() == 1:
         return model
+    for parameter in model.parameters():
+        if 1 in parameter.shape:
+            parameter.register_hook(partial(_strided, parameter.stride()))
     device = next(model.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
     new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.15 renamed it
     keep_buffers = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **keep_buffers)
+
+
+def _strided(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
+    """The gradient with exactly these strides; where a side is 1 long, autograd lets any pass, but DDP warns of it."""
+    if gradient.stride() == strides:
+        return gradient
+    return gradient.new_empty_strided(gradient.shape, strides).copy_(gradient)
 
 
 @contextmanager

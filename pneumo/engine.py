@@ -62,6 +62,15 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
 
 
+def grad_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """What keeps gradients in float16's range; does nothing in other types.
+
+    `dist.wrap` divides gradients by the number of processes, `train_step` multiplies by it before, so that they would
+    overflow in steps that one process takes, were the scale not as many times smaller. This is exact for powers of two.
+    """
+    return torch.amp.GradScaler(device.type, init_scale=2.0**16 / dist.world(), enabled=dtype == torch.float16)
+
+
 class RunningStatistics:
     """Batch-norm statistics that do not depend on which process saw which micro-batch.
 

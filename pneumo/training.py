@@ -229,7 +229,7 @@ class _Run:
         self.running = RunningStatistics(self.model)
         self.optimizer = engine.Adam(self.model.parameters(), self.settings.lr, self.settings.weight_decay)
         self.average = engine.WeightAverage(self.model, self.recipe.train.ema) if self.recipe.train.ema else None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.scaler = engine.grad_scaler(self.device, self.dtype)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer,
             factor=self.settings.factor,

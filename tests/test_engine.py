@@ -94,6 +94,23 @@ def test_float32_gradients_of_the_first_step_agree(results):
     assert largest_difference(one, first, "grad ") / scale < 1e-6
 
 
+@pytest.mark.fault("R12", "float16 with a scale that overflows at first: two processes skip the steps that one skips")
+def test_two_processes_in_float16_take_the_steps_that_one_takes(results, figure):
+    (one,), two = ([found["float16"] for found in results[world]] for world in (1, 2))
+    assert 0 < one["taken"].sum() < len(one["taken"])
+    for other in two:
+        assert torch.equal(other["taken"], one["taken"])
+        torch.testing.assert_close(other["losses"], one["losses"], rtol=1e-2, atol=0)
+    figure(f"{int(one['taken'].sum())} of {len(one['taken'])} steps taken, the same")
+
+
+def test_a_gradient_of_other_strides_is_taken_without_a_warning(results):
+    (one,), two = ([found["head"] for found in results[world]] for world in (1, 2))
+    for other in two:
+        assert int(other["warnings"]) == 0
+        torch.testing.assert_close(other["gradient"], 1.5 * one["gradient"])  # of 1 and 2
+
+
 @pytest.mark.fault("R12", "folds of 1 to 13 images in batches of 2, one process and two")
 @pytest.mark.fault("R13", "Dice of each image and the loss, whichever of two processes computes it")
 def test_validation_gives_every_image_once_and_the_same_values(results, figure):

@@ -5,6 +5,7 @@ Trains and validates a small net on made-up images and writes what test_engine c
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,14 +48,49 @@ def counted_allreduce(
     return allreduce_hook(torch.distributed.group.WORLD, bucket)
 
 
-def train(encoder: str, dtype: torch.dtype, step_count: int) -> dict[str, torch.Tensor]:
+class OtherStride(torch.autograd.Function):
+    """A (1, C, 3, 3) weight as it is; its gradient has another stride on the side of length 1, as a kernel's may."""
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor) -> torch.Tensor:
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        channels = gradient.shape[1]
+        return gradient.new_empty_strided(gradient.shape, (channels, 1, 3 * channels, channels)).copy_(gradient)
+
+
+class Head(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(8, 1, 3, bias=False).to(memory_format=torch.channels_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(x, OtherStride.apply(self.conv.weight))
+
+
+def wrapped_head() -> dict[str, torch.Tensor]:
+    """How often DDP warns of a gradient whose strides are not its parameter's, and that gradient."""
+    torch.manual_seed(0)
+    head = Head()
+    wrapped = dist.wrap(head)  # what it does ends with it
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        wrapped(torch.full((1, 8, 4, 4), 1.0 + dist.rank())).sum().backward()
+    return {"warnings": torch.tensor(len(caught)), "gradient": head.conv.weight.grad}
+
+
+def train(
+    encoder: str, dtype: torch.dtype, step_count: int, autocast: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     """Train; 13 images in micro-batches of 2, 3 micro-batches a step: the last step leaves a process idle."""
     pack, _ = made_up(13, 64)
     torch.manual_seed(0)
     model = UNet(encoder, decoder_channels=(8, 8, 8, 4, 4)).to(dtype)
     running = RunningStatistics(model)
     optimizer = engine.Adam(model.parameters(), lr=1e-3)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = engine.grad_scaler(CPU, autocast)
     wrapped = dist.wrap(model)
     reductions = []
     if dist.world() > 1:
@@ -71,15 +107,15 @@ def train(encoder: str, dtype: torch.dtype, step_count: int) -> dict[str, torch.
                 (image.to(dtype) / 255, mask) for image, mask in (next(batches) for _ in engine.share(step))
             )
             stats = engine.train_step(
-                wrapped, micro_batches, optimizer, scaler, running, LOSS, torch.float32, count=len(step)
+                wrapped, micro_batches, optimizer, scaler, running, LOSS, autocast, count=len(step)
             )
             if gradients is None:
                 gradients = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters()}
             read += late.push(stats)
     read += late.drain()
-    losses = torch.tensor([stats[0] for stats in read], dtype=torch.float64)
+    losses, taken = (torch.tensor([stats[i] for stats in read], dtype=torch.float64) for i in (0, 1))
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    return {**state, **gradients, "losses": losses, "reductions": torch.tensor(len(reductions))}
+    return {**state, **gradients, "losses": losses, "taken": taken, "reductions": torch.tensor(len(reductions))}
 
 
 def evaluate(model: UNet, count: int) -> dict[str, torch.Tensor]:
@@ -112,6 +148,8 @@ if __name__ == "__main__":
         results = {
             "float64": train(SMALL, torch.float64, 20),  # the CPU's float64 convolution is slow
             "float32": train("resnet18", torch.float32, 3),
+            "float16": train(SMALL, torch.float32, 8, torch.float16),
+            "head": wrapped_head(),
             **{f"evaluate {count}": evaluate(small, count) for count in SIZES},
         }
         torch.save(results, Path(sys.argv[1]) / f"{dist.rank()}-of-{dist.world()}.pt")

@@ -129,7 +129,6 @@ class _ConvByProduct(torch.autograd.Function):
             if of_weight:
                 few, many = (x, slope) if transposed else (slope, x)
                 weight_slope = weight_gradient(few, many, weight.shape[-1], stride, padding)
-                weight_slope = winograd.laid_out_as(weight, weight_slope)
         return x_slope, weight_slope, slope.sum((0, 2, 3)) if of_bias else None, None, None, None
 
 

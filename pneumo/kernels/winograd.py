@@ -76,12 +76,6 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     return min(weight.shape[:2]) >= CHANNELS and mkl_is_at_home()
 
 
-def laid_out_as(weight: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient, of the weight's shape, in its order in memory without gaps, as DistributedDataParallel wants it."""
-    wanted = torch.empty_like(weight, device="meta").stride()
-    return gradient if gradient.stride() == wanted else torch.empty_like(weight).copy_(gradient)
-
-
 def products_are_exact() -> bool:
     """Whether products of float32 matrices are of float32, or rounded, as by torch.set_float32_matmul_precision."""
     return torch.backends.mkldnn.matmul.fp32_precision in EXACT
@@ -123,7 +117,7 @@ class _Winograd(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 _, of_weights, _ = matrices(x.dtype)
                 sums = torch.bmm(slopes.transpose(1, 2), _pieces(x)).transpose(0, 1)  # (O, 36, C)
-                of_weight = laid_out_as(weight, (of_weights.T @ sums).unflatten(1, (3, 3)).permute(0, 3, 1, 2))
+                of_weight = (of_weights.T @ sums).unflatten(1, (3, 3)).permute(0, 3, 1, 2)
         return of_x, of_weight
 
 

@@ -111,7 +111,7 @@ def our_step(setup: Setup, dtype: torch.dtype, batch: int, side: int) -> Callabl
         block.merged = is_faster(*shape, setup.device, dtype)
     running = RunningStatistics(model)
     optimizer = engine.Adam(model.parameters(), lr=5e-4)
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=False)
+    scaler = engine.grad_scaler(setup.device, dtype)
     loss, recorded = LOSS, None
     if setup.device.type == "cuda":
         engine.compiled(model, batch)

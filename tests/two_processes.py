@@ -148,7 +148,7 @@ if __name__ == "__main__":
         results = {
             "float64": train(SMALL, torch.float64, 20),  # the CPU's float64 convolution is slow
             "float32": train("resnet18", torch.float32, 3),
-            "float16": train(SMALL, torch.float32, 8, torch.float16),
+            "float16": train(SMALL, torch.float32, 3, torch.float16),
             "head": wrapped_head(),
             **{f"evaluate {count}": evaluate(small, count) for count in SIZES},
         }

@@ -158,6 +158,7 @@ def step_row(setup: Setup, side: int, batch: int, dtype: torch.dtype, rival: str
         items=batch,
         target=target,
         batch=f"{batch} images",
+        times=1 if setup.device.type == "cuda" else setup.pick(2, 1, 1),
     )
 
 

@@ -67,6 +67,10 @@ def grad_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScale
 
     `dist.wrap` divides gradients by the number of processes, `train_step` multiplies by it before, so that they would
     overflow in steps that one process takes, were the scale not as many times smaller. This is exact for powers of two.
+
+    Args:
+        device: of the gradients.
+        dtype: of autocast.
     """
     return torch.amp.GradScaler(device.type, init_scale=2.0**16 / dist.world(), enabled=dtype == torch.float16)
 

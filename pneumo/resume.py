@@ -89,6 +89,8 @@ class StageFolder:
     """The folder of one stage of one fold, for the run that trains it. Only the first process writes into it.
 
     Args:
+        data: what it trains on; a checkpoint of other images, annotations or folds is refused.
+        fold, stage: from 0 and from 1.
         dtype: of autocast, which a run keeps to its end.
 
     Attributes:

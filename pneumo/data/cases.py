@@ -15,7 +15,7 @@ import numpy as np
 
 from pneumo import log
 from pneumo.data import images, rle
-from pneumo.data.problems import Problem, counted, some, summary
+from pneumo.data.problems import Problem, counted, some
 from pneumo.data.rows import ID, ID_RULE, read_rows
 from pneumo.errors import PneumoError
 from pneumo.kernels.runs import area, join, mask_to_runs, union
@@ -113,7 +113,7 @@ def load_train(
         runs_of |= dict.fromkeys(bare, np.zeros((0, 2), dtype=np.int64))
         lines |= dict.fromkeys(bare)
         text = f"{len(bare):,} of {len(files):,} images are not in {source}; their masks are empty (data.unmasked)"
-        problems.append(summary(root / train, text, bare, f"not in {source}, so empty", fatal=False))
+        problems.append(Problem.of_ids(root / train, text, bare, f"not in {source}, so empty", fatal=False))
     patient_of = {}
     table = _find(root, patients, PATIENT_NAMES, (), "patients", problems)
     if table is not None:
@@ -139,7 +139,7 @@ def load_train(
             text = f"{len(unknown):,} of {len(ids):,} images {lack} taken for a patient"
             if 2 * len(unknown) > len(ids):
                 text = f"fewer than half of the images have a patient, do the ids fit? {text}"
-            problems.append(summary(table, text, unknown, "no patient_id", fatal=False))
+            problems.append(Problem.of_ids(table, text, unknown, "no patient_id", fatal=False))
     if not ids and not any(problem.fatal for problem in problems):
         problems.append(Problem.at(source, "not a single case"))
     cases = [Case(image_id, files.get(image_id), runs_of[image_id], patient_of.get(image_id)) for image_id in ids]
@@ -441,12 +441,12 @@ def _match(
         else:
             text += f"; copy {'it' if one else 'them'}, or set data.allow_missing"
         each = f"no image in {folder}"
-        problems.append(summary(source, text, missing, each, fatal=not allow_missing, lines=lines))
+        problems.append(Problem.of_ids(source, text, missing, each, fatal=not allow_missing, lines=lines))
     extra = [image_id for image_id in files if image_id not in lines]
     if extra:
         verb = "is" if len(extra) == 1 else "are"
         text = f"{len(extra):,} of {len(files):,} images {verb} not in {source} and {verb} left out{hint}"
-        problems.append(summary(folder, text, extra, f"not in {source}", fatal=False))
+        problems.append(Problem.of_ids(folder, text, extra, f"not in {source}", fatal=False))
     return sorted(image_id for image_id in annotated if image_id in files)
 
 

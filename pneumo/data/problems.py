@@ -48,20 +48,27 @@ class Problem:
         where += f", {field}" if field else ""
         return cls(str(file), row, image_id, f"{where}: {text}", fatal)
 
+    @classmethod
+    def of_ids(
+        cls,
+        file: Path,
+        text: str,
+        ids: Sequence[str],
+        each: str,
+        *,
+        fatal: bool,
+        lines: Mapping[str, int | None] | None = None,
+    ) -> "Problem":
+        """One that many ids have.
 
-def summary(
-    file: Path, text: str, ids: Sequence[str], each: str, *, fatal: bool, lines: Mapping[str, int | None] | None = None
-) -> Problem:
-    """One problem for many ids.
-
-    Args:
-        text: of all of them; the first ids are told after it.
-        each: of a single one, for the report.
-        lines: of the file, by id.
-    """
-    lines = lines or {}
-    single = tuple(Problem.at(file, each, row=lines.get(i), image_id=i, fatal=fatal) for i in ids)
-    return Problem(str(file), None, "", f"{file}: {text}: {some(ids)}.", fatal, single)
+        Args:
+            text: of all of them; the first ids are told after it.
+            each: of a single one, for the report.
+            lines: of the file, by id, where they are known.
+        """
+        lines = lines or {}
+        single = tuple(cls.at(file, each, row=lines.get(i), image_id=i, fatal=fatal) for i in ids)
+        return cls(str(file), None, "", f"{file}: {text}: {some(ids)}.", fatal, single)
 
 
 def counted(number: int, one: str, many: str) -> str:

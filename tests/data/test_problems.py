@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pneumo.data.problems import Problem, counted, listed, raise_fatal, some, summary
+from pneumo.data.problems import Problem, counted, listed, raise_fatal, some
 from pneumo.errors import DataError
 
 TABLE = Path("train-rle.csv")
@@ -23,7 +23,8 @@ def test_the_first_names_and_how_many_more():
 
 
 def test_the_report_has_a_row_for_each(tmp_path):
-    missing = summary(TABLE, "2 of 4 ids have no image", ["c", "d"], "no image", fatal=True, lines={"c": 4, "d": 5})
+    text, lines = "2 of 4 ids have no image", {"c": 4, "d": 5}
+    missing = Problem.of_ids(TABLE, text, ["c", "d"], "no image", fatal=True, lines=lines)
     problems = [Problem.at(TABLE, "united", row=2, image_id="a", fatal=False), missing]
     report = tmp_path / "runs" / "data_report.csv"
     with pytest.raises(DataError, match=rf"^train-rle\.csv: 2 of 4 .*: c, d\. All are listed in {report}\.$"):

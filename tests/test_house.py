@@ -96,7 +96,7 @@ def test_every_module_says_what_it_imports(repo):
 def test_the_readme_knows_the_house(repo):
     """Every module and recipe has its place in it, and every target of make that it names is there."""
     text = (repo / "README.md").read_text(encoding="utf-8")
-    house = text[text.index("## The house") :]
+    house = text[text.index("## Code layout") :]
     for path in sorted((repo / "pneumo").iterdir()):
         if path.suffix == ".py" and path.stem != "__init__":
             assert re.search(rf"\b{path.name}", house), path

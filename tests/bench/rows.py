@@ -389,7 +389,7 @@ def filter_and_code(setup: Setup) -> Iterator[Row]:
     assert ours() == report() == dust()
     common = {"row": "filter and RLE, 1024 px, 60 specks", "ours": ours, "items": len(probs)}
     common["batch"] = f"{len(probs)} maps, one by one"
-    yield Row(rival="the report's OpenCV loop", theirs=report, target="ratio >= 8", **common)
+    yield Row(rival="the original's OpenCV loop", theirs=report, target="ratio >= 8", **common)
     yield Row(rival="cc3d.dust + encode", theirs=dust, target="ratio >= 1.5", **common)
 
 

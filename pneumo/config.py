@@ -156,7 +156,7 @@ class PredictConfig:
 class RuleConfig:
     """The decision rule; areas are pixels of the annotation grid, thresholds multiples of 1/256."""
 
-    threshold: Annotated[float, Share]
+    threshold: Annotated[float, "(0, 1]"]
     min_area: Annotated[int, NotNegative]
     top_threshold: Annotated[float, Share]
     top_area: Annotated[int, NotNegative]

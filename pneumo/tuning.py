@@ -31,7 +31,7 @@ class Ruling:
         rule: itself.
         source: the file it came from, or "recipe".
         trust: expected Dice from confidence, as learned out of fold under this rule; None if nobody learned it.
-        predicted: `predict.weights` and `predict.mirror` of the predictions that chose it; None if none did.
+        predicted: what `_predicted` gave when it was chosen; None if no predictions chose it.
     """
 
     rule: Rule
@@ -116,9 +116,17 @@ def doubts(recipe: Recipe, found: OutOfFold, tuned: Tuned) -> list[str]:
     """Why the chosen rule may not be worth using, or another be better; a sentence each."""
     said = []
     settings, choice, positive = recipe.tune, tuned.choice, found.tables.positive
+    grid, own = tuned.grid, recipe_rule(recipe)
+    gain = tuned.gain(found.groups, draws=settings.draws, seed=recipe.seed)
+    fulfils = settings.objective == "dice" or (  # else the recipe's rule is no alternative
+        _shares(positive, trust.signals(found.tables, own).decided)[settings.objective] >= settings.target
+    )
+    if gain.value < 0 and fulfils:
+        verb, then = ("is worse than", "use") if gain.high < 0 else ("gains nothing over", "as good may be")
+        said.append(
+            f"the chosen rule {verb} the recipe's on folds that had no say in it ({gain.signed}): {then} --rule recipe"
+        )
     if settings.objective == "dice":
-        if tuned.gain(found.groups, draws=settings.draws, seed=recipe.seed).high < 0:
-            said.append("the chosen rule is worse than the recipe's on folds that had no say in it: use --rule recipe")
         if tuned.dice.mean() <= (~positive).mean():
             said.append("on folds that had no say in it, the chosen rule is no better than leaving all masks empty")
     else:
@@ -134,7 +142,6 @@ def doubts(recipe: Recipe, found: OutOfFold, tuned: Tuned) -> list[str]:
                 f"{goal} is missed on folds that had no say in the rule, where it is {share:.4f}: expect no more on "
                 f"new images, or ask for more by a higher tune.target"
             )
-    grid, own = tuned.grid, recipe_rule(recipe)
     edges = [
         f"{name}={value}, the {end} tried"
         for name, value, edge, end in (
@@ -194,7 +201,8 @@ def ruling_for(recipe: Recipe, models: Ensemble, choice: str) -> Ruling:
             whose rule is used on any predictions, with a warning, but its trust on those only that it was learned on.
 
     Raises:
-        UsageError: rule.toml was chosen for other checkpoints, or with other weights of them or without the mirror.
+        UsageError: rule.toml was chosen for other checkpoints, with other weights of them, without the mirror, or on
+            another annotation grid.
         DataError: the file is wrong.
     """
     own = recipe.folder / "rule.toml"
@@ -219,25 +227,30 @@ def misfit(recipe: Recipe, ruling: Ruling, chosen_for: dict[str, str], used: dic
     """
     commands = f"{recipe.command('oof')} and {recipe.command('tune')}"
     again, now = f"Run again: {commands}", _predicted(recipe)
-    if ruling.predicted is None:
+    if ruling.predicted is None or not now.keys() <= ruling.predicted.keys():
         return f"is of an earlier version and does not say whether it was chosen with {_settings(now)}. {again}"
-    if ruling.predicted != now:
-        return (
-            f"was chosen on predictions with {_settings(ruling.predicted)}, not {_settings(now)}. Set the "
-            f"former, or run again: {commands}"
-        )
+    if other := [key for key in now if ruling.predicted[key] != now[key]]:
+        theirs, mine = (_settings({key: settings[key] for key in other}) for settings in (ruling.predicted, now))
+        return f"was chosen on predictions with {theirs}, not {mine}. Set the former, or run again: {commands}"
     if not set(used.values()) <= set(chosen_for.values()):
         return f"was chosen for other checkpoints than {', '.join(used)}. {again}"
     return ""
 
 
 def _predicted(recipe: Recipe) -> dict[str, Any]:
-    """What a rule's predictions depend on besides the checkpoints."""
-    return {"weights": recipe.predict.weights, "mirror": recipe.predict.mirror}
+    """What a rule is for besides the checkpoints; its areas are pixels of the annotation grid."""
+    return {
+        "weights": recipe.predict.weights,
+        "mirror": recipe.predict.mirror,
+        "annotation_size": recipe.data.annotation_size,
+    }
 
 
 def _settings(predicted: dict[str, Any]) -> str:
-    return " ".join(f"predict.{key}={config.toml(value).strip(chr(34))}" for key, value in predicted.items())
+    table = {"annotation_size": "data"}
+    return " ".join(
+        f"{table.get(key, 'predict')}.{key}={config.toml(value).strip(chr(34))}" for key, value in predicted.items()
+    )
 
 
 def read(path: Path, base: Rule | None = None) -> tuple[Ruling, dict[str, str]]:
@@ -277,8 +290,8 @@ def read(path: Path, base: Rule | None = None) -> tuple[Ruling, dict[str, str]]:
                     raise ValueError("trust: confidence must be of finite numbers, dice of numbers from 0 to 1")
         sources = {str(key): str(value) for key, value in document.get("checkpoints", {}).items()}
         predicted = document.get("predicted")
-        if predicted is not None and not all(isinstance(value, (str, bool)) for value in predicted.values()):
-            raise ValueError("predicted: expected texts, true or false")
+        if predicted is not None and not all(isinstance(value, (str, int)) for value in predicted.values()):
+            raise ValueError("predicted: expected texts, whole numbers, true or false")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"no [{error.args[0]}]" if isinstance(error, KeyError) else error
         raise DataError(f"{path}: not a rule file: {one_line(reason)}") from None

@@ -76,8 +76,11 @@ def test_tune_prints_what_it_found_and_prediction_uses_it(place, capsys):
     assert capsys.readouterr().err == ""
     # the same checkpoints, but predicted otherwise; best.pt can be one of the averaged epochs, byte for byte
     path.write_text(good)
-    for other in ({"mirror": not recipe.predict.mirror}, {"weights": "average"}):
-        with pytest.raises(UsageError, match=r"with predict.weights=best predict.mirror=(true|false), not predict"):
+    for other, said in (
+        ({"mirror": False}, "mirror=true, not predict.mirror=false"),
+        ({"weights": "average"}, "weights=best, not "),
+    ):
+        with pytest.raises(UsageError, match=f"was chosen on predictions with predict.{said}"):
             tuning.ruling_for(replace(recipe, predict=replace(recipe.predict, **other)), models, "auto")
     path.unlink()
     assert tuning.ruling_for(recipe, models, "auto").source == "recipe"
@@ -188,6 +191,26 @@ def test_what_tuning_did_not_see_or_gain_is_said(place, capsys, monkeypatch):
     tuning.run(recipe, data)  # for the tests that follow
 
 
+@pytest.mark.parametrize("objective", ["dice", "sensitivity"])
+@pytest.mark.parametrize(
+    ("gain", "patients", "said"),
+    [(-0.1, 18, "is worse than"), (-0.1, 4, "gains nothing over"), (0.0, 18, ""), (0.1, 18, "")],
+)
+def test_a_loss_against_the_recipes_rule_is_said(place, objective, gain, patients, said):
+    """Also of too few patients for an interval; with another objective, if the recipe's rule reaches its target."""
+    recipe, data = place
+    recipe = replace(recipe, tune=replace(recipe.tune, objective=objective, target=0.0))
+    found = oof.load(recipe, data)
+    found = replace(found, groups=np.arange(len(found.rows)) % patients)
+    tuned = tuning.search(recipe, found)
+    tuned = replace(tuned, dice=tuned.baseline + gain)
+    doubts = [doubt for doubt in tuning.doubts(recipe, found, tuned) if "--rule recipe" in doubt]
+    assert [f"the chosen rule {said} the recipe's" in doubt for doubt in doubts] == [True] * bool(said)
+    if objective == "sensitivity":
+        out_of_reach = replace(recipe, tune=replace(recipe.tune, target=1.1))
+        assert not any("--rule recipe" in doubt for doubt in tuning.doubts(out_of_reach, found, tuned))
+
+
 def test_predictions_made_otherwise_are_not_tuned_on(place):
     recipe, data = place
     turned = replace(recipe, predict=replace(recipe.predict, mirror=not recipe.predict.mirror))
@@ -240,7 +263,7 @@ def test_what_a_rule_file_leaves_out_is_the_recipes(place, tmp_path, capsys):
             for at, dice in (("nan", 1), ("inf", 1), (1, "nan"), (1, "inf"), (1, 1.5))
         ),
         ("predicted = 3\n[rule]", "not a rule file"),
-        ("[rule]\n[predicted]\nmirror = 1979-05-27", "predicted: expected texts, true or false"),
+        ("[rule]\n[predicted]\nmirror = 1979-05-27", "predicted: expected texts, whole numbers, true or false"),
         ("rule = 3", "not a rule file"),
         ("= nothing", "not a rule file"),
     ],
@@ -280,6 +303,15 @@ def test_expected_dice_is_told_of_such_predictions_only_as_taught_it(place):
     models = ensemble.load(recipe, [0], CPU)
     assert tuning.ruling_for(recipe, models, str(path)).trust is not None
     turned = replace(recipe, predict=replace(recipe.predict, mirror=not recipe.predict.mirror))
+    coarser = replace(recipe, data=replace(recipe.data, annotation_size=recipe.data.annotation_size // 2))
+    with pytest.raises(
+        UsageError, match=r"with data.annotation_size=64, not data.annotation_size=32. Set the former, or"
+    ):
+        tuning.ruling_for(coarser, models, "auto")
+    assert tuning.ruling_for(coarser, models, str(path)).trust is None
+    path.write_text(path.read_text().replace("annotation_size", "size"))
+    with pytest.raises(UsageError, match="of an earlier version and does not say"):
+        tuning.ruling_for(recipe, models, "auto")
     path.write_text(path.read_text().replace("[predicted]", "[before]"))
     for other in (recipe, turned):
         ruling = tuning.ruling_for(other, models, str(path))

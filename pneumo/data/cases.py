@@ -558,10 +558,11 @@ def _read_masks(
     if not masks:
         problems.append(Problem.at(folder, "no masks in it"))
 
-    def read(image_id: str) -> np.ndarray | Problem:
+    def read(image_id: str) -> tuple[np.ndarray, bool] | Problem:
+        """Runs on the grid, and whether the picture itself is empty."""
         path = masks[image_id]
         if files is not None and image_id not in files:
-            return np.zeros((0, 2), dtype=np.int64)  # reported as such by `_match`
+            return np.zeros((0, 2), dtype=np.int64), True  # reported as such by `_match`
         try:
             mask = images.read_mask(path)
         except PneumoError as error:
@@ -584,14 +585,23 @@ def _read_masks(
         if len(square) != annotation_size:
             nearest = (2 * np.arange(annotation_size) + 1) * len(square) // (2 * annotation_size)
             square = square[np.ix_(nearest, nearest)]
-        return mask_to_runs(square)
+        return mask_to_runs(square), not mask.any()
 
-    runs_of = {}
+    runs_of, lost = {}, []
     for image_id, result in zip(masks, _in_threads(read, list(masks), "masks", log.bar), strict=True):
         if isinstance(result, Problem):
             problems.append(result)
         else:
-            runs_of[image_id] = result
+            runs_of[image_id], empty = result
+            if not empty and len(runs_of[image_id]) == 0:
+                lost.append(image_id)
+    if lost:
+        verb = "has" if len(lost) == 1 else "have"
+        text = (
+            f"{len(lost):,} of {len(masks):,} masks {verb} no pixel left on the annotation grid of {annotation_size} x "
+            f"{annotation_size}, so that the image counts as negative; a larger data.annotation_size keeps it"
+        )
+        problems.append(Problem.of_ids(folder, text, lost, "no pixel left on the annotation grid", fatal=False))
     return runs_of, dict.fromkeys(masks)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 from torch import Tensor
 
 from pneumo.kernels.runs import area, intersection_size
@@ -106,16 +107,17 @@ def bootstrap_means(values: np.ndarray, groups: np.ndarray, *, draws: int, seed:
 def shares(values: np.ndarray, groups: np.ndarray) -> list[Interval]:
     """Shares with Wilson's intervals, which stay honest near 0 and 1, where a bootstrap's have no width.
 
-    They are those of as many independent cases as have the variance that the groups' shares show between them; where
-    that is none, of as many as there are groups.
+    They are those of as many independent cases as have the variance that the groups' shares show between them, and of
+    fewer where few groups tell of that variance; where there is none, of as many as there are groups.
 
     Args:
         values: (K, N) float, 0 or 1; NaN where a case does not count.
         groups: (N,) from `groups_of`.
 
     Source:
-        Wilson 1927, doi:10.1080/01621459.1927.10502953; effective number of cases as in Korn and Graubard 1998, Survey
-        Methodology 24, 193.
+        Wilson 1927, doi:10.1080/01621459.1927.10502953; effective number of cases and its correction by quantiles of
+        Student's t as in Korn and Graubard 1998, Survey Methodology 24, 193, the latter's first degrees of freedom
+        those of the effective number, so that repeated cases change nothing.
     """
     found = []
     for row in values:
@@ -128,7 +130,10 @@ def shares(values: np.ndarray, groups: np.ndarray) -> list[Interval]:
         number, cases = len(size), size.sum()
         share = total.sum() / cases
         spread = ((total - share * size) ** 2).sum() * number / max(number - 1, 1) / cases**2
-        alone = min(share * (1 - share) / spread, cases) if 0 < share < 1 and number > 1 and spread > 0 else number
+        alone = number
+        if 0 < share < 1 and number > 1 and spread > 0:
+            alone = min(share * (1 - share) / spread, cases)
+            alone *= min(stdtrit(max(alone - 1, 1), 0.975) / stdtrit(number - 1, 0.975), 1) ** 2
         wider = 1 + Z**2 / alone
         middle = (share + Z**2 / (2 * alone)) / wider
         half = Z * np.sqrt(share * (1 - share) / alone + Z**2 / (4 * alone**2)) / wider
@@ -338,8 +343,11 @@ def _equal_parts(order: np.ndarray, area: np.ndarray, bins: int) -> list[np.ndar
     """Cut positive images, ascending by area, into about equal parts; none without images."""
     count = max(min(bins, len(order) // SMALLEST_PART), 1)
     cuts = len(order) * np.arange(1, count) // count
-    first = np.searchsorted(area, area[cuts])  # of all images of that area
-    return [part for part in np.split(order, np.unique(first)) if len(part)]
+    kept = [0]
+    for first in np.searchsorted(area, area[cuts]).tolist():  # of all images of that area
+        if min(first - kept[-1], len(order) - first) >= SMALLEST_PART:
+            kept.append(first)
+    return np.split(order, kept[1:]) if len(order) else []
 
 
 def _by_score(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

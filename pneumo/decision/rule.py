@@ -26,7 +26,7 @@ class Rule:
     """When a pixel is pneumothorax; areas are pixels of the annotation grid.
 
     Attributes:
-        threshold: mask = probs > threshold, a multiple of 1/256 ...
+        threshold: mask = probs > threshold, a multiple of 1/256 and not 0, above which padding would be as well ...
         min_area: ... without 8-connected components of this many pixels or fewer.
         top_threshold, top_area: an image is positive only if more than `top_area` pixels exceed `top_threshold`.
     """
@@ -37,7 +37,8 @@ class Rule:
     top_area: int = 0
 
     def __post_init__(self) -> None:
-        level(self.threshold)
+        if not level(self.threshold):
+            raise ValueError("threshold must be at least 1/256: at 0 every pixel would be pneumothorax")
         level(self.top_threshold)
         if self.min_area < 0 or self.top_area < 0:
             raise ValueError(f"areas must be at least 0, got {self.min_area} and {self.top_area}")

@@ -43,6 +43,19 @@ class Grid:
             top_area=self.top_areas[a],
         )
 
+    def place(self, rule: Rule) -> tuple[int, int, int, int]:
+        """Where a rule stands in the grid; the inverse of `rule`.
+
+        Raises:
+            ValueError: it is none of the grid's.
+        """
+        return (
+            self.thresholds.index(rule.threshold),
+            self.min_areas.index(rule.min_area),
+            self.top_thresholds.index(rule.top_threshold),
+            self.top_areas.index(rule.top_area),
+        )
+
 
 def make_grid(
     rule: Rule, annotation_size: int, *, thresholds: int, min_areas: int, top_thresholds: int, top_areas: int
@@ -167,22 +180,31 @@ class Choice:
     reached: bool
 
 
-def choose(sums: Sums, *, objective: str, target: float, tolerance: float) -> Choice:
+def choose(
+    sums: Sums, baseline: tuple[int, int, int, int], *, objective: str, target: float, tolerance: float
+) -> Choice:
     """Choose a rule from the flat middle of the best plateau, not its spike.
 
     Every rule is judged by the mean over its neighbours in the grid. Those within `tolerance` of the best one that
-    are connected with it form the plateau; the one nearest to the plateau's middle is taken.
+    are connected with it form the plateau; the one nearest to the plateau's middle is taken. One that scores below the
+    baseline is never taken: beside a steep edge the mean over neighbours is highest on the lower side.
 
     Args:
-        objective: "dice", mean Dice; or "sensitivity" or "specificity": mean Dice among the rules that reach `target`.
+        baseline: the place of a rule that needs no choosing, the recipe's.
+        objective: "dice", mean Dice; or "sensitivity" or "specificity": mean Dice among the rules that reach `target`;
+            if none does, among those that come closest.
         tolerance: of mean Dice.
     """
-    smooth = ndimage.uniform_filter(sums.dice, size=NEIGHBOURS, mode="nearest")
-    reached = True
+    dice = sums.dice
+    smooth = ndimage.uniform_filter(dice, size=NEIGHBOURS, mode="nearest")
+    allowed, reached = np.ones(dice.shape, dtype=bool), True
     if objective != "dice":
         share = sums.sensitivity if objective == "sensitivity" else sums.specificity
         reached = bool((share >= target).any())
-        smooth = np.where(share >= (target if reached else np.nanmax(share)), smooth, -np.inf)
+        allowed = share >= (target if reached else np.nanmax(share))
+    if allowed[baseline]:
+        allowed &= dice >= dice[baseline]
+    smooth[~allowed] = -np.inf
     best = np.unravel_index(smooth.argmax(), smooth.shape)
     near = smooth >= smooth[best] - tolerance
     parts, _ = ndimage.label(near, structure=np.ones((3,) * 4))
@@ -241,9 +263,10 @@ def tune(
     Args:
         data: N cases, each predicted by networks that did not see it.
         folds: (N,) fold of each; any numbers, at least two different.
-        baseline: the rule to compare with.
+        baseline: the rule to compare with, one of the grid.
 
     Raises:
+        ValueError: `baseline` is not of the grid.
         UsageError: fewer than two folds; or one whose others have no case that the objective's target is about.
     """
     names, folds = np.unique(folds, return_inverse=True)
@@ -261,8 +284,9 @@ def tune(
                 raise UsageError(
                     f"tune.objective={objective}: without fold {name} there is no {kind} case to choose a rule on"
                 )
-    choice = choose(sums.without(-1), **wanted)
-    choices = [choose(sums.without(fold), **wanted) for fold in range(len(names))]
+    own = grid.place(baseline)
+    choice = choose(sums.without(-1), own, **wanted)
+    choices = [choose(sums.without(fold), own, **wanted) for fold in range(len(names))]
     fold_rules = tuple(grid.rule(chosen.index) for chosen in choices)
     dice = np.empty(len(data))
     for fold, rule in enumerate(fold_rules):

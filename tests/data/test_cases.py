@@ -454,6 +454,22 @@ def test_masks_of_another_size_than_the_grid_take_the_nearest_pixel(tmp_path):
         np.testing.assert_array_equal(runs_to_mask(case.runs, size, size), expected)
 
 
+def test_a_mask_too_thin_for_the_grid_is_said(tmp_path):
+    """Its image counts as negative, which nobody would see otherwise."""
+    root = folder(tmp_path, "nothing", "notes.txt", ids=("a", "b", "c"))
+    (root / "mask").mkdir()
+    for name, columns in (("a", 0), ("b", 1), ("c", 2)):
+        mask = np.zeros((GRID, GRID), np.uint8)
+        mask[4:20, 8 : 8 + columns] = 255
+        Image.fromarray(mask).save(root / "mask" / f"{name}.png")
+    found, problems = cases.load_train(root, annotation_size=GRID // 2)
+    assert [case.positive for case in found] == [False, False, True]
+    (problem,) = problems
+    assert not problem.fatal and "1 of 3 masks has no pixel left on the annotation grid of" in problem.message
+    assert problem.message.endswith(": b.") and "a larger data.annotation_size" in problem.message
+    assert cases.load_train(root, annotation_size=GRID)[1] == []
+
+
 def test_runs_that_touch_are_joined(tmp_path):
     found, _ = load(folder(tmp_path, "ImageId,EncodedPixels\na,3 2 0 4\nb,-1\n"))
     assert found[0].runs.tolist() == [[3, 9]]

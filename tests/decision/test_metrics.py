@@ -198,6 +198,28 @@ def test_shares_count_patients():
     assert one.low < 0.21
 
 
+@pytest.mark.parametrize(
+    ("patients", "images", "correlation"), [(2, 20, 0.2), (3, 20, 0.2), (5, 40, 0.3), (10, 10, 0.2), (30, 4, 0.2)]
+)
+def test_shares_of_few_patients_hold_what_they_promise(patients, images, correlation):
+    """Patients' own shares are drawn from a beta distribution of this intraclass correlation, with mean 0.7."""
+    rng = np.random.default_rng(0)
+    scale = 1 / correlation - 1
+    own = rng.beta(0.7 * scale, 0.3 * scale, (1000, patients))
+    values = (rng.random((1000, patients, images)) < own[:, :, None]).reshape(1000, -1).astype(float)
+    found = metrics.shares(values, np.repeat(np.arange(patients), images))
+    assert np.mean([interval.low <= 0.7 <= interval.high for interval in found]) > 0.92
+
+
+def test_two_patients_alike_tell_little_more_than_two():
+    patients = np.repeat([0, 1], 100)
+    (alike,) = metrics.shares((np.arange(200) % 2 == 0)[None].astype(float), patients)
+    nearly = np.r_[np.arange(100) < 49, np.arange(100) < 51]
+    (almost,) = metrics.shares(nearly[None].astype(float), patients)
+    assert alike.low < 0.1 and alike.high > 0.9
+    assert almost.low < 0.2 and almost.high > 0.8
+
+
 def test_summary_by_hand():
     dice_of = np.tile([1.0, 0.0, 0.5, 0.0], 5)
     positive = np.tile([False, False, True, True], 5)
@@ -232,5 +254,8 @@ def test_by_size_takes_positives_in_equal_parts():
     assert [row["cases"] for row in few] == [3] and few[0]["roc_auc"] is None
     tied = np.where(area > 20, 20, area)
     rows = metrics.by_size(dice_of, tied, decided, area / 100, groups, bins=4, draws=100, seed=0)
-    assert [(row["cases"], row["smallest"], row["largest"]) for row in rows] == [(11, 1, 11), (8, 12, 19), (25, 20, 20)]
+    assert [(row["cases"], row["smallest"], row["largest"]) for row in rows] == [(11, 1, 11), (33, 12, 20)]
+    most = np.where(area > 3, 20, area)
+    rows = metrics.by_size(dice_of, most, decided, area / 100, groups, bins=4, draws=100, seed=0)
+    assert [(row["cases"], row["smallest"], row["largest"]) for row in rows] == [(44, 1, 20)]
     assert metrics.by_size(dice_of[:30], area[:30], decided[:30], None, groups[:30], draws=100, seed=0) == []

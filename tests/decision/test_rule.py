@@ -66,6 +66,12 @@ def test_the_recipes_gate_never_empties_an_image():
     assert len(decide(q, Rule(threshold=0.5))) == 1
 
 
+def test_a_threshold_of_0_is_refused():
+    """Levels cannot tell a probability of 0, as padding's, from one just above."""
+    with pytest.raises(ValueError, match="threshold must be at least 1/256"):
+        Rule(threshold=0.0)
+
+
 @pytest.mark.parametrize("threshold", [-0.5, 0.3, 1.5])
 def test_thresholds_are_checked(threshold):
     with pytest.raises(ValueError, match="multiple of 1/256"):
@@ -108,7 +114,7 @@ def test_a_batch_is_decided_as_its_images_are(device):
         )
         q[0] = (0, 255, q[0])[min(trial % 10, 2)]
         rule = Rule(
-            threshold=rng.integers(0, 257) / 256,
+            threshold=rng.integers(1, 257) / 256,
             min_area=int(rng.choice([0, 1, 5, 30])),
             top_threshold=rng.integers(0, 2) * rng.integers(0, 257) / 256,
             top_area=int(rng.choice([0, 3, 40])),

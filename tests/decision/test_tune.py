@@ -104,9 +104,38 @@ def test_the_flat_middle_is_preferred_to_a_spike():
     score[12:19] = 0.8  # a plateau
     score[4] = 0.85  # a spike
     sums = tune.Sums(score[None] * 100, score[None] * 100, score[None] * 0, np.array([100.0]), np.array([0.0]))
-    choice = tune.choose(sums, **WANTED)
+    choice = tune.choose(sums, (0, 0, 0, 0), **WANTED)
     assert choice.index == (15, 0, 0, 0)
     assert choice.plateau[15, 0, 0, 0] and not choice.plateau[4, 0, 0, 0]
+
+
+STEEP = [0.4, 0.5, 0.56, 0.58, 0.6, 0.637, 0.9585, 0.919, 0.8595, 0.860, 0.861, 0.861, 0.861, 0.859, 0.856, 0.853]
+
+
+@pytest.mark.parametrize("objective", ["dice", "sensitivity"])
+def test_no_rule_is_taken_that_scores_below_the_recipes(objective):
+    """Beside a steep edge the mean over neighbours is highest on the lower side, as a trained run had it."""
+    dice = np.array(STEEP).reshape(1, 16, 1, 1, 1) * 100
+    sums = tune.Sums(dice, dice, dice * 0, np.array([100.0]), np.array([0.0]))
+    wanted = {**WANTED, "objective": objective, "target": 0.8}
+    assert STEEP[tune.choose(sums, (0, 0, 0, 0), **wanted).index[0]] == 0.8595
+    assert STEEP[tune.choose(sums, (7, 0, 0, 0), **wanted).index[0]] == 0.919
+
+
+def test_a_recipes_rule_that_misses_the_target_bounds_nothing():
+    dice = np.array(STEEP).reshape(1, 16, 1, 1, 1) * 100
+    found = np.arange(16.0).reshape(dice.shape) * 100 / 16
+    sums = tune.Sums(dice, found, dice * 0, np.array([100.0]), np.array([0.0]))
+    wanted = {**WANTED, "objective": "sensitivity", "target": 10 / 16}
+    assert STEEP[tune.choose(sums, (6, 0, 0, 0), **wanted).index[0]] == 0.861
+
+
+def test_a_rule_has_its_place_in_the_grid():
+    grid = Grid((0.25, 0.5), (0, 10, 20), (0.0, 0.75), (0, 5))
+    for index in product(*map(range, grid.shape)):
+        assert grid.place(grid.rule(index)) == index
+    with pytest.raises(ValueError, match="not in tuple"):
+        grid.place(Rule(threshold=0.5, min_area=11))
 
 
 @pytest.mark.parametrize(("objective", "first"), [("sensitivity", False), ("specificity", True)])
@@ -117,10 +146,10 @@ def test_a_target_is_kept(objective, first):
     found, kept = 1 - place / 50, 0.2 + place / 50
     shaped = [part.reshape(1, 41, 1, 1, 1) * 100 for part in (dice, found, kept)]
     sums = tune.Sums(*shaped, np.array([100.0]), np.array([100.0]))
-    choice = tune.choose(sums, objective=objective, target=0.8, tolerance=1e-9)
+    choice = tune.choose(sums, (0, 0, 0, 0), objective=objective, target=0.8, tolerance=1e-9)
     share = (found, kept)[first][choice.index[0]]
     assert choice.reached and share >= 0.8
-    unreached = tune.choose(sums, objective=objective, target=1.5, tolerance=1e-9)
+    unreached = tune.choose(sums, (0, 0, 0, 0), objective=objective, target=1.5, tolerance=1e-9)
     assert not unreached.reached
     assert unreached.index[0] == (40 if first else 0)
 

@@ -441,7 +441,7 @@ def test_it_warns_of_another_rule_of_predict(place, capsys, tmp_path):
     ways = [results.by_rule("recipe's rule", found, tuning.recipe_rule(recipe))]
     path = recipe.folder / "rule.toml"
 
-    predicted = {"weights": "best", "mirror": recipe.predict.mirror}
+    predicted = {"weights": "best", "mirror": recipe.predict.mirror, "annotation_size": recipe.data.annotation_size}
 
     def warnings(rule: Rule, sources: dict[str, str], predicted: dict | None = predicted) -> list[str]:
         learned = trust.fit(trust.signals(found.tables, rule), tables.dice(found.tables, rule))

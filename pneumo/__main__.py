@@ -226,7 +226,11 @@ def check_submission(options: argparse.Namespace) -> None:
 
 
 def _empty(truth: Path | None, recipe: Recipe) -> tuple[float, str] | None:
-    """Mean Dice of empty masks on the given or the training annotations, and which these are; None without any."""
+    """Mean Dice of empty masks on the given or the training annotations, and which these are; None without any.
+
+    Raises:
+        DataError: the given ones are not there or wrong.
+    """
     from pneumo.data import cases
 
     data, root = recipe.data, Path(recipe.data.root)
@@ -234,6 +238,7 @@ def _empty(truth: Path | None, recipe: Recipe) -> tuple[float, str] | None:
         return None
     if truth is not None:
         runs_of, problems = cases.read_annotations(truth, data.annotation_size)
+        raise_fatal(problems, None)
         positive = [len(runs) > 0 for runs in runs_of.values()]
     else:
         found, problems = cases.load_train(
@@ -257,25 +262,30 @@ def phantom(options: argparse.Namespace) -> None:
     from pneumo.data import phantom as phantoms
 
     recipe = cli.load_recipe(options)
-    root = Path(recipe.data.root)
+    root, asked = Path(recipe.data.root), recipe.phantom
+    settings = {
+        "train": asked.train,
+        "test": asked.test,
+        "side": asked.side,
+        "annotation_size": recipe.data.annotation_size,
+        "positive_fraction": asked.positive_fraction,
+        "seed": recipe.seed,
+    }
     if root.exists() and any(root.iterdir()):
-        if not (root / "SYNTHETIC.txt").exists():
+        mark = root / phantoms.MARK_FILE
+        if not mark.exists():
             raise DataError(
                 f"{root} holds something that is no synthetic data; choose another with --set data.root=DIR"
             )
+        if (there := (mark.read_text().splitlines() or [""])[-1]) != (wanted := phantoms.made_with(**settings)):
+            raise DataError(
+                f"{root} holds synthetic data of other settings ({there}; now {wanted}). Delete it, or choose another "
+                f"with --set data.root=DIR"
+            )
         log.say(f"{root}: there already")
         return
-    settings = recipe.phantom
-    phantoms.write(
-        root,
-        train=settings.train,
-        test=settings.test,
-        side=settings.side,
-        annotation_size=recipe.data.annotation_size,
-        positive_fraction=settings.positive_fraction,
-        seed=recipe.seed,
-    )
-    log.say(f"{root}: {settings.train} training and {settings.test} test images, all SYNTHETIC")
+    phantoms.write(root, **settings)
+    log.say(f"{root}: {asked.train} training and {asked.test} test images, all SYNTHETIC")
 
 
 def report(options: argparse.Namespace) -> None:

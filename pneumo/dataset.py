@@ -3,6 +3,8 @@
 Imports data, config, checkpoint, dist, log, errors.
 """
 
+import contextlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from pneumo.data.problems import SHOWN, Problem, counted, raise_fatal, some
 from pneumo.errors import DataError, NoSpaceError, WriteError
 
 PAIRS = 1000  # of near-duplicates that the audit lists
+OUTSIZED = 2  # folds' shares of all images that one patient may have without a word
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def load_cases(recipe: Recipe, *, need_images: bool = True) -> list[Case]:
 
     Raises:
         DataError: something is wrong with the folder, the annotations or the patient map; all of it is listed in
-            data_report.csv of the recipe's run folder.
+            train_report.csv of the recipe's run folder.
     """
     data = recipe.data
     found, problems = cases.load_train(
@@ -64,7 +67,7 @@ def load_cases(recipe: Recipe, *, need_images: bool = True) -> list[Case]:
         unmasked=data.unmasked,
         need_images=need_images,
     )
-    _judge(recipe, problems)
+    _judge(problems, _report(recipe, "train"))
     if warning := cases.one_sided(found):
         log.warn(warning)
     return found
@@ -76,7 +79,7 @@ def load_test_cases(recipe: Recipe) -> tuple[list[Case], list[str]]:
     found, sample_ids, problems = cases.load_test(
         Path(data.root), test=data.test, sample=data.sample, allow_missing=data.allow_missing
     )
-    _judge(recipe, problems)
+    _judge(problems, _report(recipe, "test"))
     return found, sample_ids
 
 
@@ -90,7 +93,7 @@ def open_pack(recipe: Recipe, name: str, found: Sequence[Case], side: int, *, ch
         annotation_size=recipe.data.annotation_size,
         progress=log.bar,
         check=check,
-        report=recipe.folder / "data_report.csv" if dist.is_main() else None,
+        report=_report(recipe, name) if dist.is_main() else None,
     )
 
 
@@ -175,6 +178,12 @@ def split(recipe: Recipe, found: Sequence[Case], packed: Pack | None) -> None:
     settings = recipe.folds
     ids, areas = [case.image_id for case in found], [case.area for case in found]
     groups: list[str | None] = [case.patient if settings.group == "patient" else None for case in found]
+    known = Counter(group for group in groups if group is not None)
+    if known and (most := known.most_common(1)[0])[1] * settings.count > OUTSIZED * len(ids):
+        log.warn(
+            f"{most[1]:,} of {len(ids):,} images are of one patient, {most[0]}, and stay in one fold, so folds differ "
+            f"much in size. Is that a placeholder? Then give these images no patient, or set folds.group=image"
+        )
     duplicates = None if packed is None else _duplicates(recipe, packed)
     groups = groups if duplicates is None else folds.join_groups(groups, duplicates)
     fold_of = folds.split(ids, areas, groups, count=settings.count, area_bins=settings.area_bins, seed=recipe.seed)
@@ -224,8 +233,13 @@ def _duplicates(recipe: Recipe, packed: Pack) -> list[tuple[int, int]]:
     return folds.find_duplicates(packed.image_ids, pack.thumbnails(packed), recipe.folds.duplicate_correlation)
 
 
-def _judge(recipe: Recipe, problems: list[Problem]) -> None:
-    report = recipe.folder / "data_report.csv"
+def _report(recipe: Recipe, part: str) -> Path:
+    """Where problems of "train" or "test" are listed; verify lists those of both."""
+    return recipe.folder / f"{part}_report.csv"
+
+
+def _judge(problems: list[Problem], report: Path) -> None:
+    """Print notes, stop at errors, and list all in the report; where there are none, there is no report."""
     for problem in problems:
         if not problem.fatal:
             more = len(problem.each) > SHOWN
@@ -237,6 +251,9 @@ def _judge(recipe: Recipe, problems: list[Problem]) -> None:
             raise
         except WriteError:  # a folder that is only read
             raise_fatal(problems, None)
+    elif dist.is_main():
+        with contextlib.suppress(OSError):  # likewise
+            report.unlink(missing_ok=True)  # of problems that have been mended
 
 
 def check_fold(recipe: Recipe, dataset: Dataset, fold: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from skimage.measure import find_contours
 
 from pneumo import checkpoint, dist, ensemble, inference, log
@@ -39,6 +40,8 @@ SUFFIXES = ("_mask.png", "_overlay.png")  # of the outputs of a given file
 RECORDS = "predictions.jsonl"
 READERS = 2  # batches that are read ahead, each by a thread
 SHOWN = 20  # remarks about files that are printed
+MADE_BY = b"Software\0pneumo"  # stands in each mask and overlay, which may be overwritten and are no X-rays
+MARK_BYTES = 256  # of a PNG's start, which hold it
 PICTURES = {".bmp", ".gif", ".heic", ".jp2", ".tif", ".tiff", ".webp"}  # that are not read
 
 
@@ -59,11 +62,12 @@ def find(arguments: Sequence[Path], out: Path) -> list[Given]:
     """The files that a command line names, and those in the folders that it names.
 
     Outputs of a file are called as it is, without suffix; those of a folder's files lie in the same folders below `out`
-    as they do in it. Files of one folder that differ in their suffix alone keep it. Hidden files, what is no image and
-    what lies in `out` are passed over.
+    as they do in it. Files of one folder that differ in their suffix alone keep it. Hidden files, what is no image,
+    masks and overlays of earlier predictions and what lies in `out` are passed over.
 
     Raises:
-        UsageError: two files would have the same outputs, or an output would overwrite one of the files.
+        UsageError: two files would have the same outputs, or an output would overwrite one of the files or anything
+            else that no prediction has written.
         DataError: a folder has no image, or cannot be read.
     """
     given: dict[str, Given] = {}
@@ -77,6 +81,10 @@ def find(arguments: Sequence[Path], out: Path) -> list[Given]:
         found, others, problems = cases.list_images(argument)
         raise_fatal(problems, None)
         found = [path for path in found if not path.resolve().is_relative_to(place)]
+        made = {path for path in found if path.name.endswith(SUFFIXES) and _is_made(path)}
+        if made:
+            found = [path for path in found if path not in made]
+            log.say(f"{argument}: {len(made):,} masks and overlays of earlier predictions were left out")
         kinds = sorted({path.suffix.lower() for path in others} & PICTURES)
         convert = f". Those in {', '.join(kinds)} can be read if they are saved as PNG" if kinds else ""
         if not found:
@@ -100,11 +108,24 @@ def find(arguments: Sequence[Path], out: Path) -> list[Given]:
     inputs = {one.path.resolve() for one in found}
     for one in found:
         for suffix in SUFFIXES:
-            if (out / (one.name + suffix)).resolve() in inputs:
+            target = out / (one.name + suffix)
+            if target.resolve() in inputs:
+                raise UsageError(f"{target} is one of the given files. Choose another folder: --out DIR")
+            if os.path.lexists(target) and not _is_made(target):
                 raise UsageError(
-                    f"{out / one.name}{suffix} is one of the given files. Choose another folder: --out DIR"
+                    f"{target} is there, and no prediction has written it, so it is not overwritten. Move it, or "
+                    f"choose another folder: --out DIR"
                 )
     return found
+
+
+def _is_made(path: Path) -> bool:
+    """Whether a picture is one that `_write_png` wrote."""
+    try:
+        with open(path, "rb") as file:
+            return MADE_BY in file.read(MARK_BYTES)
+    except OSError:
+        return False
 
 
 def _told_apart(given: Sequence[Given]) -> list[Given]:
@@ -351,7 +372,7 @@ def _others(given: Sequence[Given], out: Path) -> list[dict[str, Any]]:
             log.warn(f"{out / RECORDS} line {count} is damaged and is dropped; its mask is not looked after")
             continue
         path = paths.get(mask)
-        if (path is None and mask and there) or (trouble and path_hash not in hashes):
+        if (path is None and mask and there and path_hash not in hashes) or (trouble and path_hash not in hashes):
             left.append(record)
         elif path is not None and there and path_hash not in ("", _path_hash(path)) and digest != _content(path):
             raise UsageError(
@@ -441,8 +462,11 @@ def overlay(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:
 
 
 def _write_png(picture: Image.Image, path: Path) -> int:
-    """Write a picture; return its length in bytes."""
-    content = io.BytesIO()
-    picture.save(content, "PNG", compress_level=1)  # a quarter of the time of 6, an overlay a quarter larger
+    """Write a picture, marked as ours; return its length in bytes."""
+    content, mark = io.BytesIO(), PngInfo()
+    mark.add(b"tEXt", MADE_BY)
+    picture.save(
+        content, "PNG", pnginfo=mark, compress_level=1
+    )  # a quarter of the time of 6, an overlay a quarter larger
     checkpoint.write_atomic(path, content.getvalue())
     return len(content.getvalue())

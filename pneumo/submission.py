@@ -66,8 +66,8 @@ class Checked:
 def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) -> Checked:
     """Read a submission, whoever wrote it, as strictly as who will grade it might.
 
-    Problems are rows that are wrong, second rows of an id, codes that do not decode or are not written as `rle.encode`
-    would, ids that are missing or left over, a first line that is not `HEADER`.
+    Problems are no rows, rows that are wrong, second rows of an id, codes that do not decode or are not written as
+    `rle.encode` would, ids that are missing or left over, a first line that is not `HEADER`.
 
     Args:
         sample_ids: ids that it must have; None where they are not known.
@@ -95,6 +95,8 @@ def check(path: Path, sample_ids: Sequence[str] | None, annotation_size: int) ->
         if codes[image_id] != code:
             text = "runs that touch, or zeros or blanks too many. Encode it anew."
             complain(text, line, image_id, field="EncodedPixels")
+    if not lines and not problems:
+        complain("no rows")
     if lines:
         first = first_line(path)
         if first != HEADER:

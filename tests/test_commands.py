@@ -242,7 +242,7 @@ def test_where_many_images_have_one_fault_the_file_with_all_is_named(repo, tmp_p
         (tmp_path / "data" / "train" / f"note {number}.txt").touch()
     recipe = small_run.recipe(repo, tmp_path / "data", tmp_path / "runs")
     dataset.load_cases(recipe)
-    report = recipe.folder / "data_report.csv"
+    report = recipe.folder / "train_report.csv"
     said = capsys.readouterr().err
     assert f"rows); they were united. All are listed in {report}.\n" in said
     assert f"note 3.txt, note 4.txt and 1 more. All are listed in {report}.\n" in said
@@ -322,3 +322,39 @@ def test_one_of_several_targets_may_take_a_variable(repo):
     assert done.returncode == 0, done.stderr
     assert dry_make(repo, "cv", "GPUS=2", "JOBS=12").returncode == 0
     assert "--nproc_per_node=2 -m pneumo cv" in done.stdout and "--beside demo" in done.stdout
+
+
+def test_a_report_goes_with_the_problems_it_lists(repo, tmp_path):
+    """Training and test images have one each, so that neither overwrites the other's."""
+    small_run.write_data(tmp_path / "data")
+    table = tmp_path / "data" / "train-rle.csv"
+    (tmp_path / "data" / "sample_submission.csv").write_text(
+        "ImageId\n" + "".join(f"test-00{number}\n" for number in (0, 1, 1, 2, 3))
+    )
+    recipe = small_run.recipe(repo, tmp_path / "data", tmp_path / "runs")
+    dataset.load_cases(recipe)
+    dataset.load_test_cases(recipe)
+    train, test = (recipe.folder / f"{part}_report.csv" for part in ("train", "test"))
+    assert "train-rle.csv" in train.read_text() and "sample_submission.csv" in test.read_text()
+    table.write_text("".join(dict.fromkeys(table.read_text().splitlines(True))))  # one row was there twice
+    dataset.load_cases(recipe)
+    assert test.exists() and not train.exists()
+
+
+def test_other_synthetic_data_are_not_taken_for_those_asked_for(tmp_path):
+    options = ("phantom", "--set", f"data.root={tmp_path / 'data'}", "phantom.side=64", "phantom.test=2")
+    run("pneumo", *options, "phantom.train=3", cwd=tmp_path)
+    assert "there already" in run("pneumo", *options, "phantom.train=3", cwd=tmp_path)
+    said = run("pneumo", *options, "phantom.train=4", cwd=tmp_path, code=3)
+    assert "holds synthetic data of other settings (train=3 test=2 side=64" in said and "now train=4 test=2" in said
+
+
+def test_a_patient_of_most_images_is_warned_of(repo, tmp_path, capsys):
+    """As a placeholder is."""
+    small_run.write_data(tmp_path / "data")
+    names = sorted(path.stem for path in (tmp_path / "data" / "train").iterdir())
+    patients = ["ANONYMOUS"] * 14 + [str(number) for number in range(4)]
+    rows = "".join(f"{name},{patient}\n" for name, patient in zip(names, patients, strict=True))
+    (tmp_path / "data" / "patients.csv").write_text("ImageId,patient_id\n" + rows)
+    dataset.load(small_run.recipe(repo, tmp_path / "data", tmp_path / "runs"))
+    assert "14 of 18 images are of one patient, ANONYMOUS, and stay in one fold" in capsys.readouterr().err

@@ -109,9 +109,8 @@ def load_train(
         runs_of, lines = _read_masks(source, files if need_images else None, annotation_size, problems)
     else:
         runs_of, lines = _read_codes(source, annotation_size, problems)
-    if unmasked == "empty" and (bare := [image_id for image_id in files if image_id not in lines]):
-        runs_of |= dict.fromkeys(bare, np.zeros((0, 2), dtype=np.int64))
-        lines |= dict.fromkeys(bare)
+    bare = [image_id for image_id in files if image_id not in lines] if unmasked == "empty" and lines else []
+    if bare:
         text = f"{len(bare):,} of {len(files):,} images are not in {source}; their masks are empty (data.unmasked)"
         problems.append(Problem.of_ids(root / train, text, bare, f"not in {source}, so empty", fatal=False))
     patient_of = {}
@@ -123,9 +122,17 @@ def load_train(
     if need_images:
         negative = "an all-black picture" if source.is_dir() else "a row with -1"
         hint = f"; a negative needs {negative} there, or --set data.unmasked=empty"
-        ids = _match(source, runs_of, lines, root / train, files, allow_missing, problems, hint)
+        with_bare = lines | dict.fromkeys(bare)
+        ids = _match(source, list(runs_of), with_bare, root / train, files, allow_missing, problems, hint)
         if not source.is_dir():
             _check_square(source, ids, lines, runs_of, files, problems)
+        runs_of |= dict.fromkeys(bare, np.zeros((0, 2), dtype=np.int64))
+        ids = sorted([*ids, *bare])
+    large = [image_id for image_id in ids if 2 * area(runs_of[image_id]) > annotation_size**2]
+    if large:
+        verb = "covers" if len(large) == 1 else "cover"
+        text = f"{len(large):,} of {len(ids):,} masks {verb} more than half of the image (inverted?)"
+        problems.append(Problem.of_ids(source, text, large, "covers more than half of the image", fatal=False))
     if table is not None:
         unknown = [image_id for image_id in ids if image_id not in patient_of]
         if patient_of and ids and len(unknown) == len(ids):
@@ -443,7 +450,7 @@ def _match(
         each = f"no image in {folder}"
         problems.append(Problem.of_ids(source, text, missing, each, fatal=not allow_missing, lines=lines))
     extra = [image_id for image_id in files if image_id not in lines]
-    if extra:
+    if extra and lines:  # else nothing of it could be read, which was said already
         verb = "is" if len(extra) == 1 else "are"
         text = f"{len(extra):,} of {len(files):,} images {verb} not in {source} and {verb} left out{hint}"
         problems.append(Problem.of_ids(folder, text, extra, f"not in {source}", fatal=False))

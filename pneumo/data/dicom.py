@@ -116,6 +116,7 @@ def decode(data: bytes, known: Outline) -> tuple[np.ndarray, tuple[float, float]
     with _pydicom() as pydicom:
         header = pydicom.dcmread(io.BytesIO(data))
         _check_header(header)
+        _drop_blanks(header)
         spacing, remarks = _spacing(header), [*_odd_view(header), *_drop_empty_window(header)]
         with_pillow = known.syntax == JPEG_BASELINE or (known.syntax == JPEG_EXTENDED and header.BitsStored == 8)
         if with_pillow:
@@ -307,6 +308,24 @@ def _unpack(pydicom: ModuleType, header: Any, known: Outline) -> np.ndarray:
     decoder = pydicom.pixels.get_decoder(known.syntax)
     stored = decoder.as_array(header, index=0, raw=True, decoding_plugin=plugin)[0]
     return stored.astype(stored.dtype.newbyteorder("="), copy=False)
+
+
+def _drop_blanks(header: Any) -> None:
+    """Take what is blank out of the header, where pydicom wants numbers or a name.
+
+    Raises:
+        DataError: there is something else than numbers; names the element, not what is in it.
+    """
+    for keyword in ("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept"):
+        try:
+            if (value := header.get(keyword)) == "":
+                delattr(header, keyword)
+            elif value is not None:
+                np.atleast_1d(value).astype(float)
+        except (TypeError, ValueError):  # a decimal comma, or nothing in the first of several places
+            raise DataError(f"a DICOM whose {keyword} is no number. Correct or remove it.") from None
+    if not header.get("VOILUTFunction", "LINEAR"):
+        del header.VOILUTFunction
 
 
 def _drop_empty_window(header: Any) -> list[str]:

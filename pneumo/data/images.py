@@ -25,6 +25,8 @@ MAX_PIXELS = 64 * 2**20
 MAX_SIDE = 16_384  # images are padded to squares: 32 x 2,000,000 pixels would become 4e12
 MIN_SIDE = 32
 MAX_BYTES = 256 * 2**20
+DARK = 32  # of 255; X-rays have more than a hundredth of their pixels above it
+CUT_ROWS = 16  # so many of one grey, neither dark nor bright as a border is, are not of an X-ray
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".dcm": "DICOM", ".dicom": "DICOM"}
 
@@ -42,6 +44,7 @@ _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 _PNG_LOOKED_AT = 1000  # chunks before the pixels; encoders write ten
 _ORIENTATION, _SHORT = 0x0112, 3  # EXIF: the tag, and its type, of 16 bits
 _LUMA = (19595, 38470, 7471)  # ITU-R 601, in 65536ths, as Pillow has it
+_TRANSPARENT = "it has transparent pixels; the transparency was ignored"
 _COLOURS = "the red, green and blue channels differ: a colour photograph, or something drawn on it?"
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # as Pillow advises; MAX_PIXELS is lower
@@ -103,8 +106,7 @@ def read(path: str | Path) -> Scan:
         suffix = Path(path).suffix.lower()
         if SUFFIXES.get(suffix, kind) != kind:
             remarks.append(f"named {suffix}, but its content is {kind}")
-        if pixels.min() == pixels.max():
-            remarks.append(f"a constant image: every pixel is {pixels[0, 0]}")
+        remarks += _doubts(pixels, kind)
         return Scan(pixels, spacing, tuple(remarks))
 
 
@@ -160,6 +162,11 @@ def read_mask(path: str | Path) -> np.ndarray:
         pixels, remarks = _decode(data, kind)
         if _COLOURS in remarks:
             raise DataError("a mask must be grey, of 0 and 255; this one has colours")
+        if _TRANSPARENT in remarks:
+            raise DataError(
+                "a mask must be opaque, of 0 and 255; this one has transparent pixels, and whether they or the colours "
+                "are the mask is not known. Save it as grey PNG without transparency."
+            )
         high = pixels.max()
         mask = pixels == high
         if high not in (0, 1, 255) or not (mask | (pixels == 0)).all():
@@ -304,6 +311,23 @@ def _check_size(height: int, width: int) -> None:
         raise DataError(f"{shape}; at least {MIN_SIDE} a side are needed")
     if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
         raise DataError(f"{shape}; {MAX_PIXELS // 2**20} Mpx and {MAX_SIDE:,} pixels a side are the limit")
+
+
+def _doubts(pixels: np.ndarray, kind: str) -> list[str]:
+    """What makes (H, W) uint8 pixels look as if something went wrong with them."""
+    if pixels.min() == pixels.max():
+        return [f"a constant image: every pixel is {pixels[0, 0]}"]
+    remarks = []
+    if np.count_nonzero(pixels >= DARK) < 0.01 * pixels.size:
+        remarks.append(
+            f"nearly black: 99 of 100 pixels are below {DARK} of 255. A mark far brighter than the X-ray takes up the "
+            f"range, or too many bits are in use"
+        )
+    last = int(pixels[-1, 0])
+    if kind != "PNG" and DARK <= last < 256 - DARK and (pixels[-CUT_ROWS:] == last).all():
+        rows = int((pixels != last).any(axis=1)[::-1].argmax())
+        remarks.append(f"its lowest {rows} rows are all of grey {last}, as of a file that was cut off")
+    return remarks
 
 
 def _decode(data: bytes, kind: str) -> tuple[np.ndarray, list[str]]:
@@ -452,7 +476,7 @@ def _one_channel(channels: Iterable[np.ndarray], *, alpha: bool) -> tuple[np.nda
     """
     channels, remarks = list(channels), []
     if alpha and (opacity := channels.pop()).min() < np.iinfo(opacity.dtype).max:
-        remarks.append("it has transparent pixels; the transparency was ignored")
+        remarks.append(_TRANSPARENT)
     first, *others = channels
     if all(np.array_equal(channel, first) for channel in others):
         return np.array(first), remarks

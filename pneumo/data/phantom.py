@@ -21,6 +21,7 @@ from pneumo.data import rle
 from pneumo.errors import UsageError
 
 PREFIX = "SYNTHETIC-"
+MARK_FILE = "SYNTHETIC.txt"
 MARK = "This folder holds synthetic X-rays drawn by `python -m pneumo phantom`. They show no patient.\n"
 
 
@@ -79,6 +80,11 @@ def draw(rng: np.random.Generator, side: int, positive: bool) -> Phantom:
     return Phantom(_mark(image), mask)
 
 
+def made_with(**settings: float) -> str:
+    """The last line of a data set's `MARK_FILE`: the settings that `write` was given."""
+    return " ".join(f"{key}={value}" for key, value in settings.items())
+
+
 def write(
     root: Path, *, train: int, test: int, side: int, annotation_size: int, positive_fraction: float, seed: int
 ) -> None:
@@ -88,7 +94,7 @@ def write(
     folders as the challenge has them. Image i depends on (seed, i) alone.
 
     Args:
-        root: folder to make, or an empty one; SYNTHETIC.txt in it says what it holds.
+        root: folder to make, or an empty one; `MARK_FILE` in it says what it holds.
         train, test: how many images.
         side: of the images, pixels.
         annotation_size: side of the grid of the codes, pixels.
@@ -98,14 +104,22 @@ def write(
         UsageError: pydicom is not installed, or a user's own folder has the name that is used meanwhile.
     """
     for left, name in checkpoint.abandoned(root.parent.glob("*.tmp")):
-        if name == root.name and (left / "SYNTHETIC.txt").is_file():
+        if name == root.name and (left / MARK_FILE).is_file():
             shutil.rmtree(left)
     final, root = root, checkpoint.temporary(root)  # what is cut off never looks complete
     try:
         root.mkdir(parents=True)
     except FileExistsError:
         raise UsageError(f"{root} is in the way. Move it, or choose another folder: --set data.root=DIR") from None
-    (root / "SYNTHETIC.txt").write_text(MARK)
+    settings = made_with(
+        train=train,
+        test=test,
+        side=side,
+        annotation_size=annotation_size,
+        positive_fraction=positive_fraction,
+        seed=seed,
+    )
+    (root / MARK_FILE).write_text(f"{MARK}{settings}\n")
     tables: dict[str, list[str]] = {"train": ["ImageId,EncodedPixels"], "test": ["ImageId,EncodedPixels"]}
     sample, patients = ["ImageId,EncodedPixels"], ["ImageId,patient_id"]
     patient = 0

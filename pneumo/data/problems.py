@@ -14,7 +14,7 @@ from pathlib import Path
 from pneumo import checkpoint
 from pneumo.errors import DataError
 
-SHOWN = 5  # ids in a message; data_report.csv has all
+SHOWN = 5  # ids in a message; the report has all
 LISTED = 20  # problems of one kind on a terminal; there may be one for each image
 
 _VARIES = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|[\d.,]+""")

@@ -12,7 +12,12 @@ import numpy as np
 from pneumo.kernels.runs import mask_to_runs, runs_to_mask
 
 EMPTY = "-1"
+TELLING = 5  # pairs that ascend as starts do are no chance any more
 _OTHER_SIZE = ". Was the mask made for another size? Set data.annotation_size"
+_ABSOLUTE = (
+    ". They look like starts and lengths, as other challenges have them; here the first of a pair is the gap since the "
+    "end of the run before: start minus start and length of the pair before it"
+)
 _PLAIN = re.compile(r"[-0-9\s]*", re.ASCII)
 
 
@@ -102,8 +107,11 @@ def decode_runs(code: str, height: int, width: int) -> np.ndarray:
     edges = np.cumsum(counts)
     if edges[-1] > size:
         run = int(np.flatnonzero(edges[1::2] > size)[0])
+        starts, ends = counts[::2], counts[::2] + counts[1::2]
+        absolute = len(starts) >= TELLING and (starts[1:] >= ends[:-1]).all() and ends[-1] <= size + 1  # first is 1
         raise ValueError(
-            f"run {run + 1} ends at pixel {edges[2 * run + 1]:,}, past {height}×{width} = {size:,}{_OTHER_SIZE}"
+            f"run {run + 1} ends at pixel {edges[2 * run + 1]:,}, past {height}×{width} = {size:,}"
+            f"{_ABSOLUTE if absolute else _OTHER_SIZE}"
         )
     return edges.reshape(-1, 2)
 

@@ -267,7 +267,8 @@ def test_mask_pictures(tmp_path, white):
 def test_images_without_a_mask_picture(tmp_path):
     root = folder(tmp_path, "", "unused.txt", ids=("a", "b", "c"))
     (root / "mask").mkdir()
-    Image.fromarray(np.full((GRID, GRID), 255, np.uint8)).save(root / "mask" / "b.png")
+    half = np.repeat(np.array([0, 255], np.uint8), GRID // 2)[None].repeat(GRID, 0)
+    Image.fromarray(half).save(root / "mask" / "b.png")
     found, (problem,) = load(root)
     assert [case.image_id for case in found] == ["b"]
     assert not problem.fatal and problem.message == (
@@ -276,7 +277,7 @@ def test_images_without_a_mask_picture(tmp_path):
     )
     assert cases.one_sided(found).startswith("NOT ONE of the 1 training images is without pneumothorax")
     found, (problem,) = load(root, unmasked="empty")
-    assert [(case.image_id, case.area) for case in found] == [("a", 0), ("b", GRID**2), ("c", 0)]
+    assert [(case.image_id, case.area) for case in found] == [("a", 0), ("b", GRID**2 // 2), ("c", 0)]
     assert not problem.fatal and "2 of 3 images are not in" in problem.message and len(problem.each) == 2
     assert cases.one_sided(found) == cases.one_sided([]) == ""
     assert cases.one_sided(found[::2]).startswith("NOT ONE of the 2 training images has a pneumothorax")
@@ -286,12 +287,13 @@ def test_mask_pictures_beside_a_csv_are_passed_over_with_a_note(tmp_path):
     root = folder(tmp_path, "ImageId,EncodedPixels\na,-1\n", ids=("a",))
     assert load(root)[1] == []
     (root / "mask").mkdir()
-    Image.fromarray(np.full((GRID, GRID), 255, np.uint8)).save(root / "mask" / "a.png")
+    half = np.repeat(np.array([0, 255], np.uint8), GRID // 2)[None].repeat(GRID, 0)
+    Image.fromarray(half).save(root / "mask" / "a.png")
     (case,), (problem,) = load(root)
     assert case.area == 0 and not problem.fatal
     assert problem.message == f"{root}: train-rle.csv is read, mask/ beside it is not. data.annotations says which."
     (case,), problems = load(root, annotations="mask")
-    assert (case.area, problems) == (GRID**2, [])
+    assert (case.area, problems) == (GRID**2 // 2, [])
     assert load(root, annotations="train-rle.csv")[1] == []
 
 
@@ -631,3 +633,26 @@ def test_real_annotations(siim):
     assert sum(len(runs) > 0 for runs in runs_of.values()) == 2_621
     assert json.dumps([problem.fatal for problem in problems]) == "[false]"
     assert "181 images" in problems[0].message
+
+
+def test_masks_of_more_than_half_an_image_are_said(tmp_path):
+    """As if white were the background."""
+    root = folder(tmp_path, f"ImageId,EncodedPixels\na,0 {GRID**2 // 2 + 1}\nb,0 {GRID**2 // 2}\n")
+    found, (problem,) = load(root)
+    assert len(found) == 2 and not problem.fatal
+    assert problem.message.endswith("1 of 2 masks covers more than half of the image (inverted?): a.")
+
+
+def test_a_table_that_cannot_be_read_gives_no_other_advice(tmp_path):
+    """That all images are without a row, and how they become negatives, would be wrong."""
+    root = folder(tmp_path, "id,code\na,-1\nb,-1\n")
+    for unmasked in ("leave", "empty"):
+        _, problems = load(root, unmasked=unmasked)
+        assert [problem.fatal for problem in problems] == [True]
+
+
+def test_ids_without_an_image_are_counted_among_those_of_the_table(tmp_path):
+    root = folder(tmp_path, "ImageId,EncodedPixels\na.png,-1\nb.png,-1\n")
+    _, problems = load(root, unmasked="empty")
+    (missing,) = [problem.message for problem in problems if problem.fatal]
+    assert "2 of 2 ids have no image" in missing and "which has 2, the first being a)" in missing

@@ -238,6 +238,31 @@ def test_a_window_that_shows_nothing_is_passed_over(read, width):
     assert exact.warnings == () or width != 0.5
 
 
+@pytest.mark.parametrize(
+    "blank", [{"VOILUTFunction": ""}, {"RescaleSlope": "", "RescaleIntercept": ""}, {"RescaleSlope": ""}]
+)
+def test_blank_elements_are_passed_over(read, blank):
+    """They may be there and empty, as some devices write them."""
+    stored = ramp(high=4095, dtype=np.uint16)
+    window = {"WindowCenter": 2048, "WindowWidth": 4096, "BitsStored": 12}
+    np.testing.assert_array_equal(read(make(stored, **window, **blank)).pixels, read(make(stored, **window)).pixels)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "raw"), [("WindowCenter", b"2048,0"), ("WindowWidth", b"\\10"), ("RescaleSlope", b"1,5")]
+)
+def test_numbers_that_are_none_are_named(refusal, keyword, raw):
+    """Copying the file again would not help, and what stands there is not repeated."""
+    elements = {"WindowCenter": 2048, "WindowWidth": 4096, "RescaleSlope": 1, "RescaleIntercept": 0}
+    content = make(ramp(high=4095, dtype=np.uint16), BitsStored=12, **{**elements, keyword: 7777})
+    value = raw + b" " * (len(raw) % 2)
+    tag = pydicom.tag.Tag(keyword)
+    head = struct.pack("<HH2sH", tag.group, tag.elem, b"DS", 6) + b"7777.0"
+    assert content.count(head) == 1
+    content = content.replace(head, struct.pack("<HH2sH", tag.group, tag.elem, b"DS", len(value)) + value)
+    assert refusal(content).endswith(f": a DICOM whose {keyword} is no number. Correct or remove it.")
+
+
 def test_constant_without_a_window(read):
     scan = read(make(np.full((40, 40), 900, np.uint16)))
     assert not scan.pixels.any() and "constant" in scan.warnings[0]

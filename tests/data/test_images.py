@@ -3,6 +3,7 @@ import os
 import random
 import re
 import tracemalloc
+import warnings
 import zlib
 
 import numpy as np
@@ -406,6 +407,53 @@ def test_sixteen_bit_mask_of_several_channels(write):
 @pytest.mark.parametrize(("value", "count"), [(0, 0), (1, 1600), (255, 1600)])
 def test_mask_of_one_value(write, value, count):
     assert images.read_mask(write(encode(np.full((40, 40), value, np.uint8)))).sum() == count
+
+
+@pytest.mark.fault("I11", "masks whose transparency holds them, black strokes or a white layer: refused")
+def test_a_mask_with_transparency_is_refused(write, figure):
+    strokes = np.zeros((40, 40), np.uint8)
+    strokes[9:20, 5:30] = 255
+    black, white = np.zeros_like(strokes), np.full_like(strokes, 255)
+    palette = Image.fromarray(strokes // 255).convert("P")
+    layers = [
+        encode(Image.merge("RGBA", [Image.fromarray(part) for part in (grey, grey, grey, strokes)]))
+        for grey in (black, white)
+    ]
+    layers.append(encode(Image.merge("LA", [Image.fromarray(black), Image.fromarray(strokes)])))
+    content = io.BytesIO()
+    palette.save(content, "PNG", transparency=0)
+    layers.append(content.getvalue())
+    for content in layers:
+        assert "a mask must be opaque" in refusal(write(content), images.read_mask)
+    opaque = Image.merge("LA", [Image.fromarray(strokes), Image.fromarray(white)])
+    np.testing.assert_array_equal(images.read_mask(write(encode(opaque))), strokes > 0)
+    figure(f"{len(layers)} of {len(layers)} refused")
+
+
+def test_a_nearly_black_picture_is_warned_of(write):
+    """A mark of 16 bits on an X-ray of 12 leaves 16 grey levels of it."""
+    stored = ramp(4095).astype(np.uint16)
+    assert images.read(write(encode(Image.fromarray(stored)))).warnings == ()
+    stored[:2, :5] = 65535
+    (said,) = images.read(write(encode(Image.fromarray(stored)))).warnings
+    assert said.startswith("nearly black: 99 of 100 pixels are below 32 of 255. A mark far brighter than the X-ray")
+
+
+def test_a_jpeg_that_was_cut_off_and_closed_is_warned_of(write):
+    y, x = np.mgrid[:128, :128]
+    content = io.BytesIO()
+    Image.fromarray(((np.sin(x / 9) + np.cos(y / 13) + 2) * 60).astype(np.uint8)).save(content, "JPEG", quality=95)
+    whole = content.getvalue()
+    assert images.read(write(whole, "a.jpg")).warnings == ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scan = images.read(write(whole[: len(whole) // 3] + b"\xff\xd9", "a.jpg"))
+    grey = int((scan.pixels == scan.pixels[-1, 0]).all(axis=1).sum())
+    assert grey > 60 and scan.warnings[0].startswith(f"its lowest {grey} rows are all of grey ")
+    black = np.vstack([scan.pixels[:30], np.zeros((98, 128), np.uint8)])  # the collimator's edge
+    content = io.BytesIO()
+    Image.fromarray(black).save(content, "JPEG", quality=95)
+    assert images.read(write(content.getvalue(), "a.jpg")).warnings == ()
 
 
 def test_bilevel_mask(write):

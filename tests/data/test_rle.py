@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pneumo.data import rle
+from pneumo.kernels.runs import mask_to_runs
 
 
 def test_column_major_gap_length():
@@ -93,3 +94,15 @@ def test_every_real_code_survives(siim):
     assert [code for code in codes if rle.encode_runs(rle.decode_runs(code, 1024, 1024)) != code] == []
     for code in codes[:: len(codes) // 40]:
         assert rle.encode(rle.decode(code, 1024, 1024)) == code
+
+
+def test_absolute_starts_are_told_from_another_size():
+    """As most other challenges have them, counted from 1."""
+    mask = np.zeros((64, 64), dtype=bool)
+    mask[5:30, 7:25] = True
+    runs = mask_to_runs(mask)
+    code = " ".join(f"{start + 1} {end - start}" for start, end in runs)
+    with pytest.raises(ValueError, match=r"past 64×64 = 4,096. They look like starts and lengths, as other"):
+        rle.decode_runs(code, 64, 64)
+    with pytest.raises(ValueError, match=r"Was the mask made for another size"):
+        rle.decode_runs(rle.encode(mask), 20, 20)

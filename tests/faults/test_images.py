@@ -210,7 +210,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, figure):
         command = [sys.executable, "-m", "pneumo", "pack", "--set", *settings, "data.allow_missing=true"]
         ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)  # it hung for ever
         assert ended.returncode == 3, ended.stderr
-        listed = tmp_path / "runs" / "seed" / "data_report.csv"
+        listed = tmp_path / "runs" / "seed" / "train_report.csv"
         assert ended.stderr.endswith(f"{named}: not a file. 1 more problem is listed in {listed}.\n")
     figure("3 of 3 kinds refused by 4 of 4 readers; pack ended with 3 for images and masks")
 

@@ -659,3 +659,46 @@ def test_test_images_are_told_apart_by_id(trained, monkeypatch):
     assert set(lines) == before and len(before) == IMAGES + 1
     assert [line.split(",")[0] for line in lines[1:]] == [row.split(",")[0] for row in rows[::-1]]
     assert dataset.load_test_cases(recipe)[1] == [row.split(",")[0] for row in rows]
+
+
+@pytest.mark.fault("R17", "masks of the user's own where a prediction's would be written: refused, and left")
+def test_what_no_prediction_wrote_is_not_overwritten(predict, scans, tmp_path, figure):
+    """Some data sets call their annotations <id>_mask.png."""
+    out = tmp_path / "mask"
+    out.mkdir()
+    own = out / "test-000_mask.png"
+    Image.new("L", (64, 64), 255).save(own)
+    before = own.read_bytes()
+    with pytest.raises(UsageError, match=r"test-000_mask.png is there, and no prediction has written it"):
+        predict([scans], out)
+    assert outputs(out) == {own.name: before}
+    own.unlink()
+    assert predict([scans], out) == IMAGES
+    (out / ".predict").mkdir(exist_ok=True)
+    (out / "predictions.jsonl").unlink()
+    assert predict([scans], out) == IMAGES  # its own may be, also where no record tells of them
+    with Image.open(own) as mask:
+        mask.save(own)  # as a program does in which somebody has corrected it
+    with pytest.raises(UsageError, match="no prediction has written it"):
+        predict([scans], out)
+    figure("refused before anything was written")
+
+
+def test_earlier_outputs_are_no_x_rays(predict, scans, tmp_path, capsys):
+    predict([scans], scans / "run1")
+    assert predict([scans], scans / "run2") == IMAGES
+    assert f"{2 * IMAGES} masks and overlays of earlier predictions were left out" in capsys.readouterr().out
+    names = {path.name for path in (scans / "run2").glob("*.png")}
+    assert len(names) == 2 * IMAGES and not any(name.count("_mask") > 1 for name in names)
+
+
+def test_a_file_whose_mask_has_another_name_now_has_one_record(predict, scans, tmp_path):
+    a, out = scans / "test-000.png", tmp_path / "out"
+    with Image.open(scans / "test-001.png") as picture:
+        picture.convert("L").save(a.with_suffix(".jpg"))
+    predict([a, a.with_suffix(".jpg")], out)
+    a.with_suffix(".jpg").unlink()
+    shutil.copy(scans / "test-002.png", a)
+    predict([a], out)
+    records = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [record["file"] for record in records].count(str(a)) == 1

@@ -1,5 +1,6 @@
 """Submissions: rows S1 to S5 and S9."""
 
+import argparse
 import csv
 import gzip
 import json
@@ -250,3 +251,21 @@ def test_a_large_submission_is_checked_in_linear_time(tmp_path):
     (tmp_path / "s.csv").write_text("ImageId,EncodedPixels\n" + "".join(f"{i},-1\n" for i in ids))
     checked = submission.check(tmp_path / "s.csv", ids[::-1], 64)
     assert len(checked.codes) == 20_000 and not checked.problems[0].fatal
+
+
+@pytest.mark.fault("S4", "a submission of the header alone; a truth that is not there: errors, exit 3")
+def test_nothing_to_check_is_no_pass(recipe, tmp_path, capsys, figure):
+    path = tmp_path / "s.csv"
+    path.write_text("ImageId,EncodedPixels\n")
+    for sample_ids in (None, ["a", "b"]):
+        first, *_ = submission.check(path, sample_ids, 64).problems
+        assert first.fatal and first.message == f"{path}: no rows"
+    good = "".join(f"test-{number:03d},-1\n" for number in range(IMAGES))
+    path.write_text("ImageId,EncodedPixels\n" + good)
+    options = {"recipe": recipe.name, "config": None, "set": [], "submission": path, "sample": path}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "load_recipe", lambda _: recipe)
+        commands.check_submission(argparse.Namespace(**options, truth=None))
+        with pytest.raises(DataError, match="no such file"):
+            commands.check_submission(argparse.Namespace(**options, truth=tmp_path / "nope.csv"))
+    figure("2 of 2")

@@ -114,7 +114,7 @@ class StageConfig:
     patience: Annotated[int, NotNegative]
     plateau_threshold: Annotated[float, NotNegative]
     negatives: Literal["fixed", "fresh"]
-    positive_fraction: Annotated[float, "(0, 1]"]
+    positive_fraction: Annotated[float, "[0.001, 1]"]
     start: str
 
     def __post_init__(self) -> None:
@@ -165,7 +165,8 @@ class RuleConfig:
         for key in ("threshold", "top_threshold"):
             value = getattr(self, key)
             if (value * 256) % 1:
-                raise UsageError(f"{key} must be a multiple of 1/256, got {value}; nearest: {round(value * 256) / 256}")
+                nearest = max(round(value * 256), key == "threshold") / 256
+                raise UsageError(f"{key} must be a multiple of 1/256, got {value}; nearest: {nearest}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +227,9 @@ class Recipe:
         if self.stage[1].start == "previous":
             raise UsageError('stage.1.start is "previous", but there is no stage before the first')
         for number, stage in self.stage.items():
+            if stage.start == self.name:
+                way = '"previous"' if number > 1 else '"encoder"'
+                raise UsageError(f"stage.{number}.start is this recipe itself; {way} is meant, or another recipe")
             if not _NAME.fullmatch(stage.start):
                 raise UsageError(f'stage.{number}.start must be "encoder", "previous" or a recipe, got {stage.start!r}')
 
@@ -250,6 +254,8 @@ class Recipe:
         """
         name = recipe or self.name
         keys = {override.partition("=")[0] for override in overrides}
+        if recipe and recipe != self.name:  # where this one starts from concerns no other
+            keys |= {f"stage.{number}.start" for number in self.stage}
         typed = _brief([word for word in self.typed if word.partition("=")[0].strip() not in keys])
         words = " ".join([*typed, *overrides])
         plain = len(words.split()) == 1 and "'" not in words and words != _MORE
@@ -323,7 +329,9 @@ def _load(path: Path, name: str, overrides: Sequence[str]) -> Recipe:
     if len(tables) == 1 and name != "seed":
         _check_whole(*tables[0])
     table: dict[str, Any] = {}
-    for _, own in reversed(tables):
+    for title, own in reversed(tables):
+        if "name" in own:
+            raise UsageError(f"[{title}] name: a recipe is called as its table is; remove this key")
         table = _merge(table, own)
     for override in overrides:
         _override(name, table, override)

@@ -102,7 +102,9 @@ def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence
             if code < 0:
                 why = ", perhaps for lack of host memory" if -code == signal.SIGKILL else ""
                 parts.append(f"fold {fold} was killed by {signal.Signals(-code).name}{why}")
-        error = PneumoError(f"{'; '.join(parts)}; the others are done. The same command goes on")
+        others = "; the others are done" if len(failed) < len(folds) else ""
+        again = "Once that is mended, the same command goes on" if ended else "The same command goes on"
+        error = PneumoError(f"{'; '.join(parts)}{others}. {again}")
         first = failed[0][1]
         killed = OutOfMemory if -first == signal.SIGKILL else PeerError
         error.exit_code = first if first > 0 else killed.exit_code

@@ -209,6 +209,13 @@ class StageFolder:
             raise UsageError(
                 f"Stage {self._stage} of fold {self._fold} starts from stage {number} of {name}, but {error}"
             ) from None
+        for key in ("model.encoder", "model.decoder_channels"):
+            theirs, mine = state["settings"].get(key), self._identity["settings"][key]
+            if theirs != mine:
+                raise UsageError(
+                    f"Stage {self._stage} of fold {self._fold} starts from {self._before / 'best.pt'}, whose {key} is "
+                    f"{theirs}, not {mine}, and whose weights do not fit. Set that, or train stage {number} anew"
+                )
         self.start = checkpoint.fingerprint(state["model"])
         return state
 
@@ -218,6 +225,7 @@ class StageFolder:
         theirs = {**saved["settings"], **{key: saved[key] for key in self._launch}}
         epochs = f"stage.{self._stage}.epochs"
         if self._recipe.stage[self._stage].schedule == "plateau" and theirs[epochs] < mine[epochs]:
+            self._check_nothing_follows(mine[epochs])
             theirs[epochs] = mine[epochs]  # as if it had had them from the start
         changed = [
             f"{key}: {theirs.get(key)} -> {mine.get(key)}"
@@ -230,10 +238,24 @@ class StageFolder:
             if saved[key] != self._identity[key]
         ]
         if changed:
+            anew = f"delete {self.path} to start this stage anew"
+            if any(saved[key] != self._identity[key] for key in ("digest", "split")):
+                folders = f"the folders fold0 to fold{self._recipe.folds.count - 1} of {self._recipe.folder}"
+                anew = f"delete {folders}, as all of its networks saw other data"
             raise UsageError(
                 f"{path} was made with other settings ({'; '.join(changed)}). Go back to them, choose another "
-                f"folder (--set runs=DIR), or delete {self.path} to start this stage anew."
+                f"folder (--set runs=DIR), or {anew}."
             )
+
+    def _check_nothing_follows(self, epochs: int) -> None:
+        """Refuse more epochs for a stage whose weights another one has begun with: that one could not go on."""
+        for stage in self._recipe.own_stages:
+            after = self._recipe.stage_folder(self._fold, stage)
+            if stage > self._stage and any((after / name).exists() for name in ("last.pt", "best.pt")):
+                raise UsageError(
+                    f"{self.path} is not trained on to {epochs} epochs: stage {stage} began with its weights and could "
+                    f"not go on. Delete {after} first, or train into another folder: --set runs=DIR"
+                )
 
     def _check_start(self, saved: Mapping[str, Any], path: Path) -> None:
         """Refuse to go on where the stage before has been trained to other weights since.

@@ -111,6 +111,14 @@ class _Run:
             if not (_signals.number and engine.is_of_the_compiler(error)):
                 raise
             self._leave_alone("while it compiled")
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                f"{self.recipe.model.encoder} cannot train on a micro-batch of one image: its batch norm takes single "
+                f"values. An epoch's last micro-batch has what is left of its images; choose another "
+                f"stage.{self.stage}.batch_size, by which that is more than one, or another model.encoder"
+            ) from error
         if _stop_asked():
             self._stop()
 
@@ -175,6 +183,8 @@ class _Run:
         A stage that others follow may well find too much, or what is none; it is worth a word only if it finds nothing.
         """
         position, all_empty = self.position, float((~self.data.positive[self.validation]).mean())
+        if all_empty == 1:
+            return  # no mask can be better
         best = next((line for line in position.history if line["epoch"] == position.best_epoch), {})
         found = best.get("dice_positive") or 0.0
         spared = best.get("true_negative_rate")

@@ -109,7 +109,7 @@ OVERRIDES = {
         ("stage.2.lr=fast", r"stage\.2\.lr: expected float, got 'fast'"),
         ("stage.2.lr=-1", r"stage\.2\.lr must be in \(0, inf\), got -1"),
         ("stage.2.lr=nan", r"stage\.2\.lr must be in \(0, inf\), got nan"),
-        ("stage.2.positive_fraction=80", r"stage\.2\.positive_fraction must be in \(0, 1\], got 80"),
+        ("stage.2.positive_fraction=80", r"stage\.2\.positive_fraction must be in \[0.001, 1\], got 80"),
         ("stage.2.loss=dice", r"stage\.2\.loss: expected one of 'focal_dice', 'bce_dice', 'lovasz', got 'dice'"),
         ("rule.threshold=0.3", r"rule\.threshold must be a multiple of 1/256, got 0\.3; nearest: 0\.30078125"),
         ("stage.1.start=previous", 'stage.1.start is "previous", but there is no stage before the first'),
@@ -370,3 +370,30 @@ def test_a_suggested_command_beside_the_makefile(repo):
     assert config.load(repo / "configs.toml", "seed").program("folds") == "python -m pneumo folds --recipe seed"
     given = config.load(repo / "configs.toml", "demo", ["runs=a b", "seed=1"])
     assert given.program("folds") == "python -m pneumo folds --recipe demo --set 'runs=a b' seed=1"
+
+
+def test_a_recipe_cannot_start_from_itself(repo):
+    for override, way in (("stage.2.start=seed", "previous"), ("stage.1.start=seed", "encoder")):
+        with pytest.raises(UsageError, match=f'is this recipe itself; "{way}" is meant'):
+            config.load(repo / "configs.toml", "seed", [override])
+
+
+def test_a_command_of_another_recipe_starts_where_that_one_does(repo):
+    recipe = config.load(repo / "configs.toml", "demo", ["stage.1.start=seed", "runs=elsewhere"])
+    assert recipe.command("train", recipe="seed") == "make train SET=runs=elsewhere"
+    assert "stage.1.start=seed" in recipe.command("train")
+
+
+def test_a_recipe_is_called_as_its_table(repo, tmp_path):
+    path = tmp_path / "configs.toml"
+    path.write_text(
+        (repo / "configs.toml").read_text() + '\n[mine]\nbase = "seed"\nname = "seed"\n[other]\nbase = "mine"\n'
+    )
+    for name in ("mine", "other"):
+        with pytest.raises(UsageError, match=r"\[mine\] name: a recipe is called as its table is"):
+            config.load(path, name)
+
+
+def test_the_nearest_threshold_is_one_that_may_be(repo):
+    with pytest.raises(UsageError, match=r"rule.threshold must be a multiple of 1/256, got 0.001; nearest: 0.00390625"):
+        config.load(repo / "configs.toml", "seed", ["rule.threshold=0.001"])

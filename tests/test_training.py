@@ -8,7 +8,10 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import small_run
 import torch
@@ -311,6 +314,48 @@ def test_without_a_compiler_training_goes_on_unless_the_recipe_insists(repo, roo
             with pytest.raises(UsageError, match=r"^Nothing can be compiled here: no gcc\. It takes gcc and g\+\+, "):
                 run._can_compile()
     assert "warning: Nothing is compiled, so training takes longer: no gcc. It takes gcc" in capsys.readouterr().err
+
+
+@pytest.mark.fault("S8", "more epochs for a stage that another has begun with: refused before anything is trained")
+def test_more_epochs_do_not_ruin_the_stages_that_follow(repo, straight, tmp_path, figure):
+    shutil.copytree(straight.folder, tmp_path / "seed")
+    longer = small_run.recipe(
+        repo, Path(straight.data.root), tmp_path, f"stage.1.epochs={straight.stage[1].epochs + 1}"
+    )
+    before = {path: path.read_bytes() for path in longer.stage_folder(0, 1).glob("*.pt")}
+    with pytest.raises(UsageError, match=r"stage 2 began with its weights .* Delete .*stage2 first, or train into"):
+        train(longer)
+    assert before == {path: path.read_bytes() for path in longer.stage_folder(0, 1).glob("*.pt")}
+    shutil.rmtree(longer.stage_folder(0, 2))
+    assert train(longer).joinpath("last.pt").exists()
+    figure("refused, every checkpoint as it was")
+
+
+def test_another_encoder_than_the_stage_before_had_is_named(repo, straight, tmp_path):
+    shutil.copytree(straight.stage_folder(0, 1), tmp_path / "seed" / "fold0" / "stage1")
+    shutil.copy(straight.folder / "folds.csv", tmp_path / "seed")
+    other = small_run.recipe(repo, Path(straight.data.root), tmp_path, "model.encoder=resnet18")
+    with pytest.raises(UsageError, match=r"whose model.encoder is \S+, not resnet18, and whose weights do not fit"):
+        train(other, stage=2)
+
+
+def test_an_encoder_that_takes_no_single_image_is_named(repo, root, tmp_path):
+    """Its batch norm takes pooled values, of which a lone image gives one."""
+    recipe = small_run.recipe(
+        repo, root, tmp_path, "model.encoder=skresnet18", "stage.1.batch_size=7", "stage.1.epochs=1"
+    )
+    with pytest.raises(UsageError, match="skresnet18 cannot train on a micro-batch of one image"):
+        train(recipe)
+
+
+def test_nothing_is_said_where_there_is_nothing_to_find(repo, tmp_path, capsys):
+    """A fold without a positive: no mask can be better than an empty one."""
+    small_run.write_data(tmp_path / "data")
+    recipe = small_run.recipe(repo, tmp_path / "data", tmp_path / "runs", "stage.1.epochs=1")
+    data = dataset.load(recipe)
+    lone = replace(data, folds=np.where(data.positive, 1, data.folds))
+    training.train_stage(recipe, lone, 0, 1, CPU)
+    assert "no epoch is better" not in capsys.readouterr().err
 
 
 def test_a_failing_gpu_is_no_damaged_checkpoint(tmp_path):

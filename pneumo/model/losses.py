@@ -32,11 +32,13 @@ def loss_sums(logits: Tensor, mask: Tensor, kind: Kind, *, gamma: float = 2.0) -
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target = mask.to(logits.dtype)
         nll = F.binary_cross_entropy_with_logits(logits, target, reduction="none")  # -log p_t
+        # 1 - p_t; above 0, where a power below 1 has an infinite slope that 0 would be multiplied with
+        missed = (1 - (-nll).exp()).clamp_min(torch.finfo(nll.dtype).tiny)
         probs = logits.sigmoid()
         hinge = lovasz_hinge(logits, target).sum() if kind == "lovasz" else logits.new_zeros(())
         sums = [
             nll.sum(),
-            ((1 - (-nll).exp()) ** gamma * nll).sum(),
+            (missed**gamma * nll).sum(),
             (probs * target).sum(),
             probs.sum(),
             target.sum(),

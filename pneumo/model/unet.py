@@ -111,7 +111,12 @@ class UNet(nn.Module):
                 f"the decoder needs [2, 4, 8, 16, 32], as resnet34 has"
             )
         if checkpointing:
-            self.encoder.set_grad_checkpointing()
+            try:
+                self.encoder.set_grad_checkpointing()
+            except AssertionError:  # timm's way to say so
+                raise UsageError(
+                    f"model.checkpointing: timm does not offer it for {encoder}. Set it to false"
+                ) from None
         config = self.encoder.default_cfg if hasattr(self.encoder, "default_cfg") else self.encoder.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))

@@ -272,7 +272,7 @@ def test_what_cannot_be_encoded_is_escaped(data, tmp_path, figure):
     options = ["--set", *small_run.settings(data, tmp_path / "läufe")]
     job = forked.start("pneumo", "verify", *options, cwd=tmp_path, hook=hook)
     assert job.wait() == 0, job.text
-    assert r"l\xe4ufe/seed/train_report.csv" in job.text
+    assert r"l\xe4ufe/seed/data_report.csv" in job.text
     job = forked.start("pneumo", "verify", "--set", "data.root=nöwhere", cwd=tmp_path, hook=hook)
     assert job.wait() == 3, job.text
     assert r"n\xf6where" in job.text

@@ -121,3 +121,14 @@ def test_the_losses_of_recipes_are_those_that_there_are():
     assert all(losses.loss_from_sums(sums, kind)[0] > 0 for kind in get_args(losses.Kind))
     with pytest.raises(ValueError, match="no loss of kind 'tversky'"):
         losses.loss_from_sums(sums, "tversky")
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.25, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("kind", ["focal_dice", "bce_dice", "lovasz"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_are_finite_where_nothing_is_missed(gamma, kind, dtype):
+    """A power below 1 has an infinite slope at 0, which 1 - p_t is for large logits."""
+    logits = torch.linspace(-200, 200, 64, dtype=dtype).reshape(2, 1, 4, 8).requires_grad_()
+    value, _ = losses.loss(logits, logits.detach() > 0, kind, gamma=gamma)
+    value.backward()
+    assert value.isfinite() and logits.grad.isfinite().all()

@@ -10,11 +10,16 @@ WORKERS ?= 3
 SET ?=
 FOLDS ?= all
 
+GOALS := help setup demo test test-oldest test-slow faults soak bench lint format recipe verify pack folds phantom train cv oof tune submit score check-submission report clean
+NO_GOAL := $(filter-out $(GOALS) .venv/% .oldest/%,$(MAKECMDGOALS))
+ifneq (,$(NO_GOAL))
+$(error no target $(firstword $(NO_GOAL)); there are $(GOALS))
+endif
 VARIABLES := RECIPE FOLD STAGE GPUS JOBS WORKERS FOLDS SET PYTHON SUBMISSION TRUTH SAMPLE BESIDE BENCH
 typed = $(foreach name,$(1),$(if $(findstring command line,$(origin $(name))),$(name)))
 UNKNOWN := $(filter-out $(VARIABLES) CUDA_% HF_% MKL_% NCCL_% OMP_% PYTEST_% PYTHON% TORCH% TRITON_%,$(call typed,$(.VARIABLES)))
 ifneq (,$(UNKNOWN))
-$(error no variable $(UNKNOWN); there are $(VARIABLES); one for the commands themselves goes before make)
+$(error no variable $(UNKNOWN); there are $(VARIABLES); one for the commands themselves goes before make; several overrides are quoted, as SET="runs=DIR seed=1")
 endif
 # what each target takes besides PYTHON; of several targets, one is enough to take it
 OF_test := WORKERS
@@ -63,7 +68,7 @@ AT_ONCE = $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile -p no:be
 LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest test-slow faults soak bench lint format recipe verify pack folds phantom train cv oof tune submit score check-submission report clean
+.PHONY: $(GOALS)
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20

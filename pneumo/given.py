@@ -26,7 +26,7 @@ from pneumo.config import Recipe
 from pneumo.data import cases, images
 from pneumo.data.images import Scan
 from pneumo.data.pack import pack_image
-from pneumo.data.problems import raise_fatal
+from pneumo.data.problems import counted, raise_fatal
 from pneumo.decision.rule import PROBABILITY, decide
 from pneumo.ensemble import Ensemble
 from pneumo.errors import DataError, UsageError
@@ -405,7 +405,8 @@ def _write_records(
         log.warn(f"{len(odd) - SHOWN:,} more like these are in {out / RECORDS}")
     positive = sum(record["area_pixels"] > 0 for record in records)
     there = f"; {kept} were there from before" if kept else ""
-    log.say(f"{out}: {len(records)} files, {positive} with pneumothorax{there}; {by}. For research, not for diagnosis.")
+    files = counted(len(records), "file", "files")
+    log.say(f"{out}: {files}, {positive} with pneumothorax{there}; {by}. For research, not for diagnosis.")
 
 
 def _write_file(

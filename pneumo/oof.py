@@ -232,7 +232,12 @@ def check_predicted(recipe: Recipe) -> None:
         UsageError: gives the command that makes them.
     """
     if not predicted_folds(recipe):
-        raise UsageError(f"{recipe.folder}: no out-of-fold predictions yet. Run: {_command(recipe)}")
+        trained = any(stages.finished(recipe, fold, recipe.stages) for fold in range(recipe.folds.count))
+        command = _command(recipe) if trained else recipe.command("cv")
+        raise UsageError(
+            f"{recipe.folder.absolute()}: no out-of-fold predictions yet. Run: {command}, or say where they are: --set "
+            f"runs=DIR"
+        )
 
 
 def load(recipe: Recipe, data: Dataset) -> OutOfFold:

@@ -42,7 +42,8 @@ def check_finished(folder: Path, command: str) -> None:
     status = log.read_status(folder)
     if status["state"] != "done":
         where = f" at epoch {status['epoch']} of {status['epochs']}" if "epoch" in status else ""
-        raise UsageError(f'{folder / "status.json"} says "{status["state"]}"{where}. Run: {command}')
+        again = f"{command}, with the settings that it was started with" if where else command
+        raise UsageError(f'{folder / "status.json"} says "{status["state"]}"{where}. Run: {again}')
 
 
 def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int) -> dict[str, Any]:

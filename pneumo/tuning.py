@@ -126,9 +126,20 @@ def doubts(recipe: Recipe, found: OutOfFold, tuned: Tuned) -> list[str]:
         said.append(
             f"the chosen rule {verb} the recipe's on folds that had no say in it ({gain.signed}): {then} --rule recipe"
         )
+    marks = trust.signals(found.tables, tuned.rule).decided.any()
+    if not marks:
+        said.append("the chosen rule leaves every mask empty: nothing that the networks find is worth marking")
     if settings.objective == "dice":
-        if tuned.dice.mean() <= (~positive).mean():
+        over = metrics.bootstrap_means(
+            (tuned.dice - ~positive)[None], found.groups, draws=settings.draws, seed=recipe.seed
+        )[0]
+        if over.value <= 0:
             said.append("on folds that had no say in it, the chosen rule is no better than leaving all masks empty")
+        elif marks and not over.low > 0:
+            said.append(
+                f"on folds that had no say in it, the chosen rule is not clearly better than leaving all masks empty: "
+                f"{over.signed}"
+            )
     else:
         goal = f"a {settings.objective} of {settings.target}"
         if not choice.reached:

@@ -306,6 +306,8 @@ def dry_make(repo, *words: str) -> subprocess.CompletedProcess:
         (["demo", "RECIPE=seed"], "RECIPE= has no meaning for make demo, which takes PYTHON SET"),
         (["train", "RECIPES=demo"], "no variable RECIPES; there are RECIPE FOLD"),
         (["train", "recipe=demo"], "no variable recipe;"),
+        (["verfy", "RECIPE=demo"], "no target verfy; there are help setup demo test"),
+        (["cv", "SET=seed=1", "runs=elsewhere"], 'several overrides are quoted, as SET="runs=DIR seed=1"'),
         (["train", "GPUS=0"], "GPUS= takes a number of processes, 1 or more"),
         (["cv", "GPUS=two"], "GPUS= takes a number of processes, 1 or more"),
         (["cv", "JOBS="], "JOBS= takes a number of processes, 1 or more"),

@@ -199,7 +199,7 @@ def test_weights_that_were_not_kept_are_named(recipe, weights, hint):
 @pytest.mark.fault("S8", "out-of-fold files that lack an image or have one of another fold, or of none")
 def test_what_is_missing_or_strange_is_named(recipe, root, tmp_path):
     data = small_run.pretend_trained(recipe)
-    with pytest.raises(UsageError, match=r'no out-of-fold predictions yet\. Run: make oof SET="\.\.\."$'):
+    with pytest.raises(UsageError, match=r'no out-of-fold predictions yet\. Run: make oof SET="\.\.\.", or say where'):
         oof.load(recipe, data)
     oof.write(recipe, data, CPU)
     path = oof.path_of(recipe, 1)

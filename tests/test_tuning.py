@@ -211,6 +211,25 @@ def test_a_loss_against_the_recipes_rule_is_said(place, objective, gain, patient
         assert not any("--rule recipe" in doubt for doubt in tuning.doubts(out_of_reach, found, tuned))
 
 
+def test_what_is_worth_no_more_than_empty_masks_is_said(place):
+    recipe, data = place
+    found = oof.load(recipe, data)
+    tuned = tuning.search(recipe, found)
+    empty = (~found.tables.positive).astype(float)
+    marking = Rule(threshold=tuned.grid.thresholds[0], min_area=0)
+    for rule, gain, words in (
+        (Rule(threshold=tuned.grid.thresholds[-1], min_area=10**9), 0.1, ["leaves every mask empty"]),
+        (marking, 0.0, ["no better than leaving"]),
+        (marking, 0.1, []),
+    ):
+        better = replace(tuned, rule=rule, dice=empty + gain, baseline=empty)
+        said = [doubt for doubt in tuning.doubts(recipe, found, better) if "empty" in doubt]
+        assert [word in doubt for word, doubt in zip(words, said, strict=True)] == [True] * len(words)
+    uneven = replace(tuned, rule=marking, dice=empty + np.where(np.arange(18) % 2, 0.5, -0.45), baseline=empty)
+    (said,) = [doubt for doubt in tuning.doubts(recipe, found, uneven) if "empty" in doubt]
+    assert "is not clearly better than leaving all masks empty: +0.0250 (-" in said
+
+
 def test_predictions_made_otherwise_are_not_tuned_on(place):
     recipe, data = place
     turned = replace(recipe, predict=replace(recipe.predict, mirror=not recipe.predict.mirror))

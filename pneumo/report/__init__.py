@@ -71,7 +71,10 @@ def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
     folder = recipe.folder / "report"
     logs = _logs(recipe)
     if logs.empty:
-        raise DataError(f"{recipe.folder}: no log.jsonl yet. Run: {recipe.command('cv')}")
+        raise DataError(
+            f"{recipe.folder.absolute()}: no log.jsonl yet. Run: {recipe.command('cv')}, or say where it is: --set "
+            f"runs=DIR"
+        )
     data = dataset.load(recipe)
     packed = dataset.open_train(recipe, data, recipe.stage[1].image_size)
     note = " (SYNTHETIC X-rays)" if (Path(recipe.data.root) / "SYNTHETIC.txt").exists() else ""
@@ -107,6 +110,12 @@ def _remove_others(folder: Path, written: set[str]) -> None:
         log.say(f"{folder}: removed of an earlier report: {', '.join(stale)}")
 
 
+def _epochs(logs: pd.DataFrame, weights: str) -> dict[int, int]:
+    """The epoch of each fold whose weights predict, from the last stage's logs; none where they are of several."""
+    order = {"best": ["dice", "epoch"], "last": ["epoch"]}.get(weights)
+    return {} if order is None else logs.sort_values(order).groupby("fold")["epoch"].last().to_dict()
+
+
 def _add_out_of_fold(
     recipe: Recipe,
     data: Dataset,
@@ -117,8 +126,7 @@ def _add_out_of_fold(
     content: page.Content,
 ) -> tuple[page.Content, set[str]]:
     """Everything that needs out-of-fold predictions, and the names of the files of numbers that were written."""
-    last = logs[logs["stage"] == recipe.stages].sort_values(["dice", "epoch"])
-    best_epochs = last.groupby("fold")["epoch"].last().to_dict()
+    epochs = _epochs(logs[logs["stage"] == recipe.stages], recipe.predict.weights)
     found = oof.load(recipe, data)
     tuned = tuning.search(recipe, found) if len(np.unique(found.folds)) > 1 else None
     baseline = results.by_rule("recipe's rule", found, tuning.recipe_rule(recipe))
@@ -174,7 +182,7 @@ def _add_out_of_fold(
         summary=words.summary(recipe, data, shown, scores[shown.name], tuned, note),
         results=words.result_rows(ways, scores, gains, tuned_gains),
         results_note=page.BESIDE_NOTE if any(tuned_gains.values()) else "",
-        folds=words.fold_rows(shown, baseline, tuned, best_epochs),
+        folds=words.fold_rows(shown, baseline, tuned, epochs),
         sizes=words.size_rows(sizes),
         figures=[("Out of fold", drawn), *galleries.draw(recipe, data, shown, tuned, folder), *content.figures],
         explorer=None if tuned is None else page.explorer(tuned, tuning.recipe_rule(recipe)),

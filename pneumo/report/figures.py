@@ -365,7 +365,7 @@ def gallery(
     images: Sequence[np.ndarray],
     truths: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
-    captions: Sequence[str],
+    numbers: pd.DataFrame,
     title: str,
     path: Path,
 ) -> None:
@@ -373,6 +373,7 @@ def gallery(
 
     Args:
         images: (S, S) uint8 each. truths, masks: (S, S) bool each.
+        numbers: a row for each, of which the ImageId, dice and score stand above the picture.
     """
     columns = min(len(images), 6)
     lines = -(-len(images) // columns)
@@ -382,16 +383,13 @@ def gallery(
         )
     for axis in axes.ravel()[len(images) :]:
         axis.axis("off")
-    for axis, image, truth, mask, caption in zip(axes.ravel(), images, truths, masks, captions, strict=False):
+    shown = zip(axes.ravel(), images, truths, masks, numbers.itertuples(), strict=False)
+    for axis, image, truth, mask, row in shown:
         outlined(axis, image, truth, "#30d060")
         outlined(axis, image, mask, "#ff5050")
-        axis.set_title(caption, fontsize=7)
+        axis.set_title(f"{shorten(row.ImageId)}\nDice {row.dice:.3f}, score {row.score:.2f}", fontsize=7)
     figure.suptitle(f"{title}   green: annotation, red: prediction", fontsize=10)
-    records = [
-        {"caption": caption.replace("\n", " "), "true_pixels": int(truth.sum()), "found_pixels": int(mask.sum())}
-        for truth, mask, caption in zip(truths, masks, captions, strict=True)
-    ]
-    _save(figure, pd.DataFrame(records), path)
+    _save(figure, numbers, path)
 
 
 def shorten(name: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from pneumo import dataset, dist, ensemble, log, tuning
 from pneumo.config import Recipe
@@ -40,12 +41,17 @@ def draw(
     for name, (title, places) in zip(NAMES, pictured, strict=True):
         if not len(places):
             continue
-        captions = [
-            f"{figures.shorten(shown.found.image_ids[i])}\nDice {shown.dice[i]:.3f}, score {shown.signals.score[i]:.2f}"
-            for i in places.tolist()
-        ]
+        numbers = pd.DataFrame(
+            {
+                "ImageId": [shown.found.image_ids[i] for i in places.tolist()],
+                "dice": shown.dice[places],
+                "score": shown.signals.score[places],
+                "true_area": shown.found.tables.true_area[places],
+                "found_area": shown.signals.area[places],
+            }
+        )
         images, truths, masks = zip(*(pictures[i] for i in places.tolist()), strict=True)
-        figures.gallery(images, truths, masks, captions, f"{recipe.name}: {title}", folder / f"{name}.png")
+        figures.gallery(images, truths, masks, numbers, f"{recipe.name}: {title}", folder / f"{name}.png")
         drawn.append(Figure(folder / f"{name}.png", f"{title}. Green: annotation, red: prediction."))
     return [("Galleries", drawn)] if drawn else []
 

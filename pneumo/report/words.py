@@ -133,9 +133,9 @@ def fold_rows(shown: Decided, baseline: Decided, tuned: Tuned | None, epochs: Ma
 
     Args:
         shown, baseline: the way that the page shows, and the recipe's own.
-        epochs: the best of each fold.
+        epochs: of the weights that predict, by fold; none where they are of several.
     """
-    names = ["fold", "best epoch", "images", "positive", "Dice", "Dice, recipe's rule", "sensitivity"]
+    names = ["fold", "epoch", "images", "positive", "Dice", "Dice, recipe's rule", "sensitivity"]
     rows = [[*names, "true-negative rate", "rule chosen on the others"]]
     positive, decided = shown.found.tables.positive, shown.signals.decided
     for place, fold in enumerate(np.unique(shown.found.folds).tolist()):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import browser
 import maps
 import numpy as np
+import pandas as pd
 import pytest
 import small_run
 import torch
@@ -194,6 +195,21 @@ def test_the_queue_begins_with_the_doubtful(place):
         rows = list(csv.DictReader(file))
     expected = [float(row["expected_dice"]) for row in rows]
     assert len(rows) == 18 and expected == sorted(expected)
+
+
+def test_gallery_numbers_are_those_of_the_annotation_grid(place):
+    """By the whole id, so that they can be joined with the other tables."""
+    recipe, data, folder = place
+    found = oof.load(recipe, data)
+    area = dict(zip(found.image_ids, found.tables.true_area.tolist(), strict=True))
+    rows = [row for path in folder.glob("gallery_*.csv") for row in csv.DictReader(path.read_text().splitlines())]
+    assert rows and all(area[row["ImageId"]] == int(row["true_area"]) for row in rows)
+
+
+@pytest.mark.parametrize("weights", ["best", "last", "ema"])
+def test_the_epoch_of_a_fold_is_that_of_the_weights_that_predict(weights):
+    logs = pd.DataFrame({"fold": 0, "epoch": [1, 2, 3], "dice": [0.5, 0.6, 0.4]})
+    assert report._epochs(logs, weights) == {"best": {0: 2}, "last": {0: 3}, "ema": {}}[weights]
 
 
 def test_nothing_is_fetched(place):

@@ -108,7 +108,7 @@ def decode_runs(code: str, height: int, width: int) -> np.ndarray:
     if edges[-1] > size:
         run = int(np.flatnonzero(edges[1::2] > size)[0])
         starts, ends = counts[::2], counts[::2] + counts[1::2]
-        absolute = len(starts) >= TELLING and (starts[1:] >= ends[:-1]).all() and ends[-1] <= size + 1  # first is 1
+        absolute = len(starts) >= TELLING and (starts[1:] >= ends[:-1]).all() and ends[-1] <= size + 1  # counted from 1
         raise ValueError(
             f"run {run + 1} ends at pixel {edges[2 * run + 1]:,}, past {height}×{width} = {size:,}"
             f"{_ABSOLUTE if absolute else _OTHER_SIZE}"

@@ -18,6 +18,7 @@ import torch
 from pneumo import checkpoint, dataset, log, oof, training, tuning
 from pneumo.config import Recipe
 from pneumo.data.feed import Feed, key
+from pneumo.data.phantom import MARK_FILE
 from pneumo.dataset import Dataset
 from pneumo.decision import metrics, tables, trust
 from pneumo.decision.metrics import Interval, Scores
@@ -77,7 +78,7 @@ def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
         )
     data = dataset.load(recipe)
     packed = dataset.open_train(recipe, data, recipe.stage[1].image_size)
-    note = " (SYNTHETIC X-rays)" if (Path(recipe.data.root) / "SYNTHETIC.txt").exists() else ""
+    note = " (SYNTHETIC X-rays)" if (Path(recipe.data.root) / MARK_FILE).exists() else ""
     content = page.Content(
         title=f"{recipe.name}{note}",
         origin=words.origin(recipe, data),

@@ -314,5 +314,5 @@ def test_no_patient_comes_out_again(repo, tmp_path, figure):
     for path in outputs:
         if path.suffix == ".png":
             with Image.open(path) as picture:
-                assert picture.info == {}
+                assert picture.info.items() <= {("Software", "pneumo")}  # as given.find knows its own
     figure(f"{len(MARKERS)} markers, {len(outputs)} output files and {len(printed.splitlines())} lines: 0 found")

@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests python -m bench.run        BENCH=quick: at most 50 seconds; BENCH=smoke: only that it runs
 
-Imports cli, checkpoint.
+Imports cli, checkpoint, engine.
 """
 
 import gc
@@ -27,6 +27,7 @@ from bench.rows import Setup
 
 from pneumo import cli
 from pneumo.checkpoint import write_atomic
+from pneumo.engine import autocast_dtype
 
 REPEATS = {"full": 5, "quick": 3, "smoke": 1}
 
@@ -84,6 +85,8 @@ def main() -> int:
     print(table(results))
     runs = [result["runs"] for result in results if result["runs"] > 1] or [1]
     missed = sum(result["met"] is False for result in results)
+    if "bf16" in "".join(result["row"] for result in results) and autocast_dtype("auto", device) != torch.bfloat16:
+        print("\nThis device has no units for bf16 and imitates it, slowly; train.amp=auto does not take it here.")
     print(
         f"\n{about['hardware']}, {about['date']}, {', '.join(f'{k} {v}' for k, v in about['versions'].items())}; "
         f"{about['size']}, medians of {min(runs)} to {max(runs)}; {missed} of {len(results)} targets missed; "

@@ -119,8 +119,12 @@ class RunningStatistics:
         for slot in dist.sum_over_processes(slots):
             folded = folded.lerp(slot, self.momentum)
         self.running = torch.where(finite, folded, self.running)
-        torch._foreach_copy_(self.buffers, list(self.running.split(self.sizes)))
         self.count = self.count + len(slots) * finite
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the running statistics into the buffers, whatever forward passes left there."""
+        torch._foreach_copy_(self.buffers, list(self.running.split(self.sizes)))
         torch._foreach_copy_(self.counts, [self.count] * len(self.counts))
 
 
@@ -457,13 +461,15 @@ class Evaluation:
 
     Attributes:
         rows: (N,) the evaluated row numbers, each once.
-        dice: (N,) float64, the challenge's Dice of each under the rule.
+        dice: (N,) float64, the challenge's Dice of each under the rule; 0 where the network gave what is not finite.
         loss: one value over all pixels of the fold.
+        finite: (N,) bool.
     """
 
     rows: np.ndarray
     dice: np.ndarray
     loss: float
+    finite: np.ndarray
 
 
 @torch.inference_mode()
@@ -498,20 +504,22 @@ def evaluate(
     model.eval()
     batches = cut(rows, batch_size)
     mine = list(range(dist.rank(), len(batches), dist.world()))
-    scores: list[tuple[int, list[float], list[float]]] = []  # batch number, loss sums, Dice of each image
+    scores: list[tuple[int, list[float], list[float], list[float]]] = []  # batch number, loss sums, finite, Dice
 
-    def score(number: int, sums: list[float], decided: Iterable[np.ndarray]) -> None:
-        pairs = zip(decided, batches[number].tolist(), strict=True)
-        scores.append((number, sums, [metrics.dice_runs(runs, truth(row)) for runs, row in pairs]))
+    def score(number: int, sums: list[float], finite: list[float], decided: Iterable[np.ndarray]) -> None:
+        found = zip(finite, decided, batches[number].tolist(), strict=True)
+        scores.append((number, sums, finite, [good * metrics.dice_runs(runs, truth(row)) for good, runs, row in found]))
 
     with ThreadPoolExecutor(1) as pool:  # the host decides on one batch while the device computes the next
         pending: deque = deque()
         for number, (image, mask) in zip(progress(mine), feed.batches([batches[i] for i in mine]), strict=True):
             logits = predict_logits(model, image, dtype)
-            sums = losses.loss_sums(logits, mask, loss.kind, gamma=loss.gamma).double().tolist()
+            sums = losses.loss_sums(logits, mask, loss.kind, gamma=loss.gamma).double()
+            finite = logits.isfinite().flatten(1).all(dim=1)
+            numbers = torch.cat([sums, finite.double()]).tolist()  # waits for the device, once
             q = resize_quantise(logits.sigmoid(), annotation_size, feed.pack.boxes(batches[number], annotation_size))
             decided = decide_batch(q, rule) if q.is_cuda else pool.map(decide, q.numpy(), repeat(rule))
-            pending.append((number, sums, decided))
+            pending.append((number, numbers[: len(sums)], numbers[len(sums) :], decided))
             if stopped():
                 break
             while len(pending) > 2:
@@ -522,12 +530,12 @@ def evaluate(
     if any(dist.gather(stopped())):
         return None
     everyone = sorted(item for part in dist.gather(scores) for item in part)  # adds up in one order everywhere
-    total = np.sum([sums for _, sums, _ in everyone], axis=0)
+    total = np.sum([sums for _, sums, _, _ in everyone], axis=0)
     value, _ = losses.loss_from_sums(
         torch.from_numpy(total), loss.kind, focal_weight=loss.focal_weight, smooth=loss.smooth
     )
-    dice = np.array([value for _, _, values in everyone for value in values])
-    return Evaluation(np.concatenate(batches), dice, float(value))
+    good, dice = (np.array([value for item in everyone for value in item[place]]) for place in (2, 3))
+    return Evaluation(np.concatenate(batches), dice, float(value), good > 0)
 
 
 def predict_logits(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Tensor:

@@ -120,4 +120,6 @@ def _gpus() -> list[str]:
     """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
     count = torch.cuda.device_count()
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    if named and named[0].startswith("MIG-"):
+        return named  # CUDA shows a process one part of a GPU alone, however many are named
     return named[:count] if named else [str(number) for number in range(count)]

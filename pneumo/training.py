@@ -31,6 +31,8 @@ from pneumo.errors import (
     StoppedAlone,
     UsageError,
     WriteError,
+    is_gpu_full,
+    one_line,
 )
 from pneumo.kernels import thin_conv
 from pneumo.model import augment, losses
@@ -138,7 +140,7 @@ class _Run:
             return
         with _signals.at_once():
             self._build(saved)
-        self._compile()
+        self._choose_way()
         if dist.is_main():
             checkpoint.write_atomic(self.folder / "config.toml", config.dumps(self.recipe).encode())
             settings = ", ".join(f"{key} {value}" for key, value in asdict(self.settings).items())
@@ -154,6 +156,15 @@ class _Run:
             f"{str(self.dtype).removeprefix('torch.')}, "
             f"{sum(self.merged)} of {len(self.merged)} blocks merged, validation by {self.evaluation_batch}"
             + (f"; goes on at epoch {self.position.epoch}, step {self.position.step}" if saved else "")
+        )
+        if self.to_compile:
+            self._compile()
+        self.recorded = (
+            engine.RecordedGradient(
+                self.model, self.settings.batch_size, self.scaler, self.running, self.loss, self.dtype
+            )
+            if self.to_record
+            else None
         )
         positive = self.data.positive
         for epoch in range(self.position.epoch, self.settings.epochs + 1):
@@ -254,8 +265,12 @@ class _Run:
                 if self.average is not None:
                     self.average.load_state_dict(saved["average"])
 
-    def _compile(self) -> None:
-        """Let a step be compiled, recorded and wrapped for several processes, as the recipe says."""
+    def _choose_way(self) -> None:
+        """Decide whether the step is compiled and recorded, as the recipe says; wrap it for several processes.
+
+        Raises:
+            UsageError: the recipe insists on what cannot be.
+        """
         how, gpu = self.recipe.train.compile, self.device.type == "cuda"
         recordable = gpu and dist.world() == 1 and not self.recipe.model.checkpointing
         if how == "graph" and not recordable:
@@ -263,22 +278,54 @@ class _Run:
                 "train.compile=graph records what one process does on a GPU, without model.checkpointing. Train so, or "
                 "start anew with train.compile=auto"
             )
-        if (how in ("on", "graph") or (how == "auto" and gpu)) and self._can_compile():
-            batch = self.settings.batch_size
-            engine.compiled(self.model, batch)
-            if gpu:
-                if self.dtype in thin_conv.HALVES:
-                    thin_conv.works(self.device, self.dtype)  # found out here, not while the compiler traces
-                self.transform = engine.compiled(augment.transform, batch)
-                self.loss = replace(self.loss, compute=engine.compiled(losses.loss, batch))
-        self.recorded = (
-            engine.RecordedGradient(
-                self.model, self.settings.batch_size, self.scaler, self.running, self.loss, self.dtype
-            )
-            if how == "graph" or (how == "auto" and recordable)
-            else None
-        )
         self.wrapped: nn.Module = dist.wrap(self.model)
+        full = len(self.training) >= self.settings.batch_size  # else there is nothing that would run compiled
+        self.to_compile = full and (how in ("on", "graph") or (how == "auto" and gpu)) and self._can_compile()
+        self.to_record = how == "graph" or (how == "auto" and recordable)
+
+    def _compile(self) -> None:
+        """Compile the step, all of it now; where that fails, train without.
+
+        Raises:
+            UsageError: it fails, and the recipe insists.
+        """
+        batch, plain = self.settings.batch_size, (self.transform, self.loss)
+        engine.compiled(self.model, batch)
+        if self.device.type == "cuda":
+            if self.dtype in thin_conv.HALVES:
+                thin_conv.works(self.device, self.dtype)  # found out here, not while the compiler traces
+            self.transform = engine.compiled(augment.transform, batch)
+            self.loss = replace(self.loss, compute=engine.compiled(losses.loss, batch))
+        trouble = self._rehearse()
+        if trouble and self.recipe.train.compile != "auto":
+            raise UsageError(f"This network cannot be compiled here: {trouble}. --set train.compile=off trains without")
+        if trouble:
+            del self.model.forward  # the compiled one
+            self.transform, self.loss = plain
+            log.warn(f"This network is not compiled, so training takes longer: {trouble}")
+
+    def _rehearse(self) -> str:
+        """Take a full micro-batch, which counts for nothing, through the step; leave all as it was.
+
+        Returns:
+            Why that cannot be done; "" if it can.
+        """
+        side = self.settings.image_size
+        blank = torch.zeros(self.settings.batch_size, 1, side, side, dtype=torch.uint8, device=self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        try:
+            image, mask = augmented(blank, blank, self.recipe.augment, generator, self.transform)
+            with dist.sync_gradients(self.wrapped, False):
+                engine.add_gradient(self.wrapped, image, mask, 0.0, self.scaler, self.running, self.loss, self.dtype)
+        except Exception as error:  # many types, of the compiler, Triton and the system
+            if _signals.number or is_gpu_full(error):
+                raise
+            return f"{type(error).__name__}: {one_line(error)[:200]}"
+        finally:
+            self.model.zero_grad()
+            self.running.restore()
+        engine.make_room(self.device)
+        return ""
 
     def _can_compile(self) -> bool:
         """Whether anything can be compiled for this device.
@@ -465,6 +512,13 @@ class _Run:
         )
         if result is None:
             raise _StopAsked
+        if not result.finite.all():
+            ids = [self.data.cases[row].image_id for row in result.rows[~result.finite]]
+            more = ", ..." if len(ids) > 4 else ""
+            log.warn(
+                f"{self._title(self.position.epoch)}: for {len(ids)} of {len(result.rows)} images the network gave "
+                f"numbers that are not finite, which count as Dice 0: {', '.join(ids[:4])}{more}. Try train.amp=off"
+            )
         return result
 
     def _keep(self, name: str, record: dict[str, Any]) -> None:

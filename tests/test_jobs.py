@@ -8,10 +8,13 @@ from itertools import pairwise
 
 import pytest
 import small_run
+import torch
 from test_commands import run
 
 from pneumo import checkpoint, jobs
 from pneumo.errors import PneumoError, Stopped, UsageError
+
+GPUS = jobs._gpus
 
 
 def python(code: str) -> list[str]:
@@ -82,6 +85,20 @@ def test_no_more_at_a_time_than_asked_for_and_each_on_its_own_gpu(monkeypatch, c
         assert all(before[1] <= after[0] for before, after in pairwise(spans))
     with pytest.raises(UsageError, match="3 jobs want a GPU each, but 2 are visible"):
         jobs.run_folds(range(4), 3, lambda fold: python(code))
+
+
+@pytest.mark.parametrize(
+    ("named", "count", "gpus"),
+    [
+        ("", 2, ["0", "1"]),
+        ("3, 5,7", 2, ["3", "5"]),
+        ("MIG-a,MIG-b", 1, ["MIG-a", "MIG-b"]),  # a process sees one part of a GPU at most
+    ],
+)
+def test_gpus_as_they_are_named(monkeypatch, named, count, gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert GPUS() == gpus
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])

@@ -316,6 +316,76 @@ def test_without_a_compiler_training_goes_on_unless_the_recipe_insists(repo, roo
     assert "warning: Nothing is compiled, so training takes longer: no gcc. It takes gcc" in capsys.readouterr().err
 
 
+def broken_backend(_graph, _inputs):
+    raise RuntimeError("out of resource: shared memory")
+
+
+def test_a_network_that_cannot_be_compiled_trains_without_unless_the_recipe_insists(
+    repo, root, tmp_path, straight, monkeypatch, capsys
+):
+    monkeypatch.setattr(engine, "compiler_trouble", lambda _device: "")
+    compiled = engine.compiled
+    monkeypatch.setattr(
+        engine, "compiled", lambda function, batch, backend=broken_backend: compiled(function, batch, backend)
+    )
+    recipe = small_run.recipe(repo, root, tmp_path / "on", "train.compile=on")
+    with pytest.raises(UsageError, match=r"^This network cannot be compiled here: .*shared memory.*compile=off trains"):
+        train(recipe)
+    assert not recipe.stage_folder(0, 1).joinpath("last.pt").exists()
+
+    def auto_as_on_a_gpu(run):
+        choose_way(run)
+        run.to_compile = True
+
+    choose_way = training._Run._choose_way
+    monkeypatch.setattr(training._Run, "_choose_way", auto_as_on_a_gpu)
+    folder = train(small_run.recipe(repo, root, tmp_path / "auto"))
+    assert "warning: This network is not compiled, so training takes longer: " in capsys.readouterr().err
+    assert differing(*(checkpoint.load(path / "last.pt") for path in (folder, straight.stage_folder(0, 1)))) == []
+
+
+def test_trying_a_step_changes_nothing(straight):
+    run = training._Run(straight, dataset.load(straight), 1, 1, CPU)
+    run._build(None)
+    run._choose_way()
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    assert run._rehearse() == ""
+    after = run.model.state_dict()
+    assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == []
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    assert torch.equal(run.running.running, torch.cat([buffer for buffer in run.running.buffers]))
+
+
+def test_a_stage_without_a_full_micro_batch_is_not_compiled(repo, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "compiler_trouble", lambda _device: "")
+    for size, expected in ((12, True), (13, False)):  # fold 0 trains on 12 images
+        recipe = small_run.recipe(repo, root, tmp_path / "runs", "train.compile=on", f"stage.1.batch_size={size}")
+        run = training._Run(recipe, dataset.load(recipe), 0, 1, CPU)
+        run._build(None)
+        run._choose_way()
+        assert run.to_compile is expected
+
+
+def test_images_that_come_out_not_finite_are_named_and_score_nothing(repo, root, tmp_path, monkeypatch, capsys):
+    """As float16 does where it overflows; taken for empty masks, they would score 1 on negatives."""
+    logits_of = engine.predict_logits
+
+    def overflowing(model, image, dtype):
+        logits = logits_of(model, image, dtype)
+        logits[0, 0, 0, 0] = torch.nan
+        return logits
+
+    monkeypatch.setattr(engine, "predict_logits", overflowing)
+    settings = ("predict.batch_size=4", "rule.min_area=4096", "stage.1.epochs=1")  # so that all masks are empty
+    folder = train(small_run.recipe(repo, root, tmp_path, *settings))
+    (line,) = log.read_jsonl(folder / "log.jsonl")
+    assert line["val_loss"] is None and line["true_negative_rate"] < 1  # 6 images in batches of 4 and 2
+    assert line["dice"] == pytest.approx(line["true_negative_rate"] * 4 / 6)
+    assert "for 2 of 6 images the network gave numbers that are not finite, which count as Dice 0: train-0" in (
+        capsys.readouterr().err
+    )
+
+
 @pytest.mark.fault("S8", "more epochs for a stage that another has begun with: refused before anything is trained")
 def test_more_epochs_do_not_ruin_the_stages_that_follow(repo, straight, tmp_path, figure):
     shutil.copytree(straight.folder, tmp_path / "seed")

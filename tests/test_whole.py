@@ -1,6 +1,7 @@
 """A recipe from training to submission in real processes, stopped and gone on with: on a CPU, and on a GPU."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -31,7 +32,8 @@ class Commands:
     """
 
     def __init__(self, environment: dict[str, str], options: list[str], folder: Path) -> None:
-        self.environment = {**environment, "PYTHONPATH": str(forked.REPO), "TRITON_INTERPRET": "0"}
+        places = os.pathsep.join([str(forked.REPO), *filter(None, [environment.get("PYTHONPATH")])])
+        self.environment = {**environment, "PYTHONPATH": places, "TRITON_INTERPRET": "0"}
         self.options, self.path = options, folder / "printed.txt"
 
     def start(self, *words: str) -> subprocess.Popen:

@@ -6,6 +6,7 @@ see the same micro-batches. No worker processes: the packed images are in memory
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ class Feed:
 
     def _streamed(self, plan: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         """Copy batch i + 1 on a stream of its own while the device computes on batch i."""
-        stream = torch.cuda.Stream(self.device)
+        stream = _copy_stream(self.device)
 
         def start(rows: np.ndarray) -> tuple[Tensor, Tensor, torch.cuda.Event]:
             pinned = [torch.from_numpy(part[rows]).pin_memory() for part in (self.pack.images, self.pack.masks)]
@@ -147,6 +148,12 @@ class Feed:
             piece = torch.from_numpy(array[rows[start : start + 256]])
             whole[start : start + len(piece)].copy_(piece)
         return whole
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream for copies: memory that was freed on a stream serves that stream alone again."""
+    return torch.cuda.Stream(device)
 
 
 def _shuffled(rows: np.ndarray, seed: int) -> np.ndarray:

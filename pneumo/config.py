@@ -11,7 +11,7 @@ import shlex
 import tomllib
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -237,6 +237,12 @@ class Recipe:
     def folder(self) -> Path:
         """Where everything that this recipe computes is kept."""
         return Path(self.runs) / self.name
+
+    def with_weights(self, weights: str) -> "Recipe":
+        """The same but for `predict.weights`."""
+        other = replace(self, predict=replace(self.predict, weights=weights))
+        object.__setattr__(other, "typed", (*self.typed, f"predict.weights={weights}"))
+        return other
 
     @property
     def own_stages(self) -> list[int]:

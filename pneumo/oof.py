@@ -6,6 +6,7 @@ stages, checkpoint, log, dist, errors.
 
 import io
 import json
+import re
 import warnings
 import zipfile
 from collections import deque
@@ -344,7 +345,7 @@ def _checked(text: str, ids: Any, arrays: Mapping[str, np.ndarray]) -> tuple[dic
         raise ValueError(f"not of format {FORMAT}")
     if wrong := [key for key, kind in ORIGIN.items() if type(origin.get(key)) is not kind]:
         raise ValueError(f"its origin has no {wrong[0]}")
-    if not all(isinstance(digest, str) for digest in origin["checkpoints"].values()):
+    if not all(re.fullmatch("[0-9a-f]{64}", str(digest)) for digest in origin["checkpoints"].values()):
         raise ValueError("its checkpoints have no hashes")
     if not isinstance(ids, list) or not all(isinstance(image_id, str) for image_id in ids) or len(set(ids)) < len(ids):
         raise ValueError("image_ids are not different names")

@@ -54,12 +54,6 @@ def run(recipe: Recipe, data: Dataset) -> Tuned:
     gain = tuned.gain(found.groups, draws=recipe.tune.draws, seed=recipe.seed)
     positive = found.tables.positive
     all_empty = float((~positive).mean())
-    if missing := sorted(set(range(recipe.folds.count)) - set(found.folds.tolist())):
-        log.warn(
-            f"no out-of-fold predictions of fold {', '.join(map(str, missing))}: the rule is chosen without, and "
-            f"prediction can use it with --folds {','.join(map(str, np.unique(found.folds)))} only. To make them: "
-            f"{recipe.command('cv')}"
-        )
     shares = _shares(positive, held_out_signals(found, tuned).decided)
     signals = trust.signals(found.tables, tuned.rule)
     plateau = int(tuned.choice.plateau.sum())
@@ -115,6 +109,12 @@ def search(recipe: Recipe, found: OutOfFold) -> Tuned:
 def doubts(recipe: Recipe, found: OutOfFold, tuned: Tuned) -> list[str]:
     """Why the chosen rule may not be worth using, or another be better; a sentence each."""
     said = []
+    if missing := sorted(set(range(recipe.folds.count)) - set(found.folds.tolist())):
+        said.append(
+            f"no out-of-fold predictions of fold {', '.join(map(str, missing))}: the rule is chosen without, and "
+            f"prediction can use it with --folds {','.join(map(str, np.unique(found.folds)))} only. To make them: "
+            f"{recipe.command('cv')}"
+        )
     settings, choice, positive = recipe.tune, tuned.choice, found.tables.positive
     grid, own = tuned.grid, recipe_rule(recipe)
     gain = tuned.gain(found.groups, draws=settings.draws, seed=recipe.seed)

@@ -73,7 +73,9 @@ class Interval:
     def _text(self, how: str) -> str:
         if np.isnan(self.value):
             return "-"
-        return f"{self.value:{how}}" + (f" ({self.low:{how}} to {self.high:{how}})" if self.has_ends else "")
+        value, low, high = (round(number, 4) + 0.0 for number in (self.value, self.low, self.high))  # no -0.0000
+        wide = self.low < self.high  # else no draw of a bootstrap differed, which holds nothing
+        return f"{value:{how}}" + (f" ({low:{how}} to {high:{how}})" if wide else "")
 
 
 def groups_of(names: Sequence[str | None]) -> np.ndarray:

@@ -137,7 +137,7 @@ def _add_out_of_fold(
     shown = ways[-1]
     ways += results.other_ways(recipe, data, found.folds, beside)
     doubts = [] if tuned is None else tuning.doubts(recipe, found, tuned)
-    warnings = [*(doubt[0].upper() + doubt[1:] for doubt in doubts), *words.warnings(recipe, found, tuned, ways)]
+    warnings = [*(doubt[0].upper() + doubt[1:] for doubt in doubts), *words.warnings(recipe, data, found, tuned, ways)]
     for warning in warnings:
         log.warn(warning)
     options = {"draws": recipe.tune.draws, "seed": recipe.seed}
@@ -197,8 +197,8 @@ def _add_out_of_fold(
 def _training_figures(recipe: Recipe, data: Dataset, logs: pd.DataFrame, note: str, folder: Path) -> list[Figure]:
     figures.curves(logs, f"{recipe.name}: loss and Dice by epoch{note}", folder / "curves.png")
     drawn = [Figure(folder / "curves.png", CURVES)]
-    if _compare_losses(recipe, logs, note, folder / "loss_comparison.png"):
-        drawn.append(Figure(folder / "loss_comparison.png", "The last stage under two losses."))
+    if caption := _compare_losses(recipe, logs, note, folder / "loss_comparison.png"):
+        drawn.append(Figure(folder / "loss_comparison.png", caption))
     _draw_augmentations(recipe, data, note, folder / "augmentations.png")
     drawn.append(Figure(folder / "augmentations.png", "Training images as the last stage sees them, mask outlined."))
     return drawn
@@ -232,24 +232,31 @@ def _draw_augmentations(recipe: Recipe, data: Dataset, note: str, path: Path) ->
     figures.augmentations(images, masks, [data.cases[row].image_id for row in rows], note, path)
 
 
-def _compare_losses(recipe: Recipe, logs: pd.DataFrame, note: str, path: Path) -> bool:
-    """The first own stage beside the same stage of the recipe that it starts from, if both were trained."""
+def _compare_losses(recipe: Recipe, logs: pd.DataFrame, note: str, path: Path) -> str:
+    """Draw the first own stage beside the same stage of the recipe that it starts from, in folds that both trained.
+
+    Returns:
+        The caption; "" if there is nothing to draw.
+    """
     stage = recipe.own_stages[0]
     other = recipe.stage[stage].start
     if other in ("encoder", "previous"):
-        return False
-    own = {recipe.name: logs[logs["stage"] == stage]}
+        return ""
+    own = logs[logs["stage"] == stage]
     losses = {recipe.name: recipe.stage[stage].loss}
     lines = []
-    for fold in range(recipe.folds.count):
+    for fold in own["fold"].unique().tolist():
         place = Path(recipe.runs) / other / f"fold{fold}" / f"stage{stage}"
         if (place / "best.pt").exists():
             lines.append(figures.frame(log.read_jsonl(place / "log.jsonl", figures.DRAWN), fold=fold, stage=stage))
             losses[other] = checkpoint.load(place / "best.pt")["settings"][f"stage.{stage}.loss"]
-    if not lines or own[recipe.name].empty:
-        return False
-    figures.loss_comparison({other: pd.concat(lines), **own}, losses, stage, note, path)
-    return True
+    if not lines:
+        return ""
+    theirs = pd.concat(lines)
+    shared = own[own["fold"].isin(theirs["fold"])]
+    figures.loss_comparison({other: theirs, recipe.name: shared}, losses, stage, note, path)
+    folds = ", ".join(map(str, sorted(shared["fold"].unique().tolist())))
+    return f"Stage {stage} of {other}, in which {recipe.name} starts, and of {recipe.name}; fold {folds}."
 
 
 def _min_area(recipe: Recipe, found: OutOfFold, note: str, folder: Path) -> Figure:

@@ -64,23 +64,15 @@ def augmentations(
                 }
             )
         axes[row, 0].set_ylabel(shorten(name), fontsize=7)
-    figure.suptitle(f"Originals and their augmentations {note}".strip())
+    figure.suptitle(f"Originals and their augmentations{note}")
     _save(figure, pd.DataFrame(records), path)
 
 
-def outlined(
-    axis: Axes, image: np.ndarray, mask: np.ndarray, colour: str = "#ff5050", label: str | None = None
-) -> None:
+def outlined(axis: Axes, image: np.ndarray, mask: np.ndarray, colour: str = "#ff5050", line: str = "-") -> None:
     """Show an X-ray with a mask's outline: (H, W) and (H, W) bool."""
     axis.imshow(image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1, interpolation="nearest")
-    for number, contour in enumerate(find_contours(np.pad(mask, 1).astype(np.float32), 0.5)):
-        axis.plot(
-            contour[:, 1] - 1,
-            contour[:, 0] - 1,
-            color=colour,
-            linewidth=1,
-            label=label if number == 0 else None,
-        )
+    for contour in find_contours(np.pad(mask, 1).astype(np.float32), 0.5):
+        axis.plot(contour[:, 1] - 1, contour[:, 0] - 1, color=colour, linewidth=1.2, linestyle=line)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.grid(False)
@@ -93,6 +85,8 @@ def curves(records: pd.DataFrame, title: str, path: Path) -> None:
         records: log lines with columns fold and stage added.
     """
     stages = sorted(records["stage"].unique())
+    colours = plt.get_cmap("tab10" if records["fold"].max() < 10 else "tab20")
+    marked = ""
     with plt.rc_context(PLAIN):
         figure, axes = plt.subplots(
             2,
@@ -108,8 +102,9 @@ def curves(records: pd.DataFrame, title: str, path: Path) -> None:
             axis.set_facecolor(STAGE_COLOURS[column % len(STAGE_COLOURS)])
         part = records[records["stage"] == stage]
         dot, cross = _marker(part, "."), _marker(part, "x")
+        marked = ", x" if cross else marked
         for fold, lines in part.groupby("fold"):
-            colour = f"C{fold}"
+            colour = colours(fold % colours.N)
             train = {"color": colour, "linestyle": "--", "linewidth": 1, "marker": cross}
             whole = {"color": colour, "linewidth": 1.4, "marker": dot, "label": f"fold {fold}"}
             some = {"color": colour, "linestyle": ":", "linewidth": 1.2, "marker": cross}
@@ -122,8 +117,8 @@ def curves(records: pd.DataFrame, title: str, path: Path) -> None:
         dice_axis.set_xlabel("epoch")
         dice_axis.set_ylim(-0.02, 1.02)
         _count_epochs(dice_axis, part)
-    axes[0, 0].set_ylabel("loss\n(dashed, x: training; solid: validation)")
-    axes[1, 0].set_ylabel("validation Dice\n(solid: all; dotted, x: positives;\nblack: all masks empty)")
+    axes[0, 0].set_ylabel(f"loss\n(dashed{marked}: training; solid: validation)")
+    axes[1, 0].set_ylabel(f"validation Dice\n(solid: all; dotted{marked}: positives;\nblack: all masks empty)")
     _legend_below(figure, 10, axes[0, 0])
     figure.suptitle(title)
     _save(figure, records, path)
@@ -152,6 +147,7 @@ def min_area(table: pd.DataFrame, chosen: int, title: str, path: Path) -> None:
         label=f"best, in-sample, {best['dice']:.4f} at {best['min_area']:,.0f} px",
     )
     axis.set_xlabel("components of this many pixels or fewer are dropped (annotation grid)")
+    axis.set_ylabel("mean Dice; rate")
     axis.set_ylim(-0.02, 1.02)
     _legend_below(figure, 3)
     axis.set_title(title, fontsize=10, wrap=True)
@@ -161,7 +157,7 @@ def min_area(table: pd.DataFrame, chosen: int, title: str, path: Path) -> None:
 def loss_comparison(
     records: Mapping[str, pd.DataFrame], losses: Mapping[str, str], stage: int, note: str, path: Path
 ) -> None:
-    """Validation Dice of one stage under two losses: each fold's line, and the mean over folds.
+    """Validation Dice of one stage of two recipes: each fold's line, and the mean over folds.
 
     Args:
         records: log lines of the stage with column fold, by recipe.
@@ -178,7 +174,7 @@ def loss_comparison(
             for _, one in lines.groupby("fold"):
                 axis.plot(one["epoch"], one[column], marker=marker, color=f"C{number}", linewidth=0.7, alpha=0.4)
             mean = lines.groupby("epoch")[column].mean()
-            label = f"{recipe}: {losses[recipe]}"
+            label = f"{losses[recipe]} ({recipe})"  # one that began with "_" would not be shown
             axis.plot(mean.index, mean, marker=marker, color=f"C{number}", linewidth=2, markersize=9, label=label)
         rows.append(lines.assign(recipe=recipe, loss_kind=losses[recipe]))
     table = pd.concat(rows, ignore_index=True)
@@ -188,7 +184,7 @@ def loss_comparison(
         axis.set_ylabel(label)
         _count_epochs(axis, table)
     _legend_below(figure, 3, axes[0])
-    figure.suptitle(f"Loss of stage {stage}; thick: mean over folds {note}".strip())
+    figure.suptitle(f"Stage {stage}, by loss and recipe; thick: mean over folds{note}")
     _save(figure, table, path)
 
 
@@ -270,6 +266,7 @@ def sizes(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
         place, [f"{row['smallest']:,}\n to {row['largest']:,}\n({row['cases']})" for row in rows], fontsize=7
     )
     axis.set_xlabel("annotated pixels (number of images); parts of about as many images")
+    axis.set_ylabel("mean Dice; sensitivity")
     axis.set_ylim(-0.02, 1.02)
     _legend_below(figure, 2)
     axis.set_title(title, fontsize=10, wrap=True)
@@ -300,7 +297,8 @@ def ranking(curve: Mapping[str, np.ndarray], area: str, precision: str, share: f
     roc.set_xlabel("false-positive rate")
     roc.set_ylabel("sensitivity")
     roc.set_title(f"ROC, area {area}", fontsize=9)
-    pr.step(curve["sensitivity"], curve["precision"], where="pre", color="C0")
+    sensitivity, precisions = curve["sensitivity"], curve["precision"]
+    pr.step([0, *sensitivity], [precisions[0], *precisions], where="pre", color="C0")
     pr.axhline(share, color="black", linewidth=0.8)
     pr.set_xlabel("sensitivity (recall)")
     pr.set_ylabel("precision")
@@ -308,7 +306,7 @@ def ranking(curve: Mapping[str, np.ndarray], area: str, precision: str, share: f
     for axis in (roc, pr):
         axis.set_xlim(-0.01, 1.01)
         axis.set_ylim(-0.01, 1.02)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, wrap=True)
     _save(figure, pd.DataFrame(dict(curve)), path)
 
 
@@ -336,7 +334,7 @@ def reliability(rows: Sequence[Mapping[str, float]], error: float, title: str, p
     counts.yaxis.set_minor_locator(NullLocator())
     counts.set_ylabel("images")
     counts.set_xlabel("image score")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, wrap=True)
     _save(figure, table, path)
 
 
@@ -369,7 +367,7 @@ def gallery(
     title: str,
     path: Path,
 ) -> None:
-    """X-rays with the annotation outlined in green and the prediction in red.
+    """X-rays with the annotation outlined in blue and the prediction in orange and dashed, whatever eyes look at it.
 
     Args:
         images: (S, S) uint8 each. truths, masks: (S, S) bool each.
@@ -379,16 +377,16 @@ def gallery(
     lines = -(-len(images) // columns)
     with plt.rc_context(PLAIN):
         figure, axes = plt.subplots(
-            lines, columns, figsize=(2.3 * columns, 2.6 * lines + 0.4), squeeze=False, layout="constrained"
+            lines, columns, figsize=(max(2.3 * columns, 7), 2.6 * lines + 0.4), squeeze=False, layout="constrained"
         )
     for axis in axes.ravel()[len(images) :]:
         axis.axis("off")
     shown = zip(axes.ravel(), images, truths, masks, numbers.itertuples(), strict=False)
     for axis, image, truth, mask, row in shown:
-        outlined(axis, image, truth, "#30d060")
-        outlined(axis, image, mask, "#ff5050")
+        outlined(axis, image, truth, "#30c8ff")
+        outlined(axis, image, mask, "#ff9000", "--")
         axis.set_title(f"{shorten(row.ImageId)}\nDice {row.dice:.3f}, score {row.score:.2f}", fontsize=7)
-    figure.suptitle(f"{title}   green: annotation, red: prediction", fontsize=10)
+    figure.suptitle(f"{title}   blue: annotation; orange, dashed: prediction", fontsize=10, wrap=True)
     _save(figure, numbers, path)
 
 

@@ -52,7 +52,7 @@ def draw(
         )
         images, truths, masks = zip(*(pictures[i] for i in places.tolist()), strict=True)
         figures.gallery(images, truths, masks, numbers, f"{recipe.name}: {title}", folder / f"{name}.png")
-        drawn.append(Figure(folder / f"{name}.png", f"{title}. Green: annotation, red: prediction."))
+        drawn.append(Figure(folder / f"{name}.png", f"{title}. Blue: annotation; orange, dashed: prediction."))
     return [("Galleries", drawn)] if drawn else []
 
 

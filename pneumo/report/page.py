@@ -27,7 +27,10 @@ RESULTS_NOTE = (
     "the share with pneumothorax among images of such a score, on average."
 )
 BESIDE_NOTE = " Tuned over tuned: another recipe under its tuned rules to this one under its own."
-FOLDS_NOTE = "Each fold by networks that did not train on it, and by a rule that was chosen on the other folds."
+FOLDS_NOTE = (
+    "Each fold by networks that did not train on it, and, if the last column has one, by a rule that was chosen on the "
+    "other folds."
+)
 SIZES_NOTE = (
     "Calibration gap: how far the mean image score of these images, which all have pneumothorax, is below 1. ROC AUC "
     "and average precision set them against all images without. A part has few positives, so its average precision is "
@@ -96,7 +99,7 @@ def render(content: Content) -> str:
         "FIGURES": "".join(_figures(title, figures) for title, figures in content.figures if figures),
         "AUDIT": html.escape(content.audit),
         "SOURCES": "".join(
-            f"<li><code>{html.escape(path)}</code> <code>{digest[:16]}</code></li>"
+            f"<li><code>{html.escape(path)}</code> <code>{html.escape(digest[:16])}</code></li>"
             for path, digest in content.sources.items()
         ),
         "EXPLORER": _json(content.explorer),

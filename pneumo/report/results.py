@@ -1,14 +1,14 @@
 """The numbers of a report: ways to predict and decide, each scored out of fold and against the recipe's own.
 
-Imports config, dataset, decision, oof, tuning.
+Imports config, dataset, decision, oof, tuning, log, errors.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from pneumo import dataset, oof, tuning
+from pneumo import dataset, log, oof, tuning
 from pneumo.config import Recipe
 from pneumo.dataset import Dataset
 from pneumo.decision import metrics, tables, trust
@@ -16,6 +16,7 @@ from pneumo.decision.metrics import Interval, Scores
 from pneumo.decision.rule import Rule
 from pneumo.decision.trust import Signals
 from pneumo.decision.tune import Tuned
+from pneumo.errors import DataError
 from pneumo.oof import OutOfFold
 
 
@@ -61,22 +62,23 @@ class Decided:
 
     def gain_over(self, other: "Decided", *, draws: int, seed: int) -> Interval | None:
         """Mean difference of Dice with its paired interval; None if the cases are not the same."""
-        if self.images_beside(other):
+        if self.cases_beside(other):
             return None
         theirs = dict(zip(other.found.image_ids, other.dice.tolist(), strict=True))
         difference = self.dice - np.array([theirs[image_id] for image_id in self.found.image_ids])
         return metrics.bootstrap_means(difference[None], self.found.groups, draws=draws, seed=seed)[0]
 
-    def images_beside(self, other: "Decided") -> str:
-        """Which images it is of, and what all masks empty score there; empty where they are those of the other."""
-        mine, theirs = set(self.found.image_ids), set(other.found.image_ids)
-        if mine == theirs:
-            return ""
-        empty = (~self.found.tables.positive).mean()
-        return (
-            f"on {len(mine):,} images, {len(mine & theirs):,} of them among the recipe's {len(theirs):,}; "
-            f"all masks empty: {empty:.4f}"
+    def cases_beside(self, other: "Decided") -> str:
+        """Which cases it is of, and what all masks empty score there; empty where they are those of the other."""
+        mine, theirs = (
+            dict(zip(way.found.image_ids, way.found.tables.true_area.tolist(), strict=True)) for way in (self, other)
         )
+        empty = f"all masks empty: {(~self.found.tables.positive).mean():.4f}"
+        if mine.keys() != theirs.keys():
+            both = len(mine.keys() & theirs.keys())
+            return f"on {len(mine):,} images, {both:,} of them among the recipe's {len(theirs):,}; {empty}"
+        other_areas = sum(theirs[image_id] != area for image_id, area in mine.items())
+        return f"on other annotations of {other_areas:,} of the images; {empty}" if other_areas else ""
 
 
 def by_rule(name: str, found: OutOfFold, rule: Rule) -> Decided:
@@ -93,7 +95,7 @@ def other_ways(recipe: Recipe, data: Dataset, folds: np.ndarray, beside: Sequenc
     """What the same folds predict with other weights, and what other recipes predict; as far as it is there.
 
     Each is scored on all images that it has, which may be others than the recipe's where a recipe beside it has done
-    other folds: `Decided.images_beside` then says so.
+    other folds: `Decided.cases_beside` then says so. Predictions with other weights that no longer fit are left out.
 
     Args:
         folds: the folds that the recipe's own predictions cover.
@@ -101,9 +103,15 @@ def other_ways(recipe: Recipe, data: Dataset, folds: np.ndarray, beside: Sequenc
     """
     ways = []
     for weights in ("best", "last", "ema", "average"):
-        other = replace(recipe, predict=replace(recipe.predict, weights=weights))
-        if weights != recipe.predict.weights and all(oof.path_of(other, fold).exists() for fold in np.unique(folds)):
-            ways.append(by_rule(f"weights {weights}, recipe's rule", oof.load(other, data), tuning.recipe_rule(other)))
+        other = recipe.with_weights(weights)
+        if weights == recipe.predict.weights or not all(oof.path_of(other, fold).exists() for fold in np.unique(folds)):
+            continue
+        try:
+            found = oof.load(other, data)
+        except DataError as error:
+            log.warn(f"the report leaves out weights {weights}: {error}")
+            continue
+        ways.append(by_rule(f"weights {weights}, recipe's rule", found, tuning.recipe_rule(other)))
     for other in beside:
         found = oof.load(other, dataset.load(other))
         ways.append(by_rule(f"{other.name}, its recipe's rule", found, tuning.recipe_rule(other)))

@@ -1,6 +1,6 @@
 """The words and tables of a report: what it is of, what it found, what to beware of.
 
-Imports config, dataset, decision, oof, tuning, results, errors.
+Imports config, dataset, data, decision, oof, tuning, results, errors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ import numpy as np
 
 from pneumo import tuning
 from pneumo.config import Recipe
+from pneumo.data.cases import one_sided
 from pneumo.dataset import Dataset
 from pneumo.decision.metrics import Interval, Scores
 from pneumo.decision.rule import Rule
@@ -27,7 +28,7 @@ def summary(
     """Sentences for the head of the page."""
     sentences = [
         f"{scores.cases:,} images, {scores.positives:,} with pneumothorax{note}, each predicted by the networks that "
-        f"did not train on it, in {len(np.unique(shown.found.folds))} folds "
+        f"did not train on it, in {_counted(len(np.unique(shown.found.folds)), 'fold')} "
         f"({_split_by(recipe, data)}; see the audit).",
         f"Mean Dice {scores.dice}, {shown.name}; with all masks empty it would be {scores.all_empty:.4f}. "
         f"{_predictive_values(shown)}",
@@ -35,16 +36,22 @@ def summary(
     if tuned is not None:
         sentences.append(
             f"Chosen rule: {tuning.describe(tuned.rule)}{_objective(recipe, tuned)}. On the data that chose it its "
-            f"mean Dice is {tuned.in_sample:.4f}, {tuned.optimism:+.4f} to the cross-fitted one: what choosing on the "
-            f"same cases overstates, and where the folds' networks differ."
+            f"mean Dice is {tuned.in_sample:.4f}, {round(tuned.optimism, 4) + 0.0:+.4f} to the cross-fitted one: what "
+            f"choosing on the same cases overstates, and where the folds' networks differ."
         )
     groups = len(np.unique(shown.found.groups))
-    chosen = (
-        ""
-        if recipe.predict.weights == "last"
-        else " The epoch of each network was chosen by its Dice on the same images, which flatters all figures here a "
-        "little; predict.weights=last does without."
-    )
+    if recipe.predict.weights != "last":
+        chosen = (
+            " The epoch of each network was chosen by its Dice on the same images, which flatters all figures here a "
+            "little; predict.weights=last does without, in the last stage."
+        )
+    elif recipe.stages > 1:
+        chosen = (
+            " Each stage began with the epoch of the stage before that had the best Dice on the same images, which "
+            "flatters all figures here a little."
+        )
+    else:
+        chosen = ""
     sentences.append(
         f"Intervals hold 95 %, of these networks and rules; networks trained anew would differ by more. They resample "
         f"{groups:,} patients or single images, near-duplicates together; those of shares are Wilson's.{chosen}"
@@ -61,7 +68,7 @@ def origin(recipe: Recipe, data: Dataset) -> str:
     """When, on what and by which networks."""
     sides = ", ".join(str(recipe.stage[number].image_size) for number in range(1, recipe.stages + 1))
     return (
-        f"Report of {date.today().isoformat()}. Data: {Path(recipe.data.root).resolve().name}, {len(data.cases):,} "
+        f"Report of {date.today().isoformat()}. Data: {Path(recipe.data.root).absolute().name}, {len(data.cases):,} "
         f"training images. Encoder: {recipe.model.encoder}. Image sizes of the stages: {sides} px."
     )
 
@@ -82,7 +89,12 @@ def _predictive_values(shown: Decided) -> str:
     )
     given = f", of which {right / (right + wrong):.1%} have pneumothorax" if right + wrong else ""
     empty = f", of which {quiet / (quiet + missed):.1%} have none" if quiet + missed else ""
-    return f"{right + wrong:,} images were given a mask{given}; {quiet + missed:,} were left empty{empty}."
+    was, left = ("was" if count == 1 else "were" for count in (right + wrong, quiet + missed))
+    return f"{_counted(right + wrong, 'image')} {was} given a mask{given}; {quiet + missed:,} {left} left empty{empty}."
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _split_by(recipe: Recipe, data: Dataset) -> str:
@@ -117,8 +129,8 @@ def result_rows(
         change = "" if gain is None else gain.signed
         values = (found.dice, change, found.dice_positive, found.sensitivity, found.specificity)
         values += (found.roc_auc, found.average_precision, f"{found.calibration_error:.3f}")
-        images = way.images_beside(ways[0])
-        name = f"{way.name} ({images})" if images else way.name
+        cases = way.cases_beside(ways[0])
+        name = f"{way.name} ({cases})" if cases else way.name
         rows.append([name, *("" if value is None else str(value) for value in values)])
     if any(tuned_gains.values()):
         over = [tuned_gains.get(way.name) for way in ways]
@@ -202,9 +214,16 @@ def worth(curve: dict[str, np.ndarray]) -> str:
     )
 
 
-def warnings(recipe: Recipe, found: OutOfFold, tuned: Tuned | None, ways: Sequence[Decided]) -> list[str]:
-    """What a reader of the page could take wrongly: predict.py's other rule, and rows of other images."""
-    said = []
+def warnings(
+    recipe: Recipe, data: Dataset, found: OutOfFold, tuned: Tuned | None, ways: Sequence[Decided]
+) -> list[str]:
+    """What a reader of the page could take wrongly: one-sided data, predict.py's other rule, rows of other cases."""
+    said = [one_sided(data.cases)] if one_sided(data.cases) else []
+    if tuned is None:
+        said.append(
+            f"Only fold {found.folds[0]} has out-of-fold predictions: no rule can be tuned on one fold and tried on "
+            f"another, so there is no rule explorer and no expected Dice. Run: {recipe.command('cv')}"
+        )
     path = recipe.folder / "rule.toml"
     used = tuning.recipe_rule(recipe) if tuned is None else tuned.rule
     own = tuning.recipe_rule(recipe)
@@ -223,13 +242,15 @@ def warnings(recipe: Recipe, found: OutOfFold, tuned: Tuned | None, ways: Sequen
             if trouble := tuning.misfit(recipe, ruling, sources, found.sources):
                 said.append(f"predict.py will stop: {path} {trouble}")
             elif not _same_rule(ruling.rule, used):
+                same = set(sources.values()) == set(found.sources.values())
+                given = "was given other settings of tune or rule" if same else "is of other folds"
                 said.append(
                     f"predict.py uses another rule than this report, that of {path}: {tuning.describe(ruling.rule)}. "
-                    f"This report was given other settings of tune or rule than make tune was."
+                    f"This report {given} than make tune was."
                 )
     for way in ways[1:]:
-        if images := way.images_beside(ways[0]):
-            said.append(f"{way.name}: {images}. Its row cannot be compared with the recipe's own.")
+        if cases := way.cases_beside(ways[0]):
+            said.append(f"{way.name}: {cases}. Its row cannot be compared with the recipe's own.")
     return said
 
 

@@ -17,7 +17,7 @@ import small_run
 import torch
 from PIL import Image
 
-from pneumo import config, dataset, log, oof, report, tuning
+from pneumo import checkpoint, config, dataset, log, oof, report, tuning
 from pneumo.decision import metrics, tables, trust, tune
 from pneumo.decision.rule import Rule
 from pneumo.errors import DataError, UsageError
@@ -229,7 +229,7 @@ def test_text_cannot_break_out():
         results=[[evil], [evil, evil]],
         sizes=[[evil], [evil, evil]],
         audit=evil,
-        sources={evil: "0"},
+        sources={evil: evil},
         case_columns=[evil],
         cases=[[evil]],
     )
@@ -426,6 +426,7 @@ def test_the_summary_says_what_the_figures_are_worth(repo, place):
         said = " ".join(words.summary(asked, data, shown, shown.scores(draws=10, seed=0), tuned, ""))
         assert ("of the best Dice among those of a sensitivity of 0.9 by image" in said) == bool(more)
         assert ("The epoch of each network was chosen by its Dice on the same images" in said) != bool(more)
+        assert ("Each stage began with the epoch of the stage before that had the best Dice" in said) == bool(more)
         assert "resample 18 patients or single images" in said and "predict.py averages those of all folds" in said
         given, right = shown.signals.decided, found.tables.positive
         assert f"{given.sum()} images were given a mask" in said
@@ -462,15 +463,20 @@ def test_it_warns_of_another_rule_of_predict(place, capsys, tmp_path):
     def warnings(rule: Rule, sources: dict[str, str], predicted: dict | None = predicted) -> list[str]:
         learned = trust.fit(trust.signals(found.tables, rule), tables.dice(found.tables, rule))
         tuning.write(path, tuning.Ruling(rule, "", learned, predicted), {}, sources)
-        return words.warnings(recipe, found, tuned, ways)
+        return words.warnings(recipe, data, found, tuned, ways)
 
     other = replace(tuned.rule, min_area=4321)
     try:
         own = tuning.recipe_rule(recipe)
-        (said,) = words.warnings(recipe, found, tuned, ways)
+        (said,) = words.warnings(recipe, data, found, tuned, ways)
         assert said.startswith("predict.py uses another rule than this report, the recipe's, as there is no")
         assert f"{tuning.describe(own)}. Run: make tune" in said
-        assert words.warnings(recipe, found, None, ways) == []
+        (said,) = words.warnings(recipe, data, found, None, ways)
+        assert said.startswith("Only fold 0 has out-of-fold predictions: no rule can be tuned")
+        some = replace(data, cases=[case for case in data.cases if case.positive])
+        assert "NOT ONE of the 6 training images is without pneumothorax" in " ".join(
+            words.warnings(recipe, some, found, tuned, ways)
+        )
         assert warnings(tuned.rule, found.sources) == []
         assert "is of an earlier version" in warnings(tuned.rule, found.sources, None)[0]
         assert "not predict.weights=best" in warnings(tuned.rule, found.sources, {**predicted, "weights": "ema"})[0]
@@ -482,8 +488,9 @@ def test_it_warns_of_another_rule_of_predict(place, capsys, tmp_path):
         report.write(recipe)
         assert f"warning: {said}" in capsys.readouterr().err
         assert html.escape(said) in (folder / "report.html").read_text()
+        assert "This report is of other folds than make tune was" in warnings(other, {**found.sources, "a": "0"})[0]
         path.write_text("[rule")
-        assert "rule.toml: not a rule file" in words.warnings(recipe, found, tuned, ways)[0]
+        assert "rule.toml: not a rule file" in words.warnings(recipe, data, found, tuned, ways)[0]
     finally:
         path.unlink(missing_ok=True)
 
@@ -530,9 +537,69 @@ def test_a_row_of_other_images_says_so(repo, own, capsys):
         assert f"{html.escape(name)}<br><small>({html.escape(images)})</small>" in text
         assert f"warning: {name}: {images}. Its row cannot be compared" in said
     assert "weights ema, recipe&#x27;s rule<br>" in text  # all of its folds are read
+    assert "warning: No out-of-fold predictions of fold 2: the rule is chosen without" in said
     oof.path_of(replace(own, predict=replace(own.predict, weights="ema")), 2).unlink()
     report.write(own)
     assert "Its row cannot" not in capsys.readouterr().err
+
+
+def test_a_row_of_other_annotations_has_no_gain(repo, place, tmp_path, capsys):
+    """The same ids with other masks: every difference may come of these."""
+    recipe, _, _ = place
+    shutil.copytree(recipe.data.root, tmp_path / "data")
+    rows = (tmp_path / "data" / "train-rle.csv").read_text().splitlines()
+    rows = [f"{row.split(',')[0]},-1" if row.startswith("train-000") else row for row in rows]
+    (tmp_path / "data" / "train-rle.csv").write_text("\n".join(rows) + "\n")
+    other = small_run.recipe(repo, tmp_path / "data", tmp_path / "runs", *SETTINGS, name="seed-image")
+    oof.write(other, small_run.pretend_trained(other), torch.device("cpu"))
+    report.write(recipe, [other])
+    try:
+        numbers = {row["name"]: row for row in json.loads((place[2] / "report.json").read_text())["rows"]}
+        warned = capsys.readouterr().err
+        for name in ("seed-image, its recipe's rule", "seed-image, tuned rule, cross-fitted"):
+            assert numbers[name]["gain"] is numbers[name]["gain_over_tuned"] is None
+            said = (
+                f"{name}: on other annotations of 1 of the images; all masks empty: 0.7222. Its row cannot be compared"
+            )
+            assert said in warned
+            assert html.escape(said) in (place[2] / "report.html").read_text()
+    finally:
+        report.write(recipe)
+
+
+def test_predictions_with_other_weights_that_no_longer_fit_are_left_out(own, capsys):
+    for fold in (0, 1):
+        path = own.stage_folder(fold, 3) / "ema.pt"
+        state = checkpoint.load(path)
+        state["model"]["head.bias"] += 1
+        checkpoint.save(state, path)
+    report.write(own)
+    said = capsys.readouterr().err
+    assert "warning: the report leaves out weights ema: " in said
+    assert 'Run again: make oof SET="... predict.weights=ema"' in said
+    numbers = json.loads((own.folder / "report" / "report.json").read_text())
+    assert [row["name"] for row in numbers["rows"]] == ["recipe's rule", "tuned rule, cross-fitted"]
+
+
+def test_losses_are_compared_in_folds_that_both_recipes_trained(repo, own, tmp_path, monkeypatch):
+    focal = small_run.recipe(repo, own.data.root, own.runs, *SETTINGS, name="seed-focal")
+    drawn = {}
+    monkeypatch.setattr(report.figures, "loss_comparison", lambda records, losses, *_: drawn.update(records) or losses)
+    write_logs(focal)
+    logs = report._logs(focal)
+    assert report._compare_losses(own, report._logs(own), "", tmp_path / "a.png") == "" and not drawn
+    for has, there, both in (([0, 1, 2], [0, 1], "0, 1"), ([1], [0, 1], "1"), ([0], [1], "")):
+        for fold in range(3):
+            (own.stage_folder(fold, 3) / "best.pt").unlink(missing_ok=True)
+        for fold in there:
+            settings = config.stage_settings(own, 3)
+            checkpoint.save({"settings": settings}, own.stage_folder(fold, 3) / "best.pt")
+        said = report._compare_losses(focal, logs[logs["fold"].isin(has)], "", tmp_path / "a.png")
+        assert said == (both and f"Stage 3 of seed, in which seed-focal starts, and of seed-focal; fold {both}.")
+        if both:
+            assert {name: ", ".join(map(str, table["fold"].unique())) for name, table in drawn.items()} == {
+                "seed": both, "seed-focal": both
+            }  # fmt: skip
 
 
 def test_what_only_an_earlier_report_wrote_goes(own, capsys):

@@ -1,6 +1,9 @@
 # make help lists what there is. Targets print the commands they run, so that these can be run by hand as well.
 #   make PYTHON=python3 ...   uses that environment as it is; otherwise .venv is set up on first use.
 
+# bash hands itself over to a command; dash would stay in between, and not pass on the signal that ends make
+SHELL := $(shell command -v bash || command -v sh)
+
 RECIPE ?= seed
 FOLD ?= 0
 STAGE ?= 1

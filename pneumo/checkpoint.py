@@ -98,9 +98,11 @@ def write_atomic(path: Path, content: bytes, *, keep: Path | None = None) -> Non
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
+        if not isinstance(error, OSError):  # Ctrl-C
+            raise
         if error.errno not in NO_SPACE:
             raise WriteError(
                 f"Cannot save {path}: {error.strerror or error}. What was there is intact. {_way_out(error)}."

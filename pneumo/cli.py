@@ -166,7 +166,7 @@ def _bug(error: Exception, options: argparse.Namespace) -> str:
         folder = load_recipe(options).folder
     path = (folder if folder.is_dir() else Path()) / "error.log"
     try:
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} process {os.getpid()}: {' '.join(sys.argv)}\n")
             traceback.print_exception(error, file=file)
         where = f"the traceback is in {path}"

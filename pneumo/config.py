@@ -410,6 +410,12 @@ def _toml_sign(sign: str) -> str:
     return f"\\u{ord(sign):04x}" if sign <= "\uffff" else f"\\U{ord(sign):08x}"
 
 
+def of_a_launch(recipe: Recipe) -> dict[str, Any]:
+    """All of a recipe but where things lie on a host, flat, by dotted key: in what processes of a launch must agree."""
+    places = {"runs", "data.root", "model.pretrained", "train.gpu_reserve_gb"}
+    return {key: value for key, value in _flatten(asdict(recipe), "") if key not in places}
+
+
 def stage_settings(recipe: Recipe, stage: int) -> dict[str, Any]:
     """All that decides the weights of a stage, flat, by dotted key: what a resumed run must agree with."""
     table = asdict(recipe)

@@ -3,10 +3,11 @@
 Started by torchrun (or with its environment variables), the processes form one group: NCCL where each has its GPU,
 gloo on CPUs. They end together: the first that fails tells the others why, through the launch's key-value store. One
 that is killed or hangs tells nothing, and who waits for a GPU gets no error of its own then: each watches the others.
-Imports errors.
+Imports start, errors.
 """
 
 import contextlib
+import hashlib
 import inspect
 import json
 import os
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -27,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pneumo.errors import PeerError, Stopped, StoppedAlone, UsageError, is_gpu_full, one_line
+from pneumo import start
+from pneumo.errors import PeerError, Stopped, StoppedAlone, UsageError, is_gpu_full, one_line, printable
 
 JOB = "PNEUMO_JOB"  # in the environment of a process that is to end with the one that started it: that one's number
 GRACE = 3.0  # seconds in which a process may find out by itself that another failed
@@ -80,7 +82,7 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     processes = _number("WORLD_SIZE", 1, default=1)
     if processes > 1 or dist.is_torchelastic_launched():
-        _end_with_parent(os.getppid())
+        _end_with_parent(start.parent or os.getppid())
     if processes == 1:
         yield device
         return
@@ -93,12 +95,14 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
     backend, longest = ("cpu:gloo,cuda:nccl", 2 * (timeout + SLACK)) if device.type == "cuda" else ("gloo", timeout)
     try:
         dist.init_process_group(backend, timeout=longest)
-    except dist.DistError as error:
+        _store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
+    except RuntimeError as error:  # gloo's own as well
+        gloo = "gloo" in str(error).lower()
+        hint = ". GLOO_SOCKET_IFNAME names the network's interface; no firewall may be between" if gloo else ""
         raise PeerError(
-            f"the {processes} processes of the launch did not meet at {address[0]}:{address[1]} within "
-            f"{longest.total_seconds():g} s ({' '.join(str(error).split())[:160]})"
+            f"the {processes} processes of the launch did not meet at {address[0]}:{address[1]}, for which they have "
+            f"{longest.total_seconds():g} s ({one_line(error)[:160]}){hint}"
         ) from error
-    _store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
     _watch = _Watch(timeout_seconds)
     try:
         yield device
@@ -106,8 +110,12 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
         _watch.leave_together()
     except BaseException as error:
         if isinstance(error, Stopped) and not isinstance(error, StoppedAlone):
-            _watch.leave_together()
-            dist.destroy_process_group()
+            try:
+                _watch.leave_together()
+            except RuntimeError:  # another is gone meanwhile, which changes nothing
+                _watch.left.set()
+            else:
+                dist.destroy_process_group()
             raise
         first, _, message = _tell(error).partition("\n")
         _watch.left.set()
@@ -132,6 +140,33 @@ def wait_for_main() -> None:
     while not _store.check([key]):
         time.sleep(0.05)
     _patient = False
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Refuse a launch whose processes are not about the same: each would compute a part of something else.
+
+    Their code and version of torch are compared as well.
+
+    Args:
+        facts: what has to be equal, by name; plain Python.
+
+    Raises:
+        UsageError: names what differs, and the first process that has it otherwise than process 0.
+    """
+    if world() == 1:
+        return
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
+    facts = {**facts, "torch": str(torch.__version__), "the code of pneumo": code.hexdigest()}
+    everyone = gather({name: str(value) for name, value in facts.items()})
+    for number, other in enumerate(everyone):
+        names = sorted(name for name in facts | other if other.get(name) != everyone[0].get(name))
+        if names:
+            shown = [f"{name} ({other.get(name)!s:.40}, not {everyone[0].get(name)!s:.40})" for name in names[:4]]
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            raise UsageError(
+                f"the processes of this launch are not about the same: process {number} differs from process 0 in "
+                f"{', '.join(shown)}{more}. Start all by the same command, with the same code, recipe and data"
+            )
 
 
 def reason(error: BaseException) -> str:
@@ -273,7 +308,7 @@ def _tell(error: BaseException) -> str:
     try:
         if _store.check([FAILED]):
             return _store.get(FAILED).decode()
-        text = _blame(error) if _from_backend(error) else str(error) or type(error).__name__
+        text = _blame(error) if _from_backend(error) else printable(str(error)) or type(error).__name__
         return _store.compare_set(FAILED, "", f"{rank()}\n{text}").decode()
     except dist.DistError:  # process 0 kept the store
         return "0\nprocess 0 ended"
@@ -337,9 +372,11 @@ class _Watch:
         self.left = threading.Event()
         self._neighbours: dict[int, list[Any]] = {}
         self._seen, self._since = -1, 0.0  # meetings of this process, and since when they are as many
+        self._rounds = 0  # that the watch has made; it waits for the store
         self._host = _host()
         _store.set(_key("place", rank()), json.dumps([self._host, os.getpid(), _started(os.getpid())]))
         threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=self._look_after_store, daemon=True).start()
 
     def leave_together(self) -> None:
         """Wait for all, so that nobody leaves while another still talks, and look after them no longer."""
@@ -381,6 +418,7 @@ class _Watch:
 
     def _run(self) -> None:
         while not self.left.wait(0.5):
+            self._rounds += 1
             first, message = "0", "process 0 ended"  # it keeps the store
             with contextlib.suppress(dist.DistError):
                 if not _store.check([FAILED]):
@@ -390,12 +428,24 @@ class _Watch:
                 first, _, message = _store.get(FAILED).decode().partition("\n")
             if self.left.wait(GRACE):
                 return
-            for say in _last_words:
-                with contextlib.suppress(Exception):
-                    say(message)
-            line = message if int(first) == rank() else _follows(first)
-            print(f"error: {line}", file=sys.stderr, flush=True)
-            os._exit(PeerError.exit_code)
+            self._end(message, message if int(first) == rank() else _follows(first))
+
+    def _look_after_store(self) -> None:
+        """End this process where the store no longer answers: process 0, which keeps it, is suspended or cut off."""
+        seen, silent = 0, 0.0  # seconds of this process, which may have been suspended itself
+        while not self.left.wait(0.5):
+            silent = silent + 0.5 if self._rounds == seen else 0.0
+            seen = self._rounds
+            if silent > self.timeout + SLACK.total_seconds():
+                message = _hangs([0], self.timeout)
+                self._end(message, message)
+
+    def _end(self, message: str, line: str) -> None:
+        for say in _last_words:
+            with contextlib.suppress(Exception):
+                say(message)
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        os._exit(PeerError.exit_code)
 
 
 def _key(what: str, number: int) -> str:

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from skimage.measure import find_contours
 
-from pneumo import checkpoint, dist, ensemble, inference, log
+from pneumo import checkpoint, config, dist, ensemble, inference, log
 from pneumo.config import Recipe
 from pneumo.data import cases, images
 from pneumo.data.images import Scan
@@ -170,10 +170,10 @@ def predict(
     """
     count = models.batch_size
     batches = [given[start : start + count] for start in range(0, len(given), count)]
+    basis = inference.basis(recipe, models, ruling, device)
+    dist.agree({**config.of_a_launch(recipe), **inference.shared(basis), "files": [str(file.path) for file in given]})
     with (
-        open_journal(
-            out / ".predict", inference.basis(recipe, models, ruling, device), instead="another --out DIR"
-        ) as journal,
+        open_journal(out / ".predict", basis, instead="another --out DIR") as journal,
         ThreadPoolExecutor(READERS) as readers,
         ThreadPoolExecutor(os.cpu_count()) as writers,
     ):

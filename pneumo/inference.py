@@ -7,7 +7,7 @@ import csv
 import io
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import PIL
 import torch
 
-from pneumo import checkpoint, dataset, dist, ensemble, log, submission, tuning
+from pneumo import checkpoint, config, dataset, dist, ensemble, log, submission, tuning
 from pneumo.config import Recipe
 from pneumo.data import rle
 from pneumo.data.feed import Feed, cut
@@ -51,6 +51,7 @@ def predict_test(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch
     def code(row: int, *of: np.ndarray) -> tuple[dict[str, Any], str]:
         return {"ImageId": found[row].image_id, **describe(*of, ruling)}, rle.encode_runs(decide(of[0], ruling.rule))
 
+    dist.agree({**config.of_a_launch(recipe), **shared(depends_on)})
     with (
         open_journal(recipe.folder / "predict", depends_on, instead="another recipe or --set runs=DIR") as journal,
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -143,6 +144,11 @@ def basis(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch.device
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads",
         "versions": {"torch": str(torch.__version__), "numpy": np.__version__, "pillow": PIL.__version__},
     }
+
+
+def shared(depends_on: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a prediction depends on, that in which processes of a launch must agree; hosts and paths may differ."""
+    return {key: value for key, value in depends_on.items() if key not in ("device", "rule_source")}
 
 
 def describe(q: np.ndarray, agreement: np.ndarray, scores: np.ndarray, ruling: Ruling) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pneumo import checkpoint, dataset, dist, ensemble, log, stages
+from pneumo import checkpoint, config, dataset, dist, ensemble, log, stages
 from pneumo.config import Recipe
 from pneumo.data.feed import Feed, cut
 from pneumo.dataset import Dataset
@@ -174,6 +174,7 @@ def _write_fold(
     device: torch.device,
     maps: bool,
 ) -> None:
+    dist.agree({**config.of_a_launch(recipe), **origin, "checkpoints": list(origin["checkpoints"].values())})
     rows = np.flatnonzero(data.folds == fold)
     pack = dataset.open_train(recipe, data, models.image_size)
     batches = cut(rows, models.batch_size)

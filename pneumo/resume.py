@@ -93,6 +93,9 @@ class StageFolder:
         fold, stage: from 0 and from 1.
         dtype: of autocast, which a run keeps to its end.
 
+    Raises:
+        UsageError: other processes of the launch have another recipe, other data or other code.
+
     Attributes:
         path: of the folder.
         saved: the position that last.pt holds; None while there is none.
@@ -113,6 +116,8 @@ class StageFolder:
             "stage": stage,
         }
         self._launch = {"processes": dist.world(), "autocast": str(dtype)}
+        more = {key: value for key, value in self._identity.items() if key != "settings"}  # which are of the recipe
+        dist.agree({**config.of_a_launch(recipe), **more, **self._launch})
 
     def load_last(self) -> dict[str, Any] | None:
         """The run's own last good checkpoint, on every process the same; None if there is none.
@@ -141,7 +146,8 @@ class StageFolder:
                 f"{complaint} Continuing from {path.name}, {position}"
                 + (f" ({earlier:,} images earlier)." if earlier > 0 else ".")
             )
-        self._check_same(state, path)
+        done = position.epoch > self._recipe.stage[self._stage].epochs  # then nobody goes on with it
+        self._check_same({**state, **self._launch} if done else state, path)
         self._check_start(state, path)
         best = self.path / "best.pt"
         if position.best_epoch and not best.exists():

@@ -14,11 +14,14 @@ from types import FrameType
 from typing import Any
 
 INTERRUPTED = 130
+parent = 0  # the process that started this one, asked before it can have ended; 0 if `prepare` was not called
 GONE = (errno.EPIPE, errno.ESHUTDOWN, errno.ECONNRESET, errno.EIO, errno.EBADF)  # reader, or terminal
 
 
 def prepare() -> None:
     """Let Ctrl-C and the loss of a reader do no harm; call this before torch is imported, which takes seconds."""
+    global parent
+    parent = os.getppid()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is meant to be ignored
         signal.signal(signal.SIGINT, _end)
     while (place := os.open(os.devnull, os.O_RDWR)) <= 2:  # one was closed; the next file would have taken its place

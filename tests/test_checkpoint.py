@@ -63,6 +63,19 @@ def test_never_afresh_where_all_is_damaged(tmp_path):
             checkpoint.load_last(tmp_path)
 
 
+def test_ctrl_c_while_it_writes_leaves_no_rest(tmp_path, monkeypatch):
+    path = tmp_path / "rule.toml"
+    path.write_text("before")
+
+    def interrupted(_file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_atomic(path, b"after")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["before"]
+
+
 @pytest.mark.fault("R8", "a checkpoint of 30 kB that unpacks to 30 MB")
 def test_a_bomb_is_not_unpacked(tmp_path, figure):
     whole, path = tmp_path / "whole.pt", tmp_path / "last.pt"

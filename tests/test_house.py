@@ -18,7 +18,7 @@ ALLOWED = {
     "errors": set(),
     "start": set(),
     "config": {"errors"},
-    "dist": {"errors"},
+    "dist": {"start", "errors"},
     "checkpoint": {"errors"},
     "log": {"checkpoint", "dist", "errors"},
     "cli": {"config", "checkpoint", "dist", "start", "errors"},

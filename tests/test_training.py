@@ -166,6 +166,18 @@ def test_a_run_goes_on_with_the_images_a_pass_that_it_had(repo, root, tmp_path, 
     assert used == [5, 1]
 
 
+def test_a_finished_stage_is_done_whatever_the_number_of_processes(copied, capsys):
+    recipe, folder = copied
+    state = checkpoint.load(folder / "last.pt")
+    checkpoint.save({**state, "processes": 2}, folder / "last.pt")
+    train(recipe)
+    assert "done, nothing to do" in capsys.readouterr().out
+    state["position"]["epoch"] -= 1
+    checkpoint.save({**state, "processes": 2}, folder / "last.pt")
+    with pytest.raises(UsageError, match="processes: 2 -> 1"):
+        train(recipe)
+
+
 def test_a_stage_starts_from_the_best_of_the_one_before(straight, monkeypatch):
     seen = {}
     monkeypatch.setattr(training._Run, "_train_epoch", lambda self, *_: seen.update(self.model.state_dict()) or 1 / 0)

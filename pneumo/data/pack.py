@@ -96,13 +96,20 @@ def open_pack(
         place = folder / f"{name}-{side}-{digest[:12]}"
         place.mkdir(exist_ok=True)
         count = len(cases)
-        rows, _ = _array(place / "rows.npy", np.int64, (count,))
-        pictures, new_pictures = _array(place / "images.npy", np.uint8, (count, side, side))
-        masks, new_masks = _array(place / "masks.npy", np.uint8, (count, side, side // 8))
-        shapes, new_shapes = _array(place / "shapes.npy", np.int32, (count, 2))
-        arrays = (pictures, masks, shapes)
-        if new_pictures or new_masks or new_shapes:
+        wanted = {
+            "images": (np.uint8, (count, side, side)),
+            "masks": (np.uint8, (count, side, side // 8)),
+            "shapes": (np.int32, (count, 2)),
+        }
+        rows = _array(place / "rows.npy", np.int64, (count,))
+        if (
+            rows.any()
+            and rows.flags.writeable
+            and not all(_is_whole(place / f"{name}.npy", *of) for name, of in wanted.items())
+        ):
             rows[:] = UNDONE
+            rows.flush()  # before any array is made: an interruption must not leave one of zeros that is taken for done
+        arrays = tuple(_array(place / f"{name}.npy", *of) for name, of in wanted.items())
         todo = [i for i in range(count) if rows[i] == UNDONE or (check and rows[i] != _crc(*arrays, i))]
         if todo:
             if not rows.flags.writeable:
@@ -281,14 +288,14 @@ def _judge(problems: Sequence[Problem], report: Path | None) -> None:
         raise_fatal(fatal, report)
 
 
-def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> tuple[np.ndarray, bool]:
-    """Open, or create full of zeros, a memory-mapped array with its space reserved; says whether it is new.
+def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """Open, or create full of zeros, a memory-mapped array with its space reserved.
 
     On a read-only file system one that is there cannot be written to.
     """
     new = not _is_whole(path, dtype, shape)
     if not new and checkpoint.is_read_only(path.parent):
-        return np.load(path, mmap_mode="r"), False
+        return np.load(path, mmap_mode="r")
     try:
         if new:
             np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
@@ -301,7 +308,7 @@ def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> tuple[np.ndarray,
             path.unlink(missing_ok=True)
         need = int(np.prod(shape)) * np.dtype(dtype).itemsize
         raise checkpoint.refusal(f"{path} ({checkpoint.megabytes(need)})", error) from None
-    return np.load(path, mmap_mode="r+"), new
+    return np.load(path, mmap_mode="r+")
 
 
 def _is_whole(path: Path, dtype: type, shape: tuple[int, ...]) -> bool:

@@ -52,6 +52,25 @@ def test_images_and_masks_by_row(tmp_path):
     assert mask[15, 10] == 1 and mask[14, 10] == 0
 
 
+def test_a_mend_that_is_interrupted_leaves_nothing_that_is_taken_for_done(tmp_path, monkeypatch):
+    cases = made_up(tmp_path / "x")
+    whole = np.array(open_it(tmp_path / "p", cases).images)
+    (folder,) = (tmp_path / "p").glob("train-64-*")
+    os.truncate(folder / "images.npy", 1000)  # a copy that was broken off
+    make = pack._array
+
+    def interrupted(path, *of):
+        if path.name == "masks.npy":
+            raise KeyboardInterrupt
+        return make(path, *of)
+
+    monkeypatch.setattr(pack, "_array", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_it(tmp_path / "p", cases)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(open_it(tmp_path / "p", cases).images, whole)
+
+
 def test_what_is_no_square_is_known(tmp_path):
     cases = made_up(tmp_path / "x")
     Image.fromarray(np.zeros((40, 128), dtype=np.uint8)).save(cases[1].path)

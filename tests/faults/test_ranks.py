@@ -13,6 +13,7 @@ from pathlib import Path
 
 import forked
 import pytest
+import small_run
 
 from pneumo import dist
 
@@ -66,6 +67,123 @@ def test_a_mistake_is_said_once(data, tmp_path, figure):
     assert [job.wait() for job in jobs] == [2, 2]
     assert [len(job.complaints) for job in jobs] == [1, 0]
     figure("one line")
+
+
+@pytest.mark.fault("R10", "two processes of a launch that are not about the same: settings, data, split, weights")
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["stage.1.lr=1e-1"], "stage.1.lr (0.1, not 0.001)"),
+        (["stage.1.batch_size=2"], "stage.1.batch_size (2, not 3)"),
+        (["train.amp=bf16"], "autocast (torch.bfloat16, not torch.float32)"),
+        (["seed=7"], "seed (7, not 0)"),
+        ([], "split ("),
+        ([], "digest ("),
+    ],
+)
+def test_processes_that_are_not_about_the_same(data, tmp_path, figure, more, named):
+    """Each on a host with a folder of its own, as where runs/ is not shared."""
+    roots, runs = [data, tmp_path / "data"], [tmp_path / "0", tmp_path / "1"]
+    shutil.copytree(data, roots[1])
+    if named == "split (":
+        for place in runs:
+            assert forked.start("pneumo", "folds", *forked.train(data, place)[5:], cwd=place).wait() == 0
+        path = runs[1] / "seed" / "folds.csv"
+        rows = [row.split(",")[:2] for row in path.read_text().splitlines()[1:]]
+        turned = [f"{image_id},{(int(fold) + 1) % 3}" for image_id, fold in rows]
+        path.write_text("\n".join(["ImageId,fold", *turned]) + "\n")
+    if named == "digest (":
+        rows = (roots[1] / "train-rle.csv").read_text().splitlines()
+        text = "\n".join("train-000,-1" if row.startswith("train-000,") else row for row in rows)
+        (roots[1] / "train-rle.csv").write_text(text + "\n")
+    port = forked.free_port()
+    jobs = [
+        forked.start(
+            *forked.train(roots[rank], runs[rank], "train.amp=off", *(more if rank else [])),
+            cwd=runs[rank],
+            environment=forked.place(rank, 2, port),
+        )
+        for rank in range(2)
+    ]
+    assert sorted(job.wait() for job in jobs) == [2, 7]
+    (line,) = [line for job in jobs for line in job.complaints if "is not about" in line or "are not about" in line]
+    assert "process 1 differs from process 0 in " in line and named in line
+    assert not list(tmp_path.rglob("*.pt"))
+    figure(f"{named.partition(' ')[0]}: named, exit 2, nothing trained")
+
+
+@pytest.mark.fault("R10", "two processes that predict by other networks")
+def test_processes_that_predict_by_other_networks(repo, data, tmp_path, figure):
+    jobs, port = [], forked.free_port()
+    for rank in range(2):
+        runs = tmp_path / str(rank)
+        recipe = small_run.recipe(repo, data, runs)
+        small_run.pretend_trained(recipe, *(["ema.pt", "best.pt"] if rank else []))  # the second file has other weights
+        command = ["predict.py", "--set", *small_run.settings(data, runs)]
+        jobs.append(forked.start(*command, cwd=runs, environment=forked.place(rank, 2, port)))
+    assert sorted(job.wait() for job in jobs) == [2, 7]
+    (line,) = [line for job in jobs for line in job.complaints if "are not about" in line]
+    assert "process 1 differs from process 0 in checkpoints (" in line
+    assert not list(tmp_path.rglob("submission.csv"))
+    figure("named, exit 2, nothing predicted")
+
+
+@pytest.mark.fault("R10", "an error that names a file whose name is no text, met by two processes")
+def test_a_name_that_is_no_text(data, tmp_path, figure):
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copy(data / "train" / "train-000.png", os.fsencode(tmp_path / "data" / "train") + b"/b\xff.png")
+    jobs = forked.launch(*forked.train(tmp_path / "data", tmp_path / "runs"), cwd=tmp_path)
+    assert sorted(job.wait() for job in jobs) == [3, 7]
+    assert sum("b\\udcff.png: an ImageId is" in line for job in jobs for line in job.complaints) == 1
+    figure("named once, by its escape")
+
+
+@pytest.mark.fault("R10", "a network interface that is not there")
+def test_processes_that_cannot_meet(data, tmp_path, figure):
+    port = forked.free_port()
+    jobs = [
+        forked.start(
+            *forked.train(data, tmp_path),
+            cwd=tmp_path,
+            environment={**forked.place(rank, 2, port), "GLOO_SOCKET_IFNAME": "nope"},
+        )
+        for rank in range(2)
+    ]
+    assert [job.wait() for job in jobs] == [7, 7]
+    for job in jobs:
+        line = job.complaints[-1]
+        assert line.startswith("error: the 2 processes of the launch did not meet at 127.0.0.1:")
+        assert "GLOO_SOCKET_IFNAME names the network's interface" in line
+    figure("named, exit 7")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R11", "process 0, which keeps the store, is suspended: the other cannot even ask it")
+def test_the_keeper_of_the_store_is_suspended(data, tmp_path, figure):
+    hooks = {0: partial(forked.signal_at_step, 2, signal.SIGSTOP)}
+    jobs = forked.launch(*forked.train(data, tmp_path, "train.timeout_seconds=3"), cwd=tmp_path, hooks=hooks)
+    try:
+        assert jobs[1].wait(40) == 7
+        (line,) = jobs[1].complaints
+        assert (
+            line == "error: process 0 of 2 did not answer for 3 s (train.timeout_seconds): it hangs, or was suspended"
+        )
+        seconds = time.monotonic() - jobs[1].began
+    finally:
+        jobs[0].signal(signal.SIGKILL)
+    figure(f"the other is gone {seconds:.1f} s after the start, of which 8 s until it is said to hang")
+
+
+@pytest.mark.fault("R17", "torchrun is killed while its process still imports")
+def test_a_launcher_that_dies_early(repo, figure):
+    code = (
+        "from pneumo import start; start.prepare(); start.parent += 1\n"  # as if that one had ended meanwhile
+        "import time\nfrom pneumo import dist\nwith dist.launch(60.0): time.sleep(30)"
+    )
+    began = time.monotonic()
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": str(repo)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False, timeout=25).returncode == 1
+    figure(f"gone {time.monotonic() - began:.1f} s after its start")
 
 
 @pytest.mark.fault("R10", "an environment that describes no launch: words for numbers, a variable that is missing")

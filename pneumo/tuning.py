@@ -303,7 +303,7 @@ def read(path: Path, base: Rule | None = None) -> tuple[Ruling, dict[str, str]]:
         predicted = document.get("predicted")
         if predicted is not None and not all(isinstance(value, (str, int)) for value in predicted.values()):
             raise ValueError("predicted: expected texts, whole numbers, true or false")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:  # the last of endless numbers
         reason = f"no [{error.args[0]}]" if isinstance(error, KeyError) else error
         raise DataError(f"{path}: not a rule file: {one_line(reason)}") from None
     return Ruling(rule, str(path), learned, predicted), sources

@@ -1,9 +1,12 @@
 """Prediction of an image in memory; of files, and what can go wrong with them: faults/test_prediction.py."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from PIL import Image
 from pneumo import config, ensemble, given
 from pneumo.data import images
 from pneumo.decision.rule import LEVELS, Rule
+from pneumo.errors import DataError
 from pneumo.tuning import Ruling
 
 CPU = torch.device("cpu")
@@ -77,3 +81,72 @@ def test_the_readme_shows_how(repo, trained, tmp_path):
     own = Ruling(Rule(threshold=0.5, min_area=20), "recipe", None)
     for name, wanted in zip(("arr_0", "arr_1"), given.segment(recipe, models, own, pixels), strict=True):
         assert np.array_equal(np.load(tmp_path / "found.npz")[name], wanted)
+
+
+def test_the_area_is_in_square_centimetres_of_the_files_own_pixels(trained, tmp_path, monkeypatch):
+    """All of 64 x 64 pixels of 2 by 5 mm: 409.6 cm2."""
+    recipe, models, _ = trained
+    Image.fromarray(np.full((64, 64), 90, np.uint8)).save(tmp_path / "a.png")
+    real, everything = images.read, Ruling(Rule(threshold=1 / LEVELS), "recipe", None)
+    monkeypatch.setattr(images, "read", lambda path: replace(real(path), spacing=(2.0, 5.0)))
+    out = tmp_path / "out"
+    given.predict(recipe, models, everything, given.find([tmp_path / "a.png"], out), out, CPU)
+    record = json.loads((out / "predictions.jsonl").read_text())
+    assert (record["area_pixels"], record["area_cm2"], record["pneumothorax"]) == (64 * 64, 409.6, True)
+
+
+def test_an_overlay_outlines_the_mask_where_it_is():
+    """A box off the diagonal, and one that reaches the image's edge: their outlines, and nothing else, are drawn."""
+    pixels = np.random.default_rng(0).integers(0, 200, (60, 90), dtype=np.uint8)
+    mask = np.zeros((60, 90), dtype=bool)
+    mask[10:20, 60:80] = mask[40:60, 0:15] = True
+    found = np.asarray(given.overlay(pixels, mask))
+    drawn = (found == given.CONTOUR).all(axis=-1)
+    np.testing.assert_array_equal(found[~drawn], np.stack([pixels] * 3, axis=-1)[~drawn])
+    assert drawn[10:20, [59, 60, 79, 80]].any(axis=1).all() and drawn[[9, 10, 19, 20], 60:80].any(axis=0).all()
+    assert drawn[40:60, [14, 15]].any(axis=1).all() and drawn[[39, 40], 0:15].any(axis=0).all()
+    assert drawn[40:60, 0].all() and drawn[59, 0:15].all()  # the image's edge closes it
+    near = np.zeros_like(mask)
+    near[8:22, 58:82] = near[38:60, 0:17] = True
+    near[13:17, 63:77] = near[43:57, 3:12] = False
+    assert not (drawn & ~near).any()
+
+
+def test_what_lies_in_the_output_folder_is_no_input(tmp_path):
+    """Whoever made it: the folder is one of those that are searched."""
+    (tmp_path / "x" / "out").mkdir(parents=True)
+    for name in ("a.png", "out/b.png"):
+        Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / "x" / name)
+    assert [one.name for one in given.find([tmp_path / "x"], tmp_path / "x" / "out")] == ["a"]
+
+
+def test_a_file_that_is_named_twice_is_predicted_once(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / "x" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    assert len(given.find([tmp_path / "x", Path("x"), Path("x/a.png")], tmp_path / "out")) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "x" / "locked").mkdir(parents=True)
+    Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / "x" / "a.png")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match="locked: cannot be read: Permission denied"):
+        given.find([tmp_path / "x"], tmp_path / "out")
+
+
+def test_a_file_of_any_name_is_predicted(trained, tmp_path):
+    """Also of bytes that are no UTF-8, as old archives have them."""
+    name = os.fsdecode(b"aufnahme-\xe4.png")
+    Image.fromarray(np.full((64, 64), 90, np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / name)
+    out = tmp_path / "out"
+    given.predict(*trained, given.find([tmp_path / name], out), out, CPU)
+    assert (out / os.fsdecode(b"aufnahme-\xe4_mask.png")).is_file()

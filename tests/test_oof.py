@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from dataclasses import asdict, replace
 
@@ -354,3 +355,83 @@ def test_the_file_says_what_made_it(recipe):
     (source,) = origin["checkpoints"]
     assert origin["checkpoints"][source] == checkpoint.sha256(recipe.stage_folder(0, 3) / "best.pt")
     assert (origin["mirror"], origin["image_size"], origin["annotation_size"]) == (True, 64, 64)
+
+
+def change(path, **arrays):
+    with np.load(path) as found:
+        content = dict(found)
+    origin = json.loads(str(content["origin"]))
+    origin.update(arrays.pop("origin", {}))
+    np.savez(path, **{**content, **arrays, "origin": np.array(json.dumps(origin))})
+
+
+def test_tables_of_another_split_are_refused(recipe):
+    """In which images that a network was trained on are held out."""
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    for other in ({"split": "another"}, {"digest": "another"}):
+        with pytest.raises(
+            DataError, match=r"oof-best\.npz is of networks that were trained on other images, annotations"
+        ):
+            oof.load(recipe, replace(data, **other))
+
+
+def test_maps_are_written_though_tables_are_there(recipe):
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    oof.write(recipe, data, CPU, maps=True)
+    assert len(list(recipe.folder.glob("fold*/stage3/oof-best/*.png"))) == 18
+
+
+def test_folds_that_were_predicted_otherwise_are_not_mixed(recipe):
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    change(oof.path_of(recipe, 1), origin={"image_size": 32})
+    with pytest.raises(DataError, match="the folds' predictions were made with different settings"):
+        oof.load(recipe, data)
+
+
+def test_predictions_made_in_other_batches_or_numbers_are_made_anew(recipe, capsys):
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    capsys.readouterr()
+    oof.write(replace(recipe, predict=replace(recipe.predict, batch_size=2)), data, CPU)
+    assert "there already" not in capsys.readouterr().out
+    change(oof.path_of(recipe, 1), origin={"autocast": "torch.bfloat16"})
+    oof.write(replace(recipe, predict=replace(recipe.predict, batch_size=2)), data, CPU)
+    assert capsys.readouterr().out.count("there already") == 2
+
+
+@pytest.mark.parametrize("part", ["image_ids", "area"])
+def test_a_file_of_objects_runs_nothing(recipe, tmp_path, part):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    evil = np.empty(1, dtype=object)
+    evil[0] = Evil()
+    change(oof.path_of(recipe, 1), **{part: evil})
+    with pytest.raises(DataError, match="cannot be read"):
+        oof.load(recipe, data)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_more_strange_contents(recipe):
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    path = oof.path_of(recipe, 1)
+    good = path.read_bytes()
+    with np.load(path) as arrays:
+        histogram, agreement = arrays["histogram"], arrays["agreement"]
+    for changed, reason in (
+        ({"origin": {"format": oof.FORMAT - 1}}, f"not of format {oof.FORMAT}"),
+        ({"histogram": histogram + 1}, "histogram holds what no"),
+        ({"true_histogram": histogram + 1}, "true_histogram holds what no"),
+        ({"agreement": agreement + 1.5}, "agreement holds what no"),
+    ):
+        path.write_bytes(good)
+        change(path, **changed)
+        with pytest.raises(DataError, match=reason):
+            oof.load(recipe, data)

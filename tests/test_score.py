@@ -121,3 +121,29 @@ def test_a_whole_submission_equals_an_independent_computation(tmp_path):
     assert time.perf_counter() - started < 20
     assert result["cases"] == 1372
     assert result["dice"] == pytest.approx(np.mean(wanted), abs=1e-9)
+
+
+def test_a_bad_row_without_an_id_counts(tmp_path):
+    """Whose it is nobody knows: with data.unmasked=empty its image would be taken for empty."""
+    with pytest.raises(DataError, match=r"t.csv line 3: 3 fields, the header has 2"):
+        score(tmp_path, "a,-1\nb,0 1\n", "a,-1\nb,0,1\n")
+    files = tmp_path / "p.csv", tmp_path / "t.csv"
+    with pytest.raises(DataError, match=r"t.csv line 3: 3 fields, the header has 2"):
+        score_files(*files, annotation_size=8, unmasked="empty")
+
+
+def test_a_patient_table_that_is_wrong_is_refused(tmp_path):
+    (tmp_path / "patients.csv").write_text("ImageId,patient_id\na,1\na,2\n")
+    score(tmp_path, "a,-1\nb,-1\n", "a,-1\nb,-1\n")
+    files = tmp_path / "p.csv", tmp_path / "t.csv"
+    with pytest.raises(DataError, match="another patient than in a row before"):
+        score_files(*files, annotation_size=8, patients=tmp_path / "patients.csv")
+
+
+def test_what_is_taken_for_empty_is_said_beside_the_result(tmp_path, capsys):
+    """Not on standard output, where --json writes."""
+    (tmp_path / "p.csv").write_text("ImageId,EncodedPixels\na,NaN\nb,-1\n")
+    (tmp_path / "t.csv").write_text("ImageId,EncodedPixels\na,NaN\n")
+    assert score_files(tmp_path / "p.csv", tmp_path / "t.csv", annotation_size=8, unmasked="empty")["dice"] == 1
+    said = capsys.readouterr()
+    assert "no truth for 1 of 2 ids" in said.err and "taken for empty (data.unmasked)" in said.err and not said.out

@@ -8,7 +8,7 @@ import small_run
 import torch
 
 from pneumo import ensemble, inference, oof, tuning
-from pneumo.decision import tune
+from pneumo.decision import metrics, tables, trust, tune
 from pneumo.decision.rule import Rule
 from pneumo.decision.trust import Trust
 from pneumo.errors import DataError, UsageError
@@ -338,3 +338,62 @@ def test_expected_dice_is_told_of_such_predictions_only_as_taught_it(place):
     with pytest.raises(UsageError, match=r"of an earlier version and does not say .* again: make oof .*and make tune"):
         tuning.ruling_for(recipe, models, "auto")
     path.unlink()
+
+
+def test_what_a_rule_file_says_is_worth_is_of_other_folds_and_by_patient(place, monkeypatch):
+    """The folds' own rules find nothing here, the chosen one marks everything; six patients."""
+    recipe, data = place
+    found = oof.load(recipe, data)
+    found = replace(found, groups=np.arange(18) // 3)
+    tuned = tuning.search(recipe, found)
+    nothing, marking = (
+        Rule(threshold=tuned.grid.thresholds[-1], min_area=10**9),
+        Rule(threshold=tuned.grid.thresholds[0]),
+    )
+    dice, baseline = np.repeat(np.linspace(0, 1, 6), 3), np.arange(18) // 6 / 4
+    made = replace(tuned, rule=marking, fold_rules=(nothing,) * 3, dice=dice, baseline=baseline)
+    monkeypatch.setattr(oof, "load", lambda *_: found)
+    monkeypatch.setattr(tuning, "search", lambda *_: made)
+    tuning.run(recipe, data)
+    kept = measured(recipe)
+    assert (kept["sensitivity_cross_fitted"], kept["specificity_cross_fitted"]) == (0, 1)
+    assert kept["dice_recipe"] == baseline.mean()
+    for name, values in (("dice", dice), ("gain", dice - baseline)):
+        (wanted,) = metrics.bootstrap_means(values[None], found.groups, draws=recipe.tune.draws, seed=recipe.seed)
+        assert kept[f"{name}_interval"] == [wanted.low, wanted.high]
+    learned = trust.fit(trust.signals(found.tables, marking), tables.dice(found.tables, marking))
+    assert tuning.read(recipe.folder / "rule.toml")[0].trust == learned
+    (recipe.folder / "rule.toml").unlink()
+
+
+def test_a_loss_that_may_be_chance_is_called_no_gain(place):
+    recipe, data = place
+    found = oof.load(recipe, data)
+    tuned = tuning.search(recipe, found)
+    tuned = replace(tuned, dice=tuned.baseline + np.where(np.arange(18) % 2, 0.5, -0.55))
+    (said,) = [doubt for doubt in tuning.doubts(recipe, found, tuned) if "--rule recipe" in doubt]
+    assert "the chosen rule gains nothing over the recipe's" in said
+
+
+def test_of_few_patients_no_rule_is_clearly_better_than_empty_masks(place):
+    recipe, data = place
+    found = oof.load(recipe, data)
+    found = replace(found, groups=np.arange(18) % 4)
+    tuned = tuning.search(recipe, found)
+    marking = Rule(threshold=tuned.grid.thresholds[0])
+    better = replace(tuned, rule=marking, dice=(~found.tables.positive) + 0.1)
+    (said,) = [doubt for doubt in tuning.doubts(recipe, found, better) if "empty" in doubt]
+    assert "is not clearly better than leaving all masks empty: +0.1000" in said
+
+
+@pytest.mark.parametrize(("at", "dice"), [("9" * 400, 1), (1, -0.5)])
+def test_numbers_beyond_bounds_in_a_rule_file_are_refused(tmp_path, at, dice):
+    negative = f"[trust.negative]\nconfidence = [{at}]\ndice = [{dice}]"
+    (tmp_path / "rule.toml").write_text(f"[rule]\n{negative}\n[trust.positive]\nconfidence = [1]\ndice = [1]")
+    with pytest.raises(DataError, match=r"rule\.toml: not a rule file: "):
+        tuning.read(tmp_path / "rule.toml")
+
+
+def test_a_rule_file_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "rule.toml").write_text("[rule]\nmin_area = 7\n", encoding="utf-8-sig")
+    assert tuning.read(tmp_path / "rule.toml")[0].rule.min_area == 7

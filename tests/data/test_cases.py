@@ -656,3 +656,59 @@ def test_ids_without_an_image_are_counted_among_those_of_the_table(tmp_path):
     _, problems = load(root, unmasked="empty")
     (missing,) = [problem.message for problem in problems if problem.fatal]
     assert "2 of 2 ids have no image" in missing and "which has 2, the first being a)" in missing
+
+
+def test_a_mask_of_another_width_is_refused(tmp_path):
+    root = folder(tmp_path, "nothing", "notes.txt", ids=("a",))
+    (root / "mask").mkdir()
+    Image.fromarray(np.full((GRID, GRID // 2), 255, np.uint8)).save(root / "mask" / "a.png")
+    (message,) = fatal(root)
+    assert "the mask is 32 x 64 pixels, its image" in message and "EXIF" not in message
+    Image.fromarray(np.zeros((GRID, GRID // 2), np.uint8)).save(root / "train" / "a.png")
+    Image.fromarray(np.full((GRID // 2, GRID), 255, np.uint8)).save(root / "mask" / "a.png")
+    (message,) = fatal(root)
+    assert "the mask is 64 x 32 pixels, its image" in message and "EXIF orientation turns it" in message
+
+
+def test_thumbnails_show_all_of_an_image(tmp_path):
+    root = folder(tmp_path, "ImageId,EncodedPixels\na,-1\n", ids=("a",))
+    pixels = np.zeros((GRID, 4 * GRID), np.uint8)
+    pixels[:, -GRID:] = 200
+    Image.fromarray(pixels).save(root / "train" / "a.png")
+    _, thumbnails = cases.verify(load(root)[0], progress=lambda items, **_: items)
+    lit = np.zeros((16, 16), dtype=bool)
+    lit[6:10, 12:] = True
+    np.testing.assert_array_equal(thumbnails[0] > 100, lit)
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    root = folder(tmp_path, "ImageId,EncodedPixels\nx,-1\ny,-1\n")
+    assert "not a single case" in fatal(root, allow_missing=True)[0]
+
+
+def test_half_of_the_images_with_a_patient_are_enough(tmp_path):
+    ids = ("a", "b", "c", "d")
+    root = folder(tmp_path, "ImageId,EncodedPixels\n" + "".join(f"{image_id},-1\n" for image_id in ids), ids=ids)
+    (root / "patients.csv").write_text("ImageId,patient_id\na,p\nb,q\n")
+    (problem,) = load(root)[1]
+    assert "2 of 4 images have no patient there" in problem.message and "do the ids fit" not in problem.message
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    root = folder(tmp_path, PLAIN)
+    (root / "train" / "locked").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert fatal(root) == [f"{root / 'train' / 'locked'}: cannot be read: Permission denied"]
+
+
+def test_names_of_any_case_and_folders_of_such_names(tmp_path):
+    root = folder(tmp_path, PLAIN, "Train-RLE.CSV")
+    (root / "train.csv").mkdir()
+    assert len(load(root)[0]) == 2

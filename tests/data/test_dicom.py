@@ -555,3 +555,85 @@ def test_real_dicom_and_png_are_the_same(siim):
             png = images.read(siim / "gold-1024" / part / f"{path.stem}.png")
             np.testing.assert_array_equal(scan.pixels, png.pixels)
             assert scan.spacing is not None and scan.warnings == ()
+
+
+def test_a_rescale_that_changes_nothing_changes_no_eight_bits(read):
+    """As most files have it: a slope of 1 and an intercept of 0."""
+    pixels = ramp() // 2 + 20
+    np.testing.assert_array_equal(read(make(pixels, RescaleSlope=1, RescaleIntercept=0)).pixels, pixels)
+
+
+@pytest.mark.parametrize("syntax", [dicom.EXPLICIT_LITTLE, dicom.JPEG_BASELINE])
+def test_signed_eight_bits_are_stretched(read, syntax):
+    stored = np.where(np.arange(40) < 20, -100, 100).astype(np.int8)[None].repeat(48, 0)
+    frame = None if syntax == dicom.EXPLICIT_LITTLE else jpeg(stored.view(np.uint8))
+    pixels = read(make(stored, syntax, frame=frame)).pixels
+    assert (pixels[:, :16] < 20).all() and (pixels[:, 24:] > 235).all()
+
+
+def test_a_voi_table_comes_before_a_window(read):
+    """PS3.3 C.11.2: a file may have both, as alternatives; pydicom prefers the table as well."""
+    elements = {"VOILUTSequence": table(np.arange(256)[::-1], 0, 8)}
+    wanted = read(make(ramp(), **elements)).pixels
+    np.testing.assert_array_equal(wanted, 255 - ramp())
+    for width in (30, 0):
+        scan = read(make(ramp(), WindowCenter=100, WindowWidth=width, **elements))
+        np.testing.assert_array_equal(scan.pixels, wanted)
+        assert scan.warnings == ()
+
+
+def test_numbers_beyond_all_bounds_are_refused(refusal):
+    content = make(ramp(high=4095, dtype=np.uint16), BitsStored=12, RescaleSlope="1e308", RescaleIntercept="0")
+    assert "window or rescale values are not finite" in refusal(content)
+
+
+@pytest.mark.parametrize("syntax", [dicom.EXPLICIT_LITTLE, dicom.IMPLICIT_LITTLE])
+def test_an_icon_in_a_file_is_not_its_image(read, refusal, tmp_path, syntax):
+    icon = pydicom.Dataset()
+    icon.Rows = icon.Columns = 64
+    icon.SamplesPerPixel, icon.PhotometricInterpretation = 1, "MONOCHROME2"
+    icon.BitsAllocated = icon.BitsStored = 8
+    icon.HighBit, icon.PixelRepresentation = 7, 0
+    icon.PixelData = bytes(64 * 64)
+    icon["PixelData"].VR = "OB"
+    content = make(ramp(), syntax, IconImageSequence=[icon])
+    np.testing.assert_array_equal(read(content).pixels, ramp())
+    assert images.size(tmp_path / "case.dcm") == (48, 40)
+    assert "a DICOM without pixels" in refusal(make(ramp(), syntax, IconImageSequence=[icon], drop=["PixelData"]))
+
+
+@pytest.mark.parametrize("spacing", [[0, 0.2], [0.2, 0], [-0.1, 0.2]])
+def test_pixels_of_no_size_have_none(read, spacing):
+    assert read(make(ramp(), PixelSpacing=spacing)).spacing is None
+
+
+def test_a_table_longer_than_it_says_ends_where_it_says(read):
+    item = table(np.arange(256), 0, 8)
+    item[0].LUTDescriptor = [100, 0, 8]
+    item[0]["LUTDescriptor"].VR = "US"
+    np.testing.assert_array_equal(read(make(ramp(), VOILUTSequence=item)).pixels, np.clip(ramp(), 0, 99))
+
+
+@pytest.mark.parametrize("where", ["meta", "data set"])
+def test_either_class_tells_an_object_that_is_no_image(refusal, where):
+    report, image = b"1.2.840.10008.5.1.4.1.1.88.11", b"1.2.840.10008.5.1.4.1.1.1.1.1"
+    content = make(ramp(), SOPClassUID=report.decode())
+    first, second = content.index(report), content.rindex(report)
+    at = second if where == "meta" else first
+    assert first != second and "a structured report" in refusal(content[:at] + image + content[at + len(image) :])
+
+
+def test_a_sequence_of_unknown_type_is_walked(read):
+    """PS3.5 6.2.2, note: what an UN of undefined length holds is implicit little endian."""
+    item = struct.pack("<HHL", 0x0008, 0x0100, 4) + b"CODE"
+    item = struct.pack("<HHL", 0xFFFE, 0xE000, len(item)) + item
+    un = struct.pack("<HH2sHL", 0x0009, 0x1010, b"UN", 0, 0xFFFFFFFF) + item + struct.pack("<HHL", 0xFFFE, 0xE0DD, 0)
+    content = make(ramp())
+    at = content.index(struct.pack("<HH", 0x0010, 0x0010))
+    np.testing.assert_array_equal(read(content[:at] + un + content[at:]).pixels, ramp())
+
+
+def test_errors_of_pydicom_are_not_logged(read, caplog):
+    with dicom._pydicom():
+        logging.getLogger("pydicom").error("ROENTGEN")
+    assert not caplog.records

@@ -103,3 +103,9 @@ def test_batches_come_in_order_with_their_masks():
 @pytest.mark.parametrize("reserve", [0, 1 << 50])  # resident, streamed
 def test_batches_on_the_gpu(reserve):
     check_batches(torch.device("cuda", 0), reserve)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"fold": 0}, {"stage": 1}])
+def test_orders_and_fresh_negatives_differ_by_seed_fold_and_stage(other):
+    assert not np.array_equal(plan(1, "fixed", 1.0), plan(1, "fixed", 1.0, **other))  # all positives, in another order
+    assert set(plan(1, "fresh").tolist()) != set(plan(1, "fresh", **other).tolist())

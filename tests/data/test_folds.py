@@ -194,3 +194,48 @@ def test_a_wrong_fold_file_is_refused(tmp_path, text, message):
     (tmp_path / "folds.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         folds.load(tmp_path / "folds.csv", ["a", "b"], 5, redo="Split anew.")
+
+
+def test_all_of_two_patients_join_over_one_duplicate():
+    """Not the two images of the pair alone: the others of either patient must follow them."""
+    joined = folds.join_groups(["p", "q", "q", "p", None], [(0, 2)])
+    assert joined[:4] == ["p"] * 4 and joined[4] is None
+    fold_of = folds.split(list("abcde"), [0] * 5, joined, count=2)
+    assert len(set(fold_of[:4].tolist())) == 1
+
+
+def test_duplicates_among_many_images_are_told_by_their_places():
+    thumbnails = np.random.default_rng(0).random((folds.BLOCK + 76, 16, 16)).astype(np.float32)
+    thumbnails[-1] = thumbnails[-9]
+    thumbnails[-30] = thumbnails[2]
+    count = len(thumbnails)
+    found = folds.find_duplicates(list(map(str, range(count))), thumbnails, 0.995)
+    assert found == [(2, count - 30), (count - 9, count - 1)]
+
+
+def test_audit_counts_the_duplicates_that_cross_folds():
+    report = folds.audit(np.array([0, 0, 0, 1]), [5, 0, 5, 0], [None] * 4, [(0, 1), (1, 2), (2, 3)])
+    assert (report["duplicate_pairs"], report["duplicates_crossing"]) == (3, 1)
+
+
+def test_the_nearest_training_image_is_named():
+    train, test = ([Case(f"{part}{i}", Path(f"{part}/{i}"), ()) for i in range(5)] for part in ("train", "test"))
+    thumbnails = np.random.default_rng(0).random((10, 16, 16)).astype(np.float32)
+    thumbnails[5 + 1] = thumbnails[3]
+    (note,) = folds.seen_in_training(train, test, thumbnails, 0.995)
+    assert note.message.startswith("test/1: nearly the same picture as train/3, so that")
+
+
+def test_images_of_one_area_are_split_alike_in_any_order():
+    ids, areas = [f"case-{i}" for i in range(60)], np.full(60, 77)
+    straight = dict(zip(ids, folds.split(ids, areas).tolist(), strict=True))
+    order = np.random.default_rng(0).permutation(60)
+    shuffled = folds.split([ids[i] for i in order], areas[order])
+    assert dict(zip([ids[i] for i in order], shuffled.tolist(), strict=True)) == straight
+
+
+def test_images_of_unknown_patients_are_no_patient(tmp_path):
+    ids, fold_of = ["a", "b", "c", "d"], np.array([0, 1, 0, 1])
+    folds.check_patients(tmp_path, ids, fold_of, [None, None, "p", "q"], redo="")
+    with pytest.raises(DataError, match=r"1 image is in another fold than one of the same patient, as a and b. Redo"):
+        folds.check_patients(tmp_path, ids, fold_of, ["p", "p", None, None], redo="Redo.")

@@ -230,3 +230,41 @@ def test_thumbnails_are_block_means(tmp_path):
     small = pack.thumbnails(packed)
     assert small.shape == (5, 16, 16)
     assert small[1, 2, 3] == pytest.approx(packed.images[1, 8:12, 12:16].mean())
+
+
+@pytest.mark.parametrize("shape", [(40, 128), (128, 40)])
+def test_an_oblong_image_is_padded_and_not_cut(tmp_path, shape):
+    pixels = np.random.default_rng(0).integers(1, 256, shape, dtype=np.uint8)
+    square = np.zeros((128, 128), dtype=np.uint8)
+    square[44:84] = pixels if shape[0] == 40 else pixels.T
+    square = square if shape[0] == 40 else square.T
+    np.testing.assert_array_equal(pack.pack_image(pixels, 128), square)
+    np.testing.assert_array_equal(pack.pack_image(pixels, 64), images.resize(square, 64))
+
+
+def test_a_mask_takes_the_middle_of_each_larger_pixel():
+    """Edges that are no multiple of 4 pixels: as the image, of which more than half must be in it."""
+    mask = np.zeros((GRID, GRID), dtype=bool)
+    mask[33:97, 19:46] = True
+    small = np.unpackbits(pack.pack_mask(mask_to_runs(mask), GRID, 32), axis=1).astype(bool)
+    expected = np.zeros((32, 32), dtype=bool)
+    expected[8:24, 5:11] = True
+    np.testing.assert_array_equal(small, expected)
+
+
+def test_damage_to_any_part_is_found(tmp_path):
+    cases = made_up(tmp_path / "x")
+    for name in ("images", "masks", "shapes"):
+        wanted = np.array(getattr(open_it(tmp_path / "p", cases, check=True), name))
+        (file,) = (tmp_path / "p").glob(f"*/{name}.npy")
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        assert np.array_equal(getattr(open_it(tmp_path / "p", cases, check=True), name), wanted), name
+
+
+def test_codes_of_another_grid_are_other_data(tmp_path):
+    cases = made_up(tmp_path / "x")
+    hashes = dict.fromkeys([str(case.path) for case in cases], "0" * 64)
+    digests = {pack.content_digest(cases, hashes, size) for size in (128, 256)}
+    assert len(digests) == 2 and pack.content_digest(cases[::-1], hashes, 128) in digests

@@ -259,3 +259,65 @@ def test_by_size_takes_positives_in_equal_parts():
     rows = metrics.by_size(dice_of, most, decided, area / 100, groups, bins=4, draws=100, seed=0)
     assert [(row["cases"], row["smallest"], row["largest"]) for row in rows] == [(44, 1, 20)]
     assert metrics.by_size(dice_of[:30], area[:30], decided[:30], None, groups[:30], draws=100, seed=0) == []
+
+
+def test_every_interval_of_a_summary_resamples_patients():
+    """Each case four times: knowing the patients, all intervals are twice as wide."""
+    rng = np.random.default_rng(0)
+    positive = rng.random(150) < 0.5
+    decided = positive ^ (rng.random(150) < 0.3)
+    score = np.clip(0.3 * positive + rng.random(150) * 0.7, 0, 1)
+    once = (rng.random(150), positive, decided, score)
+    four = [np.repeat(part, 4) for part in once]
+    patients, alone = np.repeat(np.arange(150), 4), np.arange(600)
+    known, unknown = (metrics.summarise(*four, groups, draws=400, seed=0) for groups in (patients, alone))
+    for name in ("dice", "dice_positive", "sensitivity", "specificity", "roc_auc", "average_precision"):
+        wide, narrow = (getattr(found, name) for found in (known, unknown))
+        assert (wide.high - wide.low) / (narrow.high - narrow.low) == pytest.approx(2, rel=0.2), name
+    area = four[1] * np.repeat(rng.permutation(150) + 1, 4)
+    rows = [
+        metrics.by_size(four[0], area, four[2], four[3], groups, bins=1, draws=400, seed=0)[0]
+        for groups in (patients, alone)
+    ]
+    for name in ("dice", "sensitivity"):
+        wide, narrow = (row[name] for row in rows)
+        assert (wide.high - wide.low) / (narrow.high - narrow.low) == pytest.approx(2, rel=0.2), name
+
+
+def test_a_summary_has_both_rankings():
+    score, positive = random_scores(4)
+    groups, one = metrics.groups_of([None] * 60), np.ones((1, 60))
+    found = metrics.summarise(np.zeros(60), positive, positive, score, groups, draws=20, seed=0)
+    auc, precision = (statistic(score, positive, one)[0] for statistic in (metrics.roc_auc, metrics.average_precision))
+    assert (found.roc_auc.value, found.average_precision.value) == (auc, precision) and auc != precision
+    every = metrics.summarise(np.zeros(60), positive | True, positive, score, groups, draws=20, seed=0)
+    assert every.roc_auc is every.average_precision is None
+    (row,) = metrics.by_size(np.zeros(60), np.ones(60, int), positive, score, groups, draws=20, seed=0)
+    assert row["roc_auc"] is row["average_precision"] is None
+
+
+def test_samples_without_a_positive_case_spoil_no_interval():
+    score, positive = np.random.default_rng(0).random(100), np.arange(100) < 5
+    found = metrics.bootstrap_ranking(metrics.roc_auc, score, positive, np.arange(100), draws=2000, seed=0)
+    assert found.has_ends and found.low < found.value < found.high
+
+
+def test_a_patient_named_like_a_number_is_no_lone_case():
+    assert len(np.unique(metrics.groups_of(["1", None]))) == 2
+
+
+def test_as_many_samples_are_drawn_as_asked_for():
+    drawn = np.concatenate(list(metrics._draws(7, 120, 0)))
+    assert drawn.shape == (120, 7) and (drawn.sum(axis=1) == 7).all()
+
+
+def test_a_part_by_size_has_ten_images_if_there_are_as_many():
+    area, groups = np.arange(1, 21), np.arange(20)
+    rows = metrics.by_size(np.ones(20), area, area > 0, None, groups, bins=10, draws=10, seed=0)
+    assert [row["cases"] for row in rows] == [metrics.SMALLEST_PART] * 2
+
+
+def test_an_annotation_that_is_no_mask_is_refused():
+    mask = np.zeros((4, 4), dtype=bool)
+    with pytest.raises(TypeError, match="bool"):
+        dice(mask, mask.astype(np.uint8))

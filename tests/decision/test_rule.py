@@ -123,3 +123,15 @@ def test_a_batch_is_decided_as_its_images_are(device):
             np.testing.assert_array_equal(runs, decide(one, rule))
             decided += len(runs) > 0
     assert decided > 100
+
+
+def test_resizing_keeps_the_edges_of_pixels_in_place():
+    """Not the centres of the corners: images, masks and boxes are brought to another size as areas."""
+    probs = torch.zeros(1, 1, 2, 2)
+    probs[..., 1] = 1
+    assert resize_quantise(probs, 4)[0, 0].tolist() == quantise(torch.tensor([0.0, 0.25, 0.75, 1.0])).tolist()
+
+
+def test_no_area_is_below_0():
+    with pytest.raises(ValueError, match="areas must be at least 0, got 0 and -1"):
+        Rule(top_area=-1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from pneumo.decision import metrics, tables
+from pneumo.decision import metrics, tables, trust
 from pneumo.decision.rule import Rule, decide
 from pneumo.errors import UsageError
 from pneumo.kernels.runs import mask_to_runs
@@ -99,3 +99,25 @@ def test_a_threshold_without_components_is_refused_with_the_nearest():
         tables.dice(data, Rule(threshold=130 / 256))
     with pytest.raises(UsageError, match="make them again"):
         tables.join([data, maps.measured(maps.draw(np.random.default_rng(5), 2, 10), [5])])
+
+
+def test_other_thresholds_are_refused_whatever_their_number():
+    drawn = maps.draw(np.random.default_rng(5), 2, 10)
+    data = maps.measured(drawn, LEVELS)
+    with pytest.raises(UsageError, match="make them again"):
+        tables.join([data, maps.measured(drawn, [2, 40, 128, 200, 255])])
+    with pytest.raises(UsageError, match=r"at threshold 1\.0; nearest: 0\.99609375"):
+        data.place(1.0)
+
+
+def test_a_components_mean_is_rounded():
+    q = np.zeros((4, 4), dtype=np.uint8)
+    q[1, :3] = 100, 101, 101
+    table = tables.measure(q, np.empty((0, 2), dtype=np.int64), np.array([50]))
+    assert table.mean.tolist() == [101]
+
+
+def test_a_map_of_zeros_is_decided_without_a_warning():
+    q = np.zeros((8, 8), dtype=np.uint8)
+    found = trust.signals(tables.measure(q, np.empty((0, 2), dtype=np.int64), np.array([40])), Rule(threshold=40 / 256))
+    assert found.soft_dice.tolist() == [1] and found.score.tolist() == [0]

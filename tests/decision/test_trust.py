@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from pneumo.decision import metrics, tables, trust
-from pneumo.decision.rule import Rule, decide
+from pneumo.decision.rule import Rule, decide, image_score
 from pneumo.decision.trust import Signals
 
 RULE = Rule(threshold=100 / 256, min_area=5)
@@ -77,3 +77,33 @@ def test_a_decision_never_seen_gets_the_mean():
     learned = trust.fit(found, np.array([0.3, 0.7]))
     unseen = made_up(np.array([0.5]), np.array([False]))
     assert learned.expected_dice(unseen) == pytest.approx([0.5])
+
+
+def test_confidence_is_of_the_views_and_the_probabilities_at_the_rules_threshold():
+    q = np.zeros((16, 16), dtype=np.uint8)
+    q[2:6, 2:6] = 200
+    nothing = np.empty((0, 2), np.int64)
+    agreement = np.linspace(0, 1, 257)
+    found = trust.signals(tables.measure(q, nothing, np.array([50, 100]), agreement), RULE)
+    assert found.agreement == pytest.approx([100 / 256]) and found.soft_dice == pytest.approx(
+        [2 * 200.5 / (256 + 200.5)]
+    )
+    assert found.confidence == pytest.approx(found.agreement * found.soft_dice)
+    empty = trust.signals(
+        tables.measure(q, nothing, np.array([100]), agreement), Rule(threshold=100 / 256, min_area=16)
+    )
+    assert empty.score == image_score(np.bincount(q.ravel(), minlength=256)) and empty.confidence == 1 - empty.score
+
+
+def test_a_folds_own_cases_teach_nothing_about_it():
+    """Fold 0 has the confidence of the others, but not their Dice."""
+    folds = np.repeat([0, 1], 50)
+    found = made_up(np.tile(np.linspace(0, 1, 50), 2), np.ones(100, dtype=bool))
+    dice = np.where(folds == 0, 0.1, 0.9)
+    assert trust.cross_fitted(found, dice, folds) == pytest.approx(np.where(folds == 0, 0.9, 0.1))
+
+
+def test_many_cases_of_one_confidence_weigh_as_many():
+    found = made_up(np.array([0.2] * 9 + [0.5]), np.ones(10, dtype=bool))
+    learned = trust.fit(found, np.array([0.9] * 9 + [0.4]))  # falls, so that both become their mean
+    assert learned.expected_dice(found) == pytest.approx(np.full(10, 0.85))

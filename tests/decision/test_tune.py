@@ -204,3 +204,58 @@ def test_all_rules_on_the_whole_challenge_take_seconds():
     found = tune.tune(data, np.arange(12047) % 5, grid, base, **WANTED)
     assert time.perf_counter() - started < 10
     assert found.sums.without(-1).dice[found.choice.index] == pytest.approx(found.in_sample, abs=1e-12)
+
+
+def test_a_fold_has_no_say_in_the_rule_that_scores_it():
+    """Low thresholds are right for the first half of the cases, high ones for the second."""
+    levels, folds = list(range(20, 240, 20)), np.repeat([3, 7], 20)
+    low = np.arange(len(levels)) < 5
+    overlap = np.where((folds == 3)[:, None] == low, 100, 0)
+    data = one_component_each(np.full(overlap.shape, 100), overlap, np.full(40, 100), levels)
+    grid = Grid(tuple(k / 256 for k in levels), (0,), (0.0,), (0,))
+    found = tune.tune(data, folds, grid, Rule(threshold=100 / 256), **WANTED)
+    first, second = (rule.threshold * 256 for rule in found.fold_rules)
+    assert first > 100 >= second and not found.dice.any()
+    assert found.in_sample == 0.5 and found.optimism == 0.5
+    unreached = tune.tune(
+        data, folds, grid, Rule(threshold=100 / 256), objective="sensitivity", target=1.0, tolerance=5e-4
+    )
+    assert unreached.choice.reached and unreached.short == ()  # a target that is just reached is reached
+
+
+def test_more_cases_than_are_scored_at_once(monkeypatch):
+    monkeypatch.setattr(tune, "CASES_AT_ONCE", 4)
+    data = maps.measured(maps.draw(np.random.default_rng(3), 11, 20), [40, 128])
+    grid = Grid((40 / 256, 0.5), (0, 7), (0.0, 0.75), (0, 30))
+    sums = tune.score_all(data, np.arange(11) % 3, grid).without(-1)
+    for index in np.ndindex(grid.shape):
+        assert sums.dice[index] == pytest.approx(tables.dice(data, grid.rule(index)).mean(), abs=1e-12)
+
+
+def test_the_grid_spans_what_it_says():
+    rule = Rule(threshold=0.5, min_area=3500, top_threshold=0.75, top_area=2000)
+    grid = tune.make_grid(rule, 1024, thresholds=50, min_areas=60, top_thresholds=10, top_areas=20)
+    assert [k * 256 for k in (grid.thresholds[0], grid.thresholds[-1])] == [8, 248]
+    assert (grid.min_areas[:2], grid.min_areas[-1]) == ((0, 16), 1024**2 // 32)
+    assert ([k * 256 for k in grid.top_thresholds[:2]], grid.top_thresholds[-1] * 256) == ([0, 64], 248)
+    assert (grid.top_areas[:2], grid.top_areas[-1]) == ((0, 16), 1024**2 // 64)
+
+
+def test_the_edge_of_the_grid_is_no_worse_than_its_middle():
+    """A score that is the same all over is so after smoothing: no rule is pushed away from the edge."""
+    score = np.full((21, 1, 1, 1), 0.8)
+    score[8:] = 0.5
+    sums = tune.Sums(score[None] * 100, score[None] * 100, score[None] * 0, np.array([100.0]), np.array([0.0]))
+    choice = tune.choose(sums, (0, 0, 0, 0), **WANTED)
+    assert choice.plateau[:, 0, 0, 0].tolist() == [True] * 6 + [False] * 15
+
+
+def test_folds_that_miss_the_target_are_told_by_their_number():
+    """Only the cases of fold 7 can be found, so that without it nothing is."""
+    levels, folds = [100, 200], np.repeat([3, 5, 7], 10)
+    area = np.where((folds == 7)[:, None], 100, 0) * np.ones((1, 2), int)
+    data = one_component_each(area, area, np.full(30, 100), levels)
+    grid = Grid((100 / 256, 200 / 256), (0,), (0.0,), (0,))
+    wanted = {"objective": "sensitivity", "target": 0.3, "tolerance": 5e-4}
+    found = tune.tune(data, folds, grid, Rule(threshold=100 / 256), **wanted)
+    assert found.choice.reached and found.short == (7,)

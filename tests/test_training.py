@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from small_run import differing
 
 from pneumo import checkpoint, dataset, engine, log, oof, start, training
+from pneumo.decision.rule import Rule
 from pneumo.errors import DataError, NotFiniteError, Stopped, UsageError
 from pneumo.resume import StageFolder, of_this_run
 
@@ -187,6 +188,97 @@ def test_a_stage_starts_from_the_best_of_the_one_before(straight, monkeypatch):
     best = checkpoint.load(recipe.stage_folder(0, 2) / "best.pt")["model"]
     assert all(torch.equal(best[key], seen[key]) for key in best)
     assert log.read_status(recipe.stage_folder(0, 3))["state"] == "failed"
+
+
+def test_an_epoch_is_planned_as_the_recipe_says(repo, root, tmp_path, monkeypatch):
+    settings = ("seed=5", "stage.1.negatives=fresh", "stage.1.positive_fraction=0.4")
+    recipe = small_run.recipe(repo, root, tmp_path, *settings)
+    plan, given = training.feeds.epoch_plan, []
+
+    def noted(positives, negatives, **how):
+        given.append((positives.tolist(), negatives.tolist(), how))
+        return plan(positives, negatives, **how)
+
+    monkeypatch.setattr(training.feeds, "epoch_plan", noted)
+    train(recipe, fold=2)
+    data = dataset.load(recipe)
+    inside = data.folds != 2
+    rows = [np.flatnonzero(inside & kind).tolist() for kind in (data.positive, ~data.positive)]
+    how = {"positive_fraction": 0.4, "draw": "fresh", "seed": 5, "fold": 2, "stage": 1}
+    assert given == [(*rows, {**how, "epoch": epoch}) for epoch in (1, 2)]
+
+
+def test_the_cosine_schedule_goes_down_over_all_steps(repo, root, tmp_path, monkeypatch):
+    recipe = small_run.recipe(repo, root, tmp_path, "stage.1.schedule=cosine", "stage.1.epochs=3", "stage.1.lr=0.01")
+    step, rates = engine.train_step, []
+
+    def noted(model, micro_batches, optimizer, *more, **named):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(model, micro_batches, optimizer, *more, **named)
+
+    monkeypatch.setattr(engine, "train_step", noted)
+    train(recipe)
+    assert len(rates) == 6  # 8 images an epoch in micro-batches of 3, two a step
+    assert rates == pytest.approx([0.005 * (1 + np.cos(np.pi * done / 6)) for done in range(6)])
+
+
+def test_validation_decides_by_the_recipes_rule_and_its_loss_moves_the_rate(repo, root, tmp_path, monkeypatch):
+    """Dice rises all the time; the loss is a fifth lower in the third epoch, and no more."""
+    plateau = ("stage.1.patience=1", "stage.1.factor=0.5", "stage.1.plateau_threshold=0.2", "stage.1.epochs=7")
+    recipe = small_run.recipe(
+        repo, root, tmp_path, *plateau, "stage.1.lr=0.008", "rule.threshold=0.25", "rule.min_area=33", "train.ema=0.9"
+    )
+    losses, given, weights = iter([1.0, 0.9, 0.7, 0.7, 0.7, 0.7, 0.7]), [], []
+
+    def evaluate(model, _feed, rows, _truth, rule, loss, _dtype, *, annotation_size, **_more):
+        given.append((rule, loss.kind, annotation_size))
+        weights.append(torch.cat([tensor.flatten() for tensor in model.state_dict().values()]))
+        averaged = len(given) % 2 == 0
+        value = 5.0 if averaged else next(losses)
+        dice = np.full(len(rows), len(given) / 100)
+        return engine.Evaluation(rows, dice, value, np.ones(len(rows), dtype=bool))
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    folder = train(recipe)
+    rule = Rule(threshold=0.25, min_area=33)
+    assert set(given) == {(rule, "focal_dice", 64)} and len(given) == 14
+    assert all(not torch.equal(live, averaged) for live, averaged in zip(weights[::2], weights[1::2], strict=True))
+    lines = log.read_jsonl(folder / "log.jsonl")
+    # the second epoch after it that gains no fifth halves the rate of those that follow
+    assert [line["lr"] for line in lines] == pytest.approx([0.008] * 5 + [0.004] * 2)
+
+
+def test_an_optimizer_as_the_recipe_says(repo, root, tmp_path):
+    recipe = small_run.recipe(repo, root, tmp_path, "stage.1.weight_decay=0.03", "stage.1.lr=0.004", "seed=3")
+    run = training._Run(recipe, dataset.load(recipe), 0, 1, CPU)
+    run._build(None)
+    (group,) = run.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.004, 0.03)
+    assert len(group["params"]) == len(list(run.model.parameters()))
+
+
+def test_images_are_augmented_as_the_recipe_says(straight, monkeypatch):
+    changed = {name: value / 2 for name, value in asdict(straight.augment).items() if isinstance(value, float)}
+    settings = replace(straight.augment, **changed)
+    drawn, numbers = training.augment.random_numbers, []
+
+    def noted(*given, **values):
+        numbers.append(values)
+        return drawn(*given, **values)
+
+    monkeypatch.setattr(training.augment, "random_numbers", noted)
+    image = torch.full((2, 1, 64, 64), 99, dtype=torch.uint8)
+    used = []
+
+    def transform(image, mask, *_numbers, **values):
+        used.append(values)
+        return image.float() / 255, mask.float()
+
+    training.augmented(image, image // 99, settings, torch.Generator().manual_seed(0), transform)
+    wanted = asdict(settings)
+    assert [{**values, "gamma": tuple(values["gamma"])} for values in (*numbers, *used)] == [
+        {**wanted, "gamma": tuple(wanted["gamma"])}
+    ] * 2
 
 
 EMA = ("train.ema=0.9", "train.keep_best=2", "stage.1.epochs=3", "train.checkpoint_steps=1")

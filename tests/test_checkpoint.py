@@ -179,3 +179,44 @@ def test_a_lock_that_cannot_be_made_says_so(tmp_path):
     for held in (checkpoint.lock(too_long), checkpoint.wait_lock(too_long, print)):
         with pytest.raises(WriteError, match=r"Cannot write .*/lock: File name too long. Choose another"), held:
             pass
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name_and_so_is_the_name(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def replaced(old: Path, new: Path) -> None:
+        done.append(f"{old.name} to {new.name}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    path = tmp_path / "last.pt"
+    path.touch()
+    checkpoint.write_atomic(path, b"x", keep=tmp_path / "prev.pt")
+    temporary = checkpoint.temporary(path).name
+    wanted = [f"sync {temporary}", "last.pt to prev.pt", f"{temporary} to last.pt", f"sync {tmp_path.name}"]
+    assert done == wanted
+
+
+def test_a_disk_that_has_no_room_is_not_filled(tmp_path, monkeypatch):
+    """Other programs would stop for it."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _place: usage._replace(free=3))
+    checkpoint.write_atomic(tmp_path / "a", b"abc")
+    monkeypatch.setattr(checkpoint.os, "fsync", None)  # nothing is written
+    with pytest.raises(NoSpaceError, match=r"needed, .* free on .*\. What was there is intact\.$"):
+        checkpoint.write_atomic(tmp_path / "a", b"abcd")
+    assert (tmp_path / "a").read_bytes() == b"abc" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_damaged_last_is_said_once(tmp_path):
+    """Gone on with from prev.pt and stopped again: last.pt was not lost while it was replaced."""
+    checkpoint.save(state(), tmp_path / "prev.pt")
+    (tmp_path / "last.pt").write_bytes(b"x")
+    _, path, (complaint,) = checkpoint.load_last(tmp_path)
+    assert path.name == "prev.pt" and "Kept as last.pt.corrupt" in complaint
+    assert checkpoint.load_last(tmp_path)[2] == []

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from pneumo import cli, log
+from pneumo import cli, config, log
 from pneumo.errors import DataError, one_line, printable
 
 CHURN = """
@@ -82,6 +82,8 @@ def test_what_is_shown_cannot_move_the_cursor(capsys, monkeypatch):
             "a.png: cannot be read: Too many open files: allow",
         ),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 6, "the host is out of memory ([Errno 12] Cannot allocate"),
+        (MemoryError(), 6, "the host is out of memory (MemoryError). Lower stage.N.batch_size"),
+        (RuntimeError("x.cpp:117: DefaultCPUAllocator: can't allocate memory"), 6, "the host is out of memory (x.cpp"),
         (PermissionError(errno.EPERM, "Operation not permitted"), 1, "PermissionError: [Errno 1] Operation not perm"),
     ],
 )
@@ -125,3 +127,34 @@ def test_where_cudnn_finds_nothing_memory_is_probably_short():
 def test_json_for_others_has_no_infinity():
     value = {"a": [1.5, float("inf"), (float("nan"),)], "b": {"c": -float("inf"), "d": None, "e": "NaN"}}
     assert json.loads(log.dumps(value)) == {"a": [1.5, None, [None]], "b": {"c": None, "d": None, "e": "NaN"}}
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    cli.add_recipe_options(parser)
+    return parser.parse_args(words)
+
+
+def test_recipes_are_those_of_the_working_directory_if_it_has_any(repo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.load_recipe(parsed()) == config.load(repo / "configs.toml", "seed")
+    text = (repo / "configs.toml").read_text()
+    (tmp_path / "configs.toml").write_text(f"{text}\n[mine]\nbase = 'seed'\nseed = 7\n")
+    (tmp_path / "other.toml").write_text(f"{text}\n[mine]\nbase = 'seed'\nseed = 8\n")
+    assert cli.load_recipe(parsed("--recipe", "mine")).seed == 7
+    assert cli.load_recipe(parsed("--recipe", "mine", "--config", "other.toml")).seed == 8
+
+
+def test_options_as_words_are_the_same_options(tmp_path):
+    given = parsed("--recipe", "demo", "--set", "a=1", "b=c d", "--debug", "--config", "f.toml", "--set", "e=2")
+    again = parsed(*cli.words(given))
+    assert [item for group in again.set for item in group] == ["a=1", "b=c d", "e=2"]
+    assert (again.recipe, again.config, again.debug) == (given.recipe, given.config, True)
+    assert cli.words(parsed()) == ["--recipe=seed"]
+
+
+def test_a_number_of_jobs_is_at_least_one():
+    assert cli.positive("2") == 2
+    for text in ("0", "-1", "x"):
+        with pytest.raises(ValueError):
+            cli.positive(text)

@@ -118,6 +118,8 @@ OVERRIDES = {
         ("model.decoder_channels=[1, 2]", r"model\.decoder_channels must be 5 numbers from 1 to 4096, got \[1, 2\]"),
         ("model.decoder_channels=8", r"model\.decoder_channels: expected a list, got 8"),
         ("augment.gamma=[2.0, 1.0]", r"augment\.gamma must be \[low, high\]"),
+        ("augment.gamma=[0, 1]", r"augment\.gamma must be \[low, high\] with 0 < low"),
+        ("rule.top_threshold=0.3", r"rule\.top_threshold must be a multiple of 1/256, got 0\.3; nearest: 0\.30078125"),
         ("augment.gamma=[0.5, inf]", r"augment\.gamma must be \[low, high\]"),
         ("folds.count=1000000000000", r"folds\.count must be in \[2, 1000\], got 1000000000000"),
         ("tune.draws=1000000000000000", r"tune\.draws must be in \[100, 100000\], got 1000000000000000"),
@@ -128,6 +130,12 @@ OVERRIDES = {
         (r'model.pretrained="a\u0000b"', r"model\.pretrained must not hold NUL"),
         ("data.root=/x/\udcff/y", r"data\.root: '/x/\\udcff/y' is not UTF-8 at character 3; rename the .* link to it"),
         ("augment.optical_limit=2.0", r"augment\.optical_limit must be in \[0, 0\.3\], got 2\.0"),
+        ("stage.1.lr=0", r"stage\.1\.lr must be in \(0, inf\), got 0\.0$"),
+        ("stage.1.smooth=0", r"stage\.1\.smooth must be in \(0, inf\), got 0\.0$"),
+        ("stage.1.factor=1", r"stage\.1\.factor must be in \(0, 1\), got 1\.0$"),
+        ("augment.elastic_sigma=0", r"augment\.elastic_sigma must be in \(0, inf\), got 0\.0$"),
+        ("train.ema=1", r"train\.ema must be in \[0, 1\), got 1\.0$"),
+        ("model.decoder_channels=[8, 8, 8, 8, 0]", r"model\.decoder_channels must be 5 numbers from 1 to 4096"),
     ],
     "C3": [
         ("stage.2.image_size=1000", r"stage\.2\.image_size must be a multiple of 32, got 1000; nearest: 992"),
@@ -293,12 +301,14 @@ def test_home_is_expanded(repo, tmp_path, monkeypatch):
     (tmp_path / "configs.toml").write_text(text)
     recipe = config.load(tmp_path / "configs.toml", "seed", ["runs=~"])
     assert (recipe.data.root, recipe.runs) == ("/home/anna/x rays", "/home/anna")
+    recipe = config.load(repo / "configs.toml", "seed", ["model.pretrained=~/w.pth"])
+    assert recipe.model.pretrained == "/home/anna/w.pth"
     recipe = config.load(repo / "configs.toml", "seed", ["data.root=~anna/x", "runs=a/~"])
     assert (recipe.data.root, recipe.runs) == ("~anna/x", "a/~")
 
 
 def test_a_recipe_that_only_a_run_knows_is_found(repo, tmp_path, monkeypatch):
-    for place in ("runs/hospital/fold0/stage1", "my runs/hospital/fold1/stage2"):
+    for place in ("runs/hospital/fold0/stage0", "runs/hospital/fold0/stage1", "my runs/hospital/fold1/stage2"):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "config.toml").write_text(
             config.dumps(config.load(repo / "configs.toml", "demo")).replace("demo", "hospital")
@@ -338,10 +348,19 @@ def test_a_byte_order_mark_is_passed_over(repo, tmp_path):
 
 def test_settings_of_a_stage_leave_out_what_changes_no_weight(repo):
     base = config.load(repo / "configs.toml", "seed")
-    for harmless in ("runs=elsewhere", "stage.1.epochs=3", "train.checkpoint_minutes=1", "data.root=x"):
+    for harmless in (
+        "runs=elsewhere",
+        "stage.1.epochs=3",
+        "train.checkpoint_minutes=1",
+        "data.root=x",
+        "model.checkpointing=true",
+    ):
         other = config.load(repo / "configs.toml", "seed", [harmless])
         assert config.stage_settings(other, 2) == config.stage_settings(base, 2), harmless
-    for telling in ("seed=1", "stage.2.epochs=3", "augment.flip=0", "rule.min_area=0", "folds.count=4"):
+    for telling in (
+        *("seed=1", "stage.2.epochs=3", "augment.flip=0", "rule.min_area=0", "folds.count=4", "model.upsample=plain"),
+        *("data.annotation_size=512", "train.amp=off", "train.compile=off", "train.ema=0.9", "train.keep_best=2"),
+    ):
         other = config.load(repo / "configs.toml", "seed", [telling])
         assert config.stage_settings(other, 2) != config.stage_settings(base, 2), telling
 
@@ -397,3 +416,22 @@ def test_a_recipe_is_called_as_its_table(repo, tmp_path):
 def test_the_nearest_threshold_is_one_that_may_be(repo):
     with pytest.raises(UsageError, match=r"rule.threshold must be a multiple of 1/256, got 0.001; nearest: 0.00390625"):
         config.load(repo / "configs.toml", "seed", ["rule.threshold=0.001"])
+
+
+def test_a_first_stage_may_start_from_that_of_another_recipe(repo):
+    recipe = config.load(repo / "configs.toml", "demo", ["stage.1.start=seed", "runs=r"])
+    assert str(recipe.start_folder(2, 1)) == "r/seed/fold2/stage1"
+    assert str(recipe.start_folder(2, 2)) == "r/demo/fold2/stage1"
+
+
+def test_stages_may_stand_in_any_order(repo, tmp_path):
+    text = (repo / "configs.toml").read_text()
+    place, end = text.index("[seed.stage.1]"), text.index("[seed.stage.2]")
+    (tmp_path / "c.toml").write_text(text[:place] + text[end:] + "\n" + text[place:end])
+    assert config.load(tmp_path / "c.toml", "seed") == config.load(repo / "configs.toml", "seed")
+
+
+def test_of_several_overrides_the_last_one_counts_and_is_named(repo):
+    assert config.load(repo / "configs.toml", "seed", ["seed=1", "seed=2"]).seed == 2
+    with pytest.raises(UsageError, match=r"--set seed=-2: seed must be"):
+        config.load(repo / "configs.toml", "seed", ["seed=-1", "seed=-2"])

@@ -1,13 +1,16 @@
 import numpy as np
 import pytest
+import small_run
 import torch
 from torch import nn
 
-from pneumo import config, ensemble, inference
+from pneumo import checkpoint, config, engine, ensemble, inference
 from pneumo.decision.rule import Rule, image_score, quantise
 from pneumo.decision.trust import Trust
 from pneumo.ensemble import Ensemble
-from pneumo.errors import NotFiniteError, UsageError
+from pneumo.errors import DataError, NotFiniteError, UsageError
+from pneumo.model.folded import FoldedUNet
+from pneumo.model.unet import UNet
 from pneumo.tuning import Ruling
 
 
@@ -123,3 +126,39 @@ def test_folds_are_parsed():
         with pytest.raises(UsageError, match="--folds") as caught:
             ensemble.parse_folds(text, 3)
         assert len(str(caught.value)) < 200
+
+
+def test_nothing_is_found_in_the_padding_by_several_networks():
+    boxes = np.array([[0, 8, 2, 6]] * 3)
+    found = ensemble.predict(made(LeftRight(9.0), LeftRight(9.0), mirror=True), image(), 8, "abc", boxes).q
+    assert found[:, :, 2:6].any() and not found[:, :, :2].any() and not found[:, :, 6:].any()
+
+
+def test_networks_that_do_not_belong_together_are_refused(repo, data, tmp_path):
+    recipe = small_run.recipe(repo, data, tmp_path)
+    small_run.pretend_trained(recipe)
+    path = recipe.stage_folder(1, 3) / "best.pt"
+    good, cpu = checkpoint.load(path), torch.device("cpu")
+    for key in ("digest", "split"):
+        checkpoint.save({**good, key: "other"}, path)
+        assert len(ensemble.load(recipe, [1], cpu).models) == 1
+        with pytest.raises(
+            DataError, match=r"^the folds \[0, 1, 2\] of .* were not trained on one split of one data set"
+        ):
+            ensemble.load(recipe, [0, 1, 2], cpu)
+    checkpoint.save({**good, "fold": 0}, path)
+    with pytest.raises(DataError, match=r"best\.pt was trained on other fold \(0, not 1\)"):
+        ensemble.load(recipe, [1], cpu)
+    checkpoint.save({**good, "settings": {**good["settings"], "stage.3.image_size": 96}}, path)
+    with pytest.raises(UsageError, match=r"was trained at 96 px, the recipe now says stage\.3\.image_size=64$"):
+        ensemble.load(recipe, [1], cpu)
+
+
+def test_probabilities_are_as_fine_as_float32_has_them_whatever_convolutions_compute_in():
+    model = UNet("test_resnet", decoder_channels=(8, 8, 8, 4, 4)).eval()
+    pixels = torch.randint(0, 256, (1, 1, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        logits = engine.predict_logits(FoldedUNet(model, torch.bfloat16), pixels, torch.bfloat16)
+        wanted = engine.predict_logits(model, pixels, torch.float32)
+    assert logits.dtype == torch.float32
+    assert 0 < float((logits - wanted).abs().max()) < 0.1 * float(wanted.abs().max())

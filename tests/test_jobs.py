@@ -21,6 +21,9 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+GPUS = jobs._gpus
+
+
 @pytest.fixture(autouse=True)
 def no_gpus(monkeypatch):
     monkeypatch.setattr(jobs, "_gpus", lambda: [])
@@ -160,3 +163,54 @@ def test_folds_side_by_side_are_those_one_after_the_other(tmp_path):
     for one, two in zip(*leaves, strict=True):
         assert one.keys() == two.keys()
         assert all(bool((one[key] == two[key]).all()) for key in one)
+
+
+def test_what_a_fold_is_started_with(monkeypatch, capsys):
+    """Its share of the cores unless the user says otherwise, lines as they are printed, and a session of its own."""
+    monkeypatch.setattr(jobs.os, "cpu_count", lambda: 7)
+    code = (
+        "import os; e = os.environ; print(e['OMP_NUM_THREADS'], e['PYTHONUNBUFFERED'], os.getsid(0) == os.getpid());"
+        "os.write(1, b'\\xff\\n')"
+    )
+    for threads in (None, "5"):
+        if threads is None:
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        else:
+            monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        jobs.run_folds([0], 2, lambda fold: python(code))
+        assert capsys.readouterr().out == f"[fold 0] {threads or 3} 1 True\n[fold 0] \ufffd\n"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    jobs.run_folds([0], 9, lambda fold: python(code))
+    assert capsys.readouterr().out.startswith("[fold 0] 1 1 ")
+
+
+def test_signals_are_the_users_again_afterwards_and_the_first_one_counts(monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    jobs.run_folds([0], 1, lambda fold: python(""))
+    assert {number: signal.getsignal(number) for number in before} == before
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); time.sleep(30)"
+    for delay, number in ((0.7, signal.SIGTERM), (1.2, signal.SIGINT)):
+        threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+    with pytest.raises(Stopped, match="stopped by SIGTERM") as caught:
+        jobs.run_folds([0], 1, lambda fold: python(code))
+    assert caught.value.exit_code == 143
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "gpus"),
+    [
+        (None, 2, ["0", "1"]),
+        ("", 0, []),
+        ("2, 3", 2, ["2", "3"]),
+        ("GPU-8a,GPU-9b", 2, ["GPU-8a", "GPU-9b"]),
+        ("1,-1,2", 1, ["1"]),
+    ],
+)
+def test_gpus_are_named_as_the_user_names_them(monkeypatch, visible, count, gpus):
+    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: count)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert GPUS() == gpus

@@ -63,3 +63,23 @@ def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(log.sys, "stderr", terminal)
     assert list(log.bar(range(3), title="predict")) == [0, 1, 2]
     assert "predict:   0%|" in terminal.getvalue()
+
+
+def test_only_the_first_process_says_and_warns(capsys, monkeypatch):
+    log.say("one")
+    log.warn("two")
+    monkeypatch.setattr(log.dist, "is_main", lambda: False)
+    log.say("three")
+    log.warn("four")
+    assert capsys.readouterr() == ("one\n", "warning: two\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"state": 1}', '{"state": "done", "epoch": 2}', '{"state": "done", "epoch": "2", "epochs": 2}'],
+)
+def test_a_damaged_status_counts_as_missing(tmp_path, capsys, text):
+    (tmp_path / "status.json").write_text(text)
+    assert log.read_status(tmp_path) == {"state": "missing"}
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {tmp_path}/status.json is damaged: ") and "counts as missing; training" in said

@@ -1,4 +1,5 @@
 import json
+from contextlib import contextmanager
 
 import pytest
 import small_run
@@ -97,3 +98,28 @@ def test_a_gpu_is_asked_once(repo, data, tmp_path, monkeypatch):
         recipe = small_run.recipe(repo, data, tmp_path, f"train.gpu_reserve_gb={reserve}")
         assert measured.evaluation_batch(recipe, None, side, torch.float32, gpu) == 4
     assert asked == [5, 1, 1, 3]  # half of what is free, or half of what images leave free; each card for itself
+
+
+def test_which_blocks_are_merged(repo, data, tmp_path, monkeypatch):
+    """As the recipe says, or on a CPU by the rule, asked with each block's shape in this stage's micro-batches."""
+    cpu, asked = torch.device("cpu"), []
+    model = UNet("test_resnet", decoder_channels=(8, 8, 8, 4, 4))
+    monkeypatch.setattr(measured, "is_faster", lambda x, *more: asked.append((x, *more)) or x[-1] > 8)
+    found = {}
+    for how in ("merged", "plain", "auto"):
+        recipe = small_run.recipe(repo, data, tmp_path, f"model.upsample={how}", "stage.2.image_size=128")
+        found[how] = measured.merged_blocks(recipe, 2, model, torch.float32, cpu)
+    assert found == {"merged": [True] * 5, "plain": [False] * 5, "auto": [False, False, True, True, True]}
+    assert asked == [(*shape, cpu, torch.float32) for shape in model.block_shapes(3, 128)]
+
+
+def test_what_another_run_measured_meanwhile_is_taken(tmp_path, monkeypatch):
+    @contextmanager
+    def waits(*_given):
+        (tmp_path / measured.FILE).write_text('{"a card": 5, "another": 6}')
+        yield
+
+    monkeypatch.setattr(checkpoint, "wait_lock", waits)
+    assert measured.once(tmp_path, "a card", refuse) == 5
+    assert measured.once(tmp_path, "a third", lambda: 7) == 7
+    assert json.loads((tmp_path / measured.FILE).read_text())["another"] == 6

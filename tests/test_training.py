@@ -18,9 +18,12 @@ import torch
 from small_run import differing
 
 from pneumo import checkpoint, dataset, engine, log, oof, start, training
+from pneumo.data import feed as feeds
+from pneumo.data.feed import Feed
 from pneumo.decision.rule import Rule
-from pneumo.errors import DataError, NotFiniteError, Stopped, UsageError
-from pneumo.resume import StageFolder, of_this_run
+from pneumo.errors import DataError, FolderGoneError, NotFiniteError, Stopped, UsageError
+from pneumo.model import augment
+from pneumo.resume import Position, StageFolder, of_this_run
 
 CPU = torch.device("cpu")
 
@@ -190,24 +193,6 @@ def test_a_stage_starts_from_the_best_of_the_one_before(straight, monkeypatch):
     assert log.read_status(recipe.stage_folder(0, 3))["state"] == "failed"
 
 
-def test_an_epoch_is_planned_as_the_recipe_says(repo, root, tmp_path, monkeypatch):
-    settings = ("seed=5", "stage.1.negatives=fresh", "stage.1.positive_fraction=0.4")
-    recipe = small_run.recipe(repo, root, tmp_path, *settings)
-    plan, given = training.feeds.epoch_plan, []
-
-    def noted(positives, negatives, **how):
-        given.append((positives.tolist(), negatives.tolist(), how))
-        return plan(positives, negatives, **how)
-
-    monkeypatch.setattr(training.feeds, "epoch_plan", noted)
-    train(recipe, fold=2)
-    data = dataset.load(recipe)
-    inside = data.folds != 2
-    rows = [np.flatnonzero(inside & kind).tolist() for kind in (data.positive, ~data.positive)]
-    how = {"positive_fraction": 0.4, "draw": "fresh", "seed": 5, "fold": 2, "stage": 1}
-    assert given == [(*rows, {**how, "epoch": epoch}) for epoch in (1, 2)]
-
-
 def test_the_cosine_schedule_goes_down_over_all_steps(repo, root, tmp_path, monkeypatch):
     recipe = small_run.recipe(repo, root, tmp_path, "stage.1.schedule=cosine", "stage.1.epochs=3", "stage.1.lr=0.01")
     step, rates = engine.train_step, []
@@ -255,30 +240,6 @@ def test_an_optimizer_as_the_recipe_says(repo, root, tmp_path):
     (group,) = run.optimizer.param_groups
     assert (group["lr"], group["weight_decay"]) == (0.004, 0.03)
     assert len(group["params"]) == len(list(run.model.parameters()))
-
-
-def test_images_are_augmented_as_the_recipe_says(straight, monkeypatch):
-    changed = {name: value / 2 for name, value in asdict(straight.augment).items() if isinstance(value, float)}
-    settings = replace(straight.augment, **changed)
-    drawn, numbers = training.augment.random_numbers, []
-
-    def noted(*given, **values):
-        numbers.append(values)
-        return drawn(*given, **values)
-
-    monkeypatch.setattr(training.augment, "random_numbers", noted)
-    image = torch.full((2, 1, 64, 64), 99, dtype=torch.uint8)
-    used = []
-
-    def transform(image, mask, *_numbers, **values):
-        used.append(values)
-        return image.float() / 255, mask.float()
-
-    training.augmented(image, image // 99, settings, torch.Generator().manual_seed(0), transform)
-    wanted = asdict(settings)
-    assert [{**values, "gamma": tuple(values["gamma"])} for values in (*numbers, *used)] == [
-        {**wanted, "gamma": tuple(wanted["gamma"])}
-    ] * 2
 
 
 EMA = ("train.ema=0.9", "train.keep_best=2", "stage.1.epochs=3", "train.checkpoint_steps=1")
@@ -756,3 +717,229 @@ def test_a_dice_that_is_no_number_never_wins(repo, root, tmp_path, monkeypatch, 
     folder = train(small_run.recipe(repo, root, tmp_path))
     assert checkpoint.load(folder / "best.pt")["record"]["epoch"] == 1
     figure("best.pt is of the other")
+
+
+def test_a_run_trains_on_what_its_recipe_says(repo, root, tmp_path, monkeypatch):
+    """Images of the other folds alone, in micro-batches and with random numbers that belong to their place in the plan.
+
+    A later version has to draw the same, or a run that it goes on with ends elsewhere.
+    """
+    changes = ["seed=5", "augment.rigid=1", "augment.rotate=30", *(
+        f"stage.2.{change}"
+        for change in ("start=encoder", "negatives=fresh", "positive_fraction=0.4", "batch_size=2", "accumulation=3")
+    )]  # fmt: skip
+    recipe = small_run.recipe(repo, root, tmp_path, *changes)
+    data, given, step = dataset.load(recipe), [], engine.train_step
+
+    def train_step(model, micro_batches, *more, **options):
+        given.append(list(micro_batches))
+        return step(model, given[-1], *more, **options)
+
+    monkeypatch.setattr(engine, "train_step", train_step)
+    training.train_stage(recipe, data, 1, 2, CPU)
+    feed = Feed(dataset.open_train(recipe, data, 64), CPU, np.arange(len(data.cases)))
+    settings, others = asdict(recipe.augment), data.folds != 1
+    for epoch in (1, 2):
+        rows = (np.flatnonzero(others & data.positive), np.flatnonzero(others & ~data.positive))
+        plan = feeds.epoch_plan(*rows, positive_fraction=0.4, draw="fresh", seed=5, fold=1, stage=2, epoch=epoch)
+        for number, micro_batches in enumerate(feeds.steps(plan, 2, 3)):
+            found = given.pop(0)
+            for place, (image, mask) in enumerate(feed.batches(micro_batches)):
+                generator = torch.Generator().manual_seed(feeds.key(5, 1, 2, epoch, number, place, "augment"))
+                numbers = augment.random_numbers(len(image), 64, generator, **settings)
+                wanted = augment.transform(image, mask, *numbers, **settings)
+                assert all(map(torch.equal, found.pop(0), wanted)), (epoch, number, place)
+            assert not found
+    assert not given
+
+
+@pytest.mark.parametrize(("bad", "ends"), [({0, 2}, False), ({1, 2}, True)])
+def test_only_steps_in_a_row_end_a_run(repo, root, tmp_path, monkeypatch, bad, ends):
+    """Of four steps, two an epoch, those that were not taken."""
+    steps, step = iter(range(4)), engine.train_step
+
+    def train_step(*given, **options):
+        stats = step(*given, **options)
+        stats[1] = float(next(steps) not in bad)
+        return stats
+
+    monkeypatch.setattr(engine, "train_step", train_step)
+    recipe = small_run.recipe(repo, root, tmp_path, "train.nonfinite_steps=2")
+    if not ends:
+        train(recipe)
+        return
+    with pytest.raises(NotFiniteError, match=r"for 2 steps in a row \(to epoch 2, step 1;"):
+        train(recipe)
+
+
+def test_the_log_tells_positives_from_negatives():
+    result = engine.Evaluation(np.arange(4), np.array([0.25, 1.0, 0.5, 0.25]), 1.5, np.ones(4, dtype=bool))
+    assert training._record(result, np.array([True, False, True, False])) == {
+        "val_loss": 1.5,
+        "dice": 0.5,
+        "dice_positive": 0.375,
+        "true_negative_rate": 0.625,
+    }
+
+
+def test_checkpoints_are_minutes_apart_and_an_epoch_takes_what_all_its_runs_took(repo, root, tmp_path, monkeypatch):
+    """Eight steps of 40 s: one is saved two steps after a minute is over; the run ends then and is started again."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+    def train_step(*given, **options):
+        if clock.now == dies:
+            raise SystemExit
+        clock.now += 40
+        return step(*given, **options)
+
+    clock, step, save, saved = Clock(), engine.train_step, StageFolder.save, []
+    dies = 280
+    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(engine, "train_step", train_step)
+    monkeypatch.setattr(StageFolder, "save", lambda self, at, state: saved.append(str(at)) or save(self, at, state))
+    changes = ("train.checkpoint_minutes=1", "stage.1.batch_size=1", "stage.1.accumulation=1")
+    recipe = small_run.recipe(repo, root, tmp_path, *changes)
+    with suppress(SystemExit):
+        train(recipe)
+    dies = None
+    train(recipe)
+    assert saved == ["epoch 1, step 5", "epoch 2, step 0", "epoch 2, step 5", "epoch 3, step 0"]
+    folder = recipe.stage_folder(0, 1)
+    for line in log.read_jsonl(folder / "log.jsonl"):
+        assert (line["seconds"], line["images_per_second"]) == (8 * 40, 8 / 320)
+    assert log.read_status(folder)["images_seen"] == 16
+
+
+def test_a_scale_that_is_still_being_found_is_not_complained_of(repo, root, tmp_path, capsys):
+    folder = train(small_run.recipe(repo, root, tmp_path, "train.amp=fp16"))
+    assert checkpoint.load(folder / "last.pt")["scaler"]["scale"] < 2**16  # steps were skipped
+    assert "was skipped" not in capsys.readouterr().err
+
+
+def test_of_epochs_that_score_alike_the_later_ones_are_kept(repo, root, tmp_path):
+    changes = ("rule.threshold=1.0", "train.keep_best=2", "train.ema=0.9", "stage.1.epochs=3")
+    folder = train(small_run.recipe(repo, root, tmp_path, *changes))
+    assert sorted(path.name for path in folder.glob("epoch*.pt")) == ["epoch2.pt", "epoch3.pt"]
+    assert checkpoint.load(folder / "ema.pt")["record"]["epoch"] == 3
+
+
+def test_each_fold_and_seed_begins_with_weights_of_its_own(repo, root, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training._Run, "_train_epoch", lambda self, *_: seen.append(self.model.head.weight) or 1 / 0)
+    for number, (seed, fold) in enumerate(((0, 0), (0, 1), (1, 0), (0, 0))):
+        torch.manual_seed(number)  # which is not read
+        with pytest.raises(ZeroDivisionError):
+            train(small_run.recipe(repo, root, tmp_path / str(number), f"seed={seed}"), fold=fold)
+    assert torch.equal(seen[0], seen[3])
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
+def test_a_step_that_was_not_taken_is_not_averaged(repo, root, tmp_path, monkeypatch):
+    started, step = [], engine.train_step
+
+    def train_step(model, *given, **options):
+        started.append(started[0] if started else model.head.weight.detach().clone())
+        stats = step(model, *given, **options)
+        stats[1] = 0
+        return stats
+
+    monkeypatch.setattr(engine, "train_step", train_step)
+    folder = train(small_run.recipe(repo, root, tmp_path, "train.ema=0.9"))
+    last = checkpoint.load(folder / "last.pt")
+    assert torch.equal(last["average"]["weights"]["head.weight"], started[0])
+    assert not torch.equal(last["model"]["head.weight"], started[0])
+
+
+def test_a_fold_that_cannot_be_trained_is_refused(straight):
+    data = dataset.load(straight)
+    lone = np.where(data.positive, 0, 1)
+    for folds, message in (
+        (np.zeros_like(data.folds), r"^fold 1 has 0 images and the others 6 positive ones; both must be at least 1"),
+        (1 - lone, r"^fold 1 has 6 images and the others 0 positive ones; both must be"),
+    ):
+        with pytest.raises(DataError, match=message):
+            training.train_stage(straight, replace(data, folds=folds), 1, 1, CPU)
+    empty = tuple(case for case in data.cases if not case.positive)
+    none = replace(data, cases=empty, folds=np.arange(len(empty)) % 3)
+    with pytest.raises(DataError, match=r"^fold 1: not one of the 12 training images has a pneumothorax to learn from"):
+        training.train_stage(straight, none, 1, 1, CPU)
+
+
+def test_what_fails_before_it_trains_has_failed(repo, root, tmp_path):
+    recipe = small_run.recipe(repo, root, tmp_path, "model.pretrained=/no/such/w.pth")
+    with pytest.raises(UsageError, match="no file"):
+        train(recipe)
+    status = log.read_status(recipe.stage_folder(0, 1))
+    assert status["state"] == "failed" and "no file /no/such/w.pth" in status["reason"]
+
+
+def test_checkpointing_is_the_recipes(repo, root, tmp_path, monkeypatch):
+    """And may be switched on where a run has run out of memory."""
+    seen = []
+    monkeypatch.setattr(training._Run, "_train_epoch", lambda self, *_: seen.append(self.model.checkpointing) or 1 / 0)
+    for how in ("false", "true"):
+        with pytest.raises(ZeroDivisionError):
+            train(small_run.recipe(repo, root, tmp_path, f"model.checkpointing={how}"))
+    assert seen == [False, True]
+
+
+def test_a_run_keeps_to_the_type_it_began_in(repo, root, tmp_path, copied, monkeypatch):
+    """As on another machine, where train.amp=auto means another one. Of a finished stage nothing is left to compute."""
+    recipe = small_run.recipe(repo, root, tmp_path, "stage.1.epochs=3")
+    now = engine.autocast_dtype(recipe.train.amp, CPU)
+    other = torch.float16 if now == torch.bfloat16 else torch.bfloat16
+    monkeypatch.setattr(engine, "autocast_dtype", lambda *_: other)
+    with pytest.raises(UsageError, match=rf"made with other settings \(autocast: {now} -> {other}\)"):
+        train(recipe)
+    train(copied[0])
+
+
+def test_a_finished_stage_whose_start_was_trained_anew_is_refused_without_its_last(copied, straight):
+    recipe, first = copied
+    second = recipe.stage_folder(0, 2)
+    shutil.copytree(straight.stage_folder(0, 2), second)
+    for name in ("last.pt", "prev.pt"):
+        (second / name).unlink()
+    train(recipe, stage=2)
+    best = checkpoint.load(first / "best.pt")
+    best["model"]["head.bias"] += 1e-3
+    checkpoint.save(best, first / "best.pt")
+    with pytest.raises(UsageError, match=r"stage2/best\.pt began with other weights than .*stage1/best\.pt now holds"):
+        train(recipe, stage=2)
+
+
+def test_another_decoder_than_the_stage_before_had_is_named(repo, root, tmp_path, copied):
+    other = small_run.recipe(repo, root, tmp_path, "model.decoder_channels=[8, 8, 8, 8, 4]")
+    with pytest.raises(UsageError, match=r"whose model\.decoder_channels is \[8, 8, 8, 4, 4\], not \[8, 8, 8, 8, 4\]"):
+        train(other, stage=2)
+
+
+def test_a_stage_whose_images_changed_their_folds_is_refused(copied):
+    recipe, _ = copied
+    data = dataset.load(recipe)
+    with pytest.raises(UsageError, match=r"\(folds\.csv: \w{12} -> other\)\. .* delete the folders fold0 to fold2 of"):
+        training.train_stage(recipe, replace(data, split="other"), 0, 1, CPU)
+
+
+def test_a_stage_does_not_start_from_another_folds(repo, root, tmp_path, copied):
+    """Whose network was trained on what this one is validated with."""
+    recipe, folder = copied
+    shutil.copytree(folder, recipe.stage_folder(1, 1))
+    with pytest.raises(DataError, match=r"fold1/stage1/best\.pt was trained on other fold \(0, not 1\)"):
+        train(recipe, fold=1, stage=2)
+
+
+def test_a_folder_that_was_replaced_loses_no_kept_epoch(copied):
+    recipe, folder = copied
+    files = StageFolder(recipe, dataset.load(recipe), 0, 1, torch.float32)
+    with checkpoint.lock(folder):
+        (folder / "lock").unlink()
+        (folder / "epoch7.pt").touch()
+        with pytest.raises(FolderGoneError):
+            files.prune(Position(kept=[]))
+    assert (folder / "epoch7.pt").exists()

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pneumo import __main__ as commands
 from pneumo import dataset
-from pneumo.data import rle
+from pneumo.data import folds, rle
 from pneumo.errors import DataError
 
 
@@ -191,3 +191,20 @@ def test_a_split_of_other_settings_is_said(repo, data, tmp_path, capsys, figure)
     path.with_suffix(".json").unlink()
     assert warnings("seed=1") == ""
     figure("said once and used; the user's own in silence")
+
+
+def test_the_split_is_the_one_that_the_recipe_asks_for(repo, data, tmp_path, monkeypatch):
+    root, asked, split = tmp_path / "data", {}, folds.split
+    shutil.copytree(data, root)
+    (root / "patients.csv").write_text("ImageId,patient_id\ntrain-000,a\ntrain-001,a\n")
+
+    def noted(ids, areas, groups, **settings):
+        asked.update(settings, groups={group for group in groups if group is not None})
+        return split(ids, areas, groups, **settings)
+
+    monkeypatch.setattr(folds, "split", noted)
+    for group, found in (("patient", 1), ("image", 0)):
+        changes = ("seed=3", "folds.count=4", "folds.area_bins=2", f"folds.group={group}")
+        dataset.load(small_run.recipe(repo, root, tmp_path / group, *changes))
+        assert len(asked.pop("groups")) == found
+        assert asked == {"count": 4, "area_bins": 2, "seed": 3}

@@ -19,6 +19,7 @@ from PIL import Image
 
 from pneumo import checkpoint, cli, dataset, ensemble, given, inference, journal
 from pneumo.decision.rule import Rule
+from pneumo.decision.trust import Trust
 from pneumo.errors import DataError, UsageError, WriteError
 from pneumo.tuning import Ruling
 
@@ -210,7 +211,9 @@ def test_only_its_own_half_written_files_are_removed(trained, predict, scans, tm
 
 
 @pytest.mark.fault("S6", "interrupted, then started with another rule, batch size or networks")
-def test_another_kind_of_prediction_starts_anew_and_says_so(trained, predict, scans, tmp_path, capsys, figure):
+def test_another_kind_of_prediction_starts_anew_and_says_so(
+    trained, predict, scans, tmp_path, capsys, monkeypatch, figure
+):
     recipe, models, ruling = trained
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(given, "_write_records", lambda *_: os.kill(os.getpid(), signal.SIGINT))
@@ -241,9 +244,33 @@ def test_another_kind_of_prediction_starts_anew_and_says_so(trained, predict, sc
         inference.basis(recipe, replace(models, mirror=True), ruling, CPU),
         inference.basis(recipe, replace(models, sources=dict(list(models.sources.items())[::-1])), ruling, CPU),
         inference.basis(recipe, replace(models, dtype=torch.float16), ruling, CPU),
+        inference.basis(
+            recipe, models, replace(ruling, trust=Trust((((0.0, 1.0), (0.0, 1.0)), ((0.0,), (0.5,))))), CPU
+        ),
+        inference.basis(replace(recipe, data=replace(recipe.data, annotation_size=128)), models, ruling, CPU),
     ]
+    monkeypatch.setattr(torch, "__version__", "3.0")
+    others.append(inference.basis(recipe, models, ruling, CPU))
     assert all(other != before for other in others)
     figure("2 of 2 named old -> new, the same bytes as without the first")
+
+
+@pytest.mark.fault("S6", "interrupted; then a test image changed")
+def test_a_submission_is_of_the_images_that_there_are(trained, tmp_path, capsys, figure):
+    recipe, models, ruling = trained
+    shutil.copytree(recipe.data.root, tmp_path / "data")
+    here = replace(recipe, data=replace(recipe.data, root=str(tmp_path / "data")), runs=str(tmp_path / "runs"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "_write_submission", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            inference.predict_test(here, models, ruling, CPU)
+    images = tmp_path / "data" / "test"
+    shutil.copy(images / "test-001.png", images / "test-000.png")
+    inference.predict_test(here, models, ruling, CPU)
+    first, second = (here.folder / "submission.csv").read_text().splitlines()[1:3]
+    assert first.split(",")[1] == second.split(",")[1] != "-1"
+    assert "another kind (data" in capsys.readouterr().err
+    figure("predicted anew")
 
 
 @pytest.mark.fault("R18", "a second prediction into the folder of a running one")

@@ -246,6 +246,21 @@ def test_the_origin_of_a_submission(recipe, figure):
     figure("sha256 of checkpoints and of the file")
 
 
+def test_ids_of_the_sample_without_an_image_are_empty_if_that_is_allowed(recipe, tmp_path, capsys):
+    sample = Path(recipe.data.root) / "sample_submission.csv"
+    (tmp_path / "sample.csv").write_text(sample.read_text() + "lost,-1\n")
+    here = replace(
+        recipe,
+        runs=str(tmp_path),
+        data=replace(recipe.data, sample=str(tmp_path / "sample.csv"), allow_missing=True),
+    )
+    models = ensemble.load(recipe, [1], CPU)
+    inference.predict_test(here, models, Ruling(Rule(threshold=0.5), "recipe", None), CPU)
+    assert dict(rows_of(here.folder / "submission.csv"))["lost"] == "-1"
+    said = capsys.readouterr().err
+    assert "submission.csv is of 1 of 2 folds; make submit writes it of all" in said
+
+
 def test_a_large_submission_is_checked_in_linear_time(tmp_path):
     ids = [f"i{number}" for number in range(20_000)]
     (tmp_path / "s.csv").write_text("ImageId,EncodedPixels\n" + "".join(f"{i},-1\n" for i in ids))

@@ -265,3 +265,24 @@ def test_on_the_gpu_nothing_waits(waiting_refused):
     )
     torch.testing.assert_close(out.cpu(), reference, atol=1e-3, rtol=0)
     assert mask.device.type == "cuda"
+
+
+def test_each_axis_of_a_grid_by_hand():
+    """Of five equal steps in x, sent to steps of 0.2, 0.4, 0.4, 0.4 and 0.8; y stays."""
+    x = torch.tensor([-1.0, -0.8, -0.4, 0.0, 0.4, 1.2])
+    warp = replace(draw(1), grid=torch.stack([x, torch.linspace(-1, 1, 6)])[None])
+    found, plain = augment.sampling_grid(warp, 10)[0], augment.sampling_grid(draw(1), 10)[0]
+    wanted = torch.tensor([-0.95, -0.85, -0.7, -0.5, -0.3, -0.1, 0.1, 0.3, 0.6, 1.0])
+    torch.testing.assert_close(found[..., 0], wanted.expand(10, 10))
+    torch.testing.assert_close(found[..., 1], plain[..., 1])
+
+
+def test_the_elastic_field_moves_positions_before_the_affine_part_does():
+    """Also where there is no field."""
+    affine = torch.tensor([[[2.0, 0, 0], [0, 1, 0]]])
+    plain = augment.sampling_grid(draw(1), 8)
+    for shift in (0.0, 0.25):
+        field = torch.stack([torch.full((1, 4, 4), shift), torch.zeros(1, 4, 4)], dim=1)
+        found = augment.sampling_grid(replace(draw(1), affine=affine, elastic=field), 8)
+        torch.testing.assert_close(found[..., 0], 2 * (plain[..., 0] + shift))
+        torch.testing.assert_close(found[..., 1], plain[..., 1])

@@ -23,7 +23,9 @@ def trained(encoder: str, seed: int = 0) -> UNet:
     return model.to(memory_format=torch.channels_last).eval()
 
 
-@pytest.mark.parametrize("encoder", ["resnet18", "resnetblur18", "mobilenetv3_small_050", "tf_efficientnet_lite0"])
+@pytest.mark.parametrize(
+    "encoder", ["resnet18", "seresnet18", "resnetblur18", "mobilenetv3_small_050", "tf_efficientnet_lite0"]
+)
 def test_the_logits_stay_the_same(encoder):
     model = trained(encoder).double()
     folded = FoldedUNet(model, torch.float64)
@@ -47,8 +49,10 @@ def test_float32_and_bf16_are_as_near_as_the_network_itself():
             assert errors[0] <= 2 * errors[1]
 
 
-def test_it_can_be_filled_again():
-    first, second = trained("tf_efficientnet_lite0", 0), trained("tf_efficientnet_lite0", 1)
+@pytest.mark.parametrize("encoder", ["tf_efficientnet_lite0", "mobilenetv3_small_050", "ghostnet_050"])
+def test_it_can_be_filled_again(encoder):
+    """Also where convolutions have no batch norm after them, or keep it."""
+    first, second = trained(encoder, 0), trained(encoder, 1)
     image = torch.rand(1, 1, 64, 64)
     folded, fresh = FoldedUNet(first, torch.float32), FoldedUNet(second, torch.float32)
     before = folded(image)

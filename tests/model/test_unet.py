@@ -72,6 +72,7 @@ def test_size_and_shape(resnet):
         torch.zeros(2, 1, 64, 64, dtype=torch.uint8),
         torch.zeros(2, 3, 64, 64),
         torch.zeros(2, 1, 64, 100),
+        torch.zeros(2, 1, 100, 64),
         torch.zeros(1, 64, 64),
     ],
 )
@@ -380,3 +381,82 @@ def test_real_pretrained_weights(siim):
     model = UNet("tf_efficientnet_lite0", str(path), NARROW)
     stored = safetensors.torch.load_file(path)
     assert torch.equal(model.encoder.conv_stem.weight, stored["conv_stem.weight"].float())
+
+
+def test_the_image_of_an_encoder_that_keeps_its_first_convolution_is_normalized_as_well():
+    model = UNet("tf_efficientnet_lite0", decoder_channels=NARROW).eval()
+    assert model.stem is None
+    image = torch.rand(1, 1, 64, 64)
+    with torch.inference_mode():
+        wanted = model.encoder((image.expand(1, 3, 64, 64) - 0.5) / 0.5)
+        for one, other in zip(unet.features(model, image), wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_first_convolution_that_pads_otherwise_is_left_where_it_is():
+    encoder = Encoder(lambda conv, image: conv(image).relu())
+    encoder.conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")
+    assert unet._take_stem(encoder) is None
+
+
+def test_what_other_versions_leave_in_a_checkpoint_of_smp(resnet):
+    """A head for classification is left out, and counters that older PyTorch did not keep may be missing."""
+    state = {key: tensor for key, tensor in smp_state(resnet).items() if not key.endswith("num_batches_tracked")}
+    mine = UNet("resnet34")
+    unet.load_smp(mine, {**state, "classification_head.3.weight": torch.zeros(1, 512)})
+    assert torch.equal(mine.head.bias, state["segmentation_head.0.bias"])
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+def test_wrapped_weights_are_unwrapped(tmp_path, wrapper):
+    torch.save({"epoch": 3, wrapper: {"w": torch.ones(2)}}, tmp_path / "w.pth")
+    assert torch.equal(unet.read_weights(tmp_path / "w.pth")["w"], torch.ones(2))
+    torch.save({wrapper: {"w": torch.ones(2), "seed": 3}}, tmp_path / "w.pth")
+    with pytest.raises(DataError, match=r"w\.pth holds no state dict of tensors$"):
+        unet.read_weights(tmp_path / "w.pth")
+
+
+def test_an_encoder_that_cannot_compute_again_is_named():
+    with pytest.raises(
+        UsageError, match=r"^model\.checkpointing: timm does not offer it for hrnet_w18_small\. Set it to"
+    ):
+        UNet("hrnet_w18_small", decoder_channels=NARROW, checkpointing=True)
+
+
+def test_what_a_decoder_begins_with():
+    """He's and Glorot's uniform weights, and no opinion: at first every pixel is as likely as not."""
+    torch.manual_seed(0)
+    model = UNet("test_resnet")
+    for conv in (module for module in model.blocks.modules() if isinstance(module, nn.Conv2d)):
+        bound = (6 / conv.weight[0].numel()) ** 0.5
+        assert 0.95 * bound < float(conv.weight.detach().abs().max()) <= bound
+    bound = (6 / (9 * (16 + 1))) ** 0.5
+    assert 0.9 * bound < float(model.head.weight.detach().abs().max()) <= bound and not model.head.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "proxies", "asked"),
+    [
+        ("https://huggingface.co", {}, ("huggingface.co", 443)),
+        ("http://mirror", {}, ("mirror", 80)),
+        ("https://mirror:8443/hub", {"http": "http://other:1"}, ("mirror", 8443)),
+        ("https://huggingface.co", {"https": "http://proxy.local:3128"}, ("proxy.local", 3128)),
+        ("https://huggingface.co", {"https": "proxy.local:3128"}, ("proxy.local", 3128)),
+    ],
+)
+def test_before_timm_downloads_the_hub_or_its_proxy_is_asked_to_answer(monkeypatch, endpoint, proxies, asked):
+    def connect(address, timeout):
+        seen.append(address)
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    seen = []
+    monkeypatch.setattr(unet.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(unet.huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(unet.huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(unet.urllib.request, "getproxies", lambda: proxies)
+    monkeypatch.setattr(unet.socket, "create_connection", connect)
+    with pytest.raises(UsageError, match=rf"{asked[0]}:{asked[1]} does not answer: Connection refused"):
+        unet._from_hub("resnet18")
+    monkeypatch.setattr(unet.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert unet._from_hub("resnet18") is None
+    assert seen == [asked]

@@ -94,8 +94,9 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
     # NCCL's own timeout aborts the process without a word, so it must not be the first
     backend, longest = ("cpu:gloo,cuda:nccl", 2 * (timeout + SLACK)) if device.type == "cuda" else ("gloo", timeout)
     try:
-        dist.init_process_group(backend, timeout=longest)
-        _store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
+        with start.killable():
+            dist.init_process_group(backend, timeout=longest)
+            _store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
     except RuntimeError as error:  # gloo's own as well
         gloo = "gloo" in str(error).lower()
         hint = ". GLOO_SOCKET_IFNAME names the network's interface; no firewall may be between" if gloo else ""

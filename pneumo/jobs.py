@@ -31,8 +31,8 @@ def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence
 
     Raises:
         UsageError: fewer GPUs than jobs.
-        PneumoError: folds failed; has the exit code of the first that did, where a signal killed it that of a lack of
-            memory (SIGKILL) or of a process that is gone.
+        PneumoError: folds failed, or were stopped by a signal of their own; has the exit code of the first, where a
+            signal killed it that of a lack of memory (SIGKILL) or of a process that is gone.
         Stopped: after a signal.
     """
     gpus = _gpus()
@@ -96,12 +96,15 @@ def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence
         stopped.exit_code = 128 + caught[0]
         raise stopped
     if failed:
-        ended = [str(fold) for fold, code in sorted(failed) if code > 0]
+        stopped = {128 + number: number for number in start.endings()}
+        ended = [str(fold) for fold, code in sorted(failed) if code > 0 and code not in stopped]
         parts = [f"fold {', '.join(ended)} failed, see above"] if ended else []
         for fold, code in sorted(failed):
             if code < 0:
                 why = ", perhaps for lack of host memory" if -code == signal.SIGKILL else ""
                 parts.append(f"fold {fold} was killed by {signal.Signals(-code).name}{why}")
+            elif code in stopped:
+                parts.append(f"fold {fold} was stopped by {stopped[code].name}")
         others = "; the others are done" if len(failed) < len(folds) else ""
         again = "Once that is mended, the same command goes on" if ended else "The same command goes on"
         error = PneumoError(f"{'; '.join(parts)}{others}. {again}")

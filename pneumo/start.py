@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -48,6 +49,20 @@ def interruptible() -> Iterator[None]:
     finally:
         if waiting:
             signal.signal(signal.SIGINT, _end)
+
+
+@contextlib.contextmanager
+def killable() -> Iterator[None]:
+    """Within, Ctrl-C ends the process at once, without a word: for C code that waits where Python cannot answer."""
+    old = signal.getsignal(signal.SIGINT)
+    mine = old not in (None, signal.SIG_IGN, signal.SIG_DFL) and threading.current_thread() is threading.main_thread()
+    if mine:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, old)
 
 
 def _end(_number: int, _frame: FrameType | None) -> None:

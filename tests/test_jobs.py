@@ -21,9 +21,6 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-GPUS = jobs._gpus
-
-
 @pytest.fixture(autouse=True)
 def no_gpus(monkeypatch):
     monkeypatch.setattr(jobs, "_gpus", lambda: [])
@@ -60,6 +57,17 @@ def test_a_fold_that_was_killed_is_named(number, exit_code, message):
     assert caught.value.exit_code == 4
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_fold_that_was_stopped_alone_has_not_failed(number):
+    def command(fold: int) -> list[str]:
+        return python(f"import sys; sys.exit({128 + number if fold == 1 else 0})")
+
+    message = f"^fold 1 was stopped by {number.name}; the others are done. The same command goes on$"
+    with pytest.raises(PneumoError, match=message) as caught:
+        jobs.run_folds([0, 1], 1, command)
+    assert caught.value.exit_code == 128 + number
+
+
 def test_a_signal_reaches_a_fold_that_is_just_starting(monkeypatch):
     def started(*words, **options):
         process = popen(*words, **options)
@@ -93,13 +101,19 @@ def test_no_more_at_a_time_than_asked_for_and_each_on_its_own_gpu(monkeypatch, c
 @pytest.mark.parametrize(
     ("named", "count", "gpus"),
     [
-        ("", 2, ["0", "1"]),
+        (None, 2, ["0", "1"]),
+        ("", 0, []),
         ("3, 5,7", 2, ["3", "5"]),
+        ("1,-1,2", 1, ["1"]),  # what comes after -1 does not count
+        ("GPU-8a,GPU-9b", 2, ["GPU-8a", "GPU-9b"]),
         ("MIG-a,MIG-b", 1, ["MIG-a", "MIG-b"]),  # a process sees one part of a GPU at most
     ],
 )
 def test_gpus_as_they_are_named(monkeypatch, named, count, gpus):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    if named is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     assert GPUS() == gpus
 
@@ -195,22 +209,3 @@ def test_signals_are_the_users_again_afterwards_and_the_first_one_counts(monkeyp
         jobs.run_folds([0], 1, lambda fold: python(code))
     assert caught.value.exit_code == 143
     assert {number: signal.getsignal(number) for number in before} == before
-
-
-@pytest.mark.parametrize(
-    ("visible", "count", "gpus"),
-    [
-        (None, 2, ["0", "1"]),
-        ("", 0, []),
-        ("2, 3", 2, ["2", "3"]),
-        ("GPU-8a,GPU-9b", 2, ["GPU-8a", "GPU-9b"]),
-        ("1,-1,2", 1, ["1"]),
-    ],
-)
-def test_gpus_are_named_as_the_user_names_them(monkeypatch, visible, count, gpus):
-    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: count)
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert GPUS() == gpus

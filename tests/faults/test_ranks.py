@@ -157,6 +157,19 @@ def test_processes_that_cannot_meet(data, tmp_path, figure):
     figure("named, exit 7")
 
 
+@pytest.mark.fault("R10", "Ctrl-C while a process waits for others that never come")
+def test_who_waits_for_the_others_can_be_interrupted(data, tmp_path, figure):
+    port = forked.free_port()
+    job = forked.start(*forked.train(data, tmp_path), cwd=tmp_path, environment=forked.place(0, 2, port))
+    listens = re.compile(f":{port:04X} 0+:0000 0A ")
+    forked.wait_for(lambda: any(listens.search(Path(f"/proc/net/{table}").read_text()) for table in ("tcp", "tcp6")))
+    began = time.monotonic()
+    job.signal(signal.SIGINT)
+    assert job.wait(30) == -signal.SIGINT
+    assert not job.complaints
+    figure(f"gone after {time.monotonic() - began:.1f} s")
+
+
 @pytest.mark.slow
 @pytest.mark.fault("R11", "process 0, which keeps the store, is suspended: the other cannot even ask it")
 def test_the_keeper_of_the_store_is_suspended(data, tmp_path, figure):

@@ -40,6 +40,7 @@ SUFFIXES = ("_mask.png", "_overlay.png")  # of the outputs of a given file
 RECORDS = "predictions.jsonl"
 READERS = 2  # batches that are read ahead, each by a thread
 SHOWN = 20  # remarks about files that are printed
+CHEST_CM = (25, 60)  # the longer side of a film or detector, as far as chests of adults are taken on one
 MADE_BY = b"Software\0pneumo"  # stands in each mask and overlay, which may be overwritten and are no X-rays
 MARK_BYTES = 256  # of a PNG's start, which hold it
 PICTURES = {".bmp", ".gif", ".heic", ".jp2", ".tif", ".tiff", ".webp"}  # that are not read
@@ -435,9 +436,25 @@ def _write_file(
         "width": width,
         "rule": asdict(ruling.rule),
         "rule_source": ruling.source,
-        "warnings": list(scan.warnings),
+        "warnings": [*scan.warnings, *_odd_size(scan)],
     }
     return record, {name: _write_png(picture, out / name) for name, picture in zip(names, pictures, strict=True)}
+
+
+def _odd_size(scan: Scan) -> list[str]:
+    """Doubt about areas in cm2 where an X-ray is too small or too large for a chest by its pixels' spacing.
+
+    Those of the challenge are: resized to 1024 pixels, they kept the spacing of the detector.
+    """
+    if scan.spacing is None:
+        return []
+    longer = max(side * spacing / 10 for side, spacing in zip(scan.pixels.shape, scan.spacing, strict=True))
+    if CHEST_CM[0] <= longer <= CHEST_CM[1]:
+        return []
+    return [
+        f"{longer:.3g} cm long by the spacing of its pixels, where an adult's X-ray has {CHEST_CM[0]} to "
+        f"{CHEST_CM[1]}: a child, or it was cropped or resized; if resized, area_cm2 is wrong"
+    ]
 
 
 def _mask(q: np.ndarray, ruling: Ruling) -> np.ndarray:

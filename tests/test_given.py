@@ -95,6 +95,21 @@ def test_the_area_is_in_square_centimetres_of_the_files_own_pixels(trained, tmp_
     assert (record["area_pixels"], record["area_cm2"], record["pneumothorax"]) == (64 * 64, 409.6, True)
 
 
+@pytest.mark.parametrize(
+    ("spacing", "said"),
+    [
+        (None, None),
+        ((0.35, 0.35), None),
+        ((0.26, 0.20), None),  # 26 cm high
+        ((0.143, 0.143), "14.3 cm long by the spacing of its pixels, where an adult's X-ray has 25 to 60: a child, or"),
+        ((0.2, 0.7), "70 cm long by the spacing"),
+    ],
+)
+def test_a_chest_that_is_no_adults_by_its_spacing_is_warned_of(spacing, said):
+    found = given._odd_size(images.Scan(np.zeros((1000, 1000), np.uint8), spacing, ()))
+    assert [remark.startswith(said) for remark in found] == [True] if said else found == []
+
+
 def test_an_overlay_outlines_the_mask_where_it_is():
     """A box off the diagonal, and one that reaches the image's edge: their outlines, and nothing else, are drawn."""
     pixels = np.random.default_rng(0).integers(0, 200, (60, 90), dtype=np.uint8)

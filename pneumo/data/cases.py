@@ -32,7 +32,7 @@ MASK_FOLDERS = ("mask", "masks")
 ENOUGH = 20  # masks that do not all lie in the leftmost quarter of their grid by chance
 THUMBNAIL = 16  # pixels; enough to know a picture again
 
-_JUNK = {"thumbs.db", "desktop.ini"}
+_JUNK = {"thumbs.db", "desktop.ini", "dicomdir"}
 _JUNK_FOLDERS = {"__MACOSX"}
 
 

@@ -10,6 +10,7 @@ import io
 import logging
 import struct
 import threading
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ LATERAL = {"LL", "RL", "LAT", "LATERAL"}
 FRONTAL = {"AP", "PA", "LLD", "RLD"}  # the last two: lying on one side, but seen from the front
 CHEST = ("CHEST", "THORA", "TORAX", "LUNG")
 NOT_RADIOGRAPHS = {"CT", "MG", "MR", "NM", "PT", "US"}
+POLARITY = {"MONOCHROME1": "INVERSE", "MONOCHROME2": "IDENTITY"}  # the presentation table that goes with each
+NEARLY_SQUARE = 1.02  # sides of a pixel, the longer over the shorter
 
 _META_CLASS, _SYNTAX, _CLASS = 0x00020002, 0x00020010, 0x00080016
 _ROWS, _COLUMNS, _PIXELS = 0x00280010, 0x00280011, 0x7FE00010
@@ -117,12 +120,14 @@ def decode(data: bytes, known: Outline) -> tuple[np.ndarray, tuple[float, float]
         header = pydicom.dcmread(io.BytesIO(data))
         _check_header(header)
         _drop_blanks(header)
-        spacing, remarks = _spacing(header), [*_odd_view(header), *_drop_empty_window(header)]
+        spacing = _spacing(header)
+        remarks = [*_odd_view(header), *_odd_pixels(header, spacing), *_drop_empty_window(header)]
         with_pillow = known.syntax == JPEG_BASELINE or (known.syntax == JPEG_EXTENDED and header.BitsStored == 8)
         if with_pillow:
             frame = pydicom.encaps.get_frame(header.PixelData, 0, number_of_frames=1)
         else:
-            stored = _unpack(pydicom, header, known)
+            stored, more = _own_bits(_unpack(pydicom, header, known), header.BitsStored)
+            remarks += more
     if with_pillow:
         stored = _decode_jpeg(frame, known, signed=header.PixelRepresentation == 1)
     with _pydicom() as pydicom:
@@ -288,6 +293,7 @@ def _check_header(header: Any) -> None:
     high = int(header.get("HighBit", stored - 1))
     if high != stored - 1:  # bits below are something else
         raise DataError(f"a DICOM whose HighBit is {high}; {stored - 1} is read with {stored} bits a pixel")
+    header.SamplesPerPixel = 1  # which some leave out, as the next
     if header.get("PixelRepresentation") is None:
         header.PixelRepresentation = 0
 
@@ -310,11 +316,23 @@ def _unpack(pydicom: ModuleType, header: Any, known: Outline) -> np.ndarray:
     return stored.astype(stored.dtype.newbyteorder("="), copy=False)
 
 
+def _own_bits(stored: np.ndarray, bits: int) -> tuple[np.ndarray, list[str]]:
+    """Stored values without what stands in the bits above theirs, sign included; and whether anything did.
+
+    pydicom does this where pixels are not compressed, but for JPEG 2000 and JPEG-LS, whose decoders give all bits.
+    """
+    above = stored.dtype.itemsize * 8 - bits
+    own = (stored << above) >> above
+    if np.array_equal(own, stored):
+        return stored, []
+    return own, [f"its pixels have more than the {bits} bits that they are said to have; the others were dropped"]
+
+
 def _drop_blanks(header: Any) -> None:
     """Take what is blank out of the header, where pydicom wants numbers or a name.
 
     Raises:
-        DataError: there is something else than numbers; names the element, not what is in it.
+        DataError: there is something else than numbers, or an unknown name; names the element, not what is in it.
     """
     for keyword in ("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept"):
         try:
@@ -326,6 +344,8 @@ def _drop_blanks(header: Any) -> None:
             raise DataError(f"a DICOM whose {keyword} is no number. Correct or remove it.") from None
     if not header.get("VOILUTFunction", "LINEAR"):
         del header.VOILUTFunction
+    elif header.get("VOILUTFunction", "LINEAR") not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        raise DataError("a DICOM whose VOILUTFunction is unknown. Correct or remove it.")
 
 
 def _drop_empty_window(header: Any) -> list[str]:
@@ -385,7 +405,7 @@ def _decode_jpeg(frame: bytes, known: Outline, *, signed: bool) -> np.ndarray:
 def _render(pydicom: ModuleType, header: Any, stored: np.ndarray, order: str) -> np.ndarray:
     """Map stored values to (H, W) uint8 as the file asks, by a table over all values there can be.
 
-    Where values are stretched, those that pad the image are left out, and black.
+    Those that pad the image are black, and where values are stretched, left out.
 
     Source:
         DICOM PS3.3 C.11.1 (rescale, modality table), C.11.2 (window, VOI table), C.7.6.3.1.2 (MONOCHROME1).
@@ -395,15 +415,16 @@ def _render(pydicom: ModuleType, header: Any, stored: np.ndarray, order: str) ->
     slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
     rescaled = None not in (slope, intercept) and (slope, intercept) != (1, 0)
     windowed = None not in (header.get("WindowCenter"), header.get("WindowWidth"))
-    if header.BitsStored == 8 and not (stored.dtype.kind == "i" or modality or rescaled or voi or windowed):
-        pixels = stored.astype(np.uint8, copy=False)
-        return 255 - pixels if inverted else pixels
-
     low, high = int(stored.min()), int(stored.max())
     index = stored.view(f"u{stored.itemsize}")
     count = high + 1 if low >= 0 else 1 << 8 * stored.itemsize
     values = np.arange(count, dtype=index.dtype).view(stored.dtype).astype(np.int64)
     grey, padded = values, np.zeros(count, dtype=np.bool_)
+    if ends := _padding(header, stored):
+        inside = stored[(stored < ends[0]) | (stored > ends[1])]
+        if inside.size:
+            low, high = int(inside.min()), int(inside.max())
+            padded = (values >= ends[0]) & (values <= ends[1])
     if modality:
         grey, _ = _look_up(modality[0], values, order)
     elif rescaled:
@@ -412,16 +433,13 @@ def _render(pydicom: ModuleType, header: Any, stored: np.ndarray, order: str) ->
         grey, white = _look_up(voi[0], np.rint(grey).astype(np.int64), order)
         black = 0
     elif windowed:
-        ends = [-1e30, 1e30]  # black and white of any window, in whatever unit pydicom gives them
+        extremes = [-1e30, 1e30]  # black and white of any window, in whatever unit pydicom gives them
         with np.errstate(over="ignore"):  # exp, far from the centre of a sigmoid
-            grey = pydicom.pixels.apply_windowing(np.append(grey, ends), header)
+            grey = pydicom.pixels.apply_windowing(np.append(grey, extremes), header)
         grey, black, white = grey[:-2], grey[-2], grey[-1]
+    elif header.BitsStored == 8 and stored.dtype.kind == "u" and not (modality or rescaled):
+        black, white = 0, 255
     else:
-        if ends := _padding(header, stored):
-            inside = stored[(stored < ends[0]) | (stored > ends[1])]
-            if inside.size:
-                low, high = int(inside.min()), int(inside.max())
-                padded = (values >= ends[0]) & (values <= ends[1])
         present = grey[(values >= low) & (values <= high) & ~padded]
         black, white = present.min(), present.max()
     if not (np.isfinite(grey).all() and np.isfinite([black, white]).all()):
@@ -451,11 +469,22 @@ def _look_up(item: Any, values: np.ndarray, order: str) -> tuple[np.ndarray, int
 
 
 def _spacing(header: Any) -> tuple[float, float] | None:
+    """Millimetres from row to row and from column to column, in the patient as far as the file tells.
+
+    Source:
+        DICOM PS3.3 10.7.1.3: ImagerPixelSpacing is that of the detector, on which the patient is magnified.
+    """
+    try:
+        magnified = float(header.get("EstimatedRadiographicMagnificationFactor"))
+    except (TypeError, ValueError):
+        magnified = 1.0
     for keyword in ("PixelSpacing", "ImagerPixelSpacing"):
         try:
             row, column = (float(value) for value in header.get(keyword))
         except (TypeError, ValueError):
             continue  # absent, empty, not two, or no numbers
+        if keyword == "ImagerPixelSpacing" and 1 <= magnified < float("inf"):
+            row, column = row / magnified, column / magnified
         if 0 < row < float("inf") and 0 < column < float("inf"):
             return row, column
     return None
@@ -465,13 +494,61 @@ def _odd_view(header: Any) -> list[str]:
     """Say where a file is not of what a chest model was made for, in words of our own."""
     remarks = []
     view = str(header.get("ViewPosition") or "").upper().strip()
-    part = str(header.get("BodyPartExamined") or "").upper()
+    codes = header.get("ViewCodeSequence") or ()
+    meant = [str(code.get("CodeMeaning") or "").lower() for code in codes]
+    across, down = _orientation(header)
+    part = unicodedata.normalize("NFD", str(header.get("BodyPartExamined") or "").upper())
+    part = "".join(
+        letter for letter in part if not unicodedata.combining(letter)
+    )  # TORAX, of which one A has an accent
     if view in LATERAL:
         remarks.append(f"a lateral view (ViewPosition {view}); frontal ones are expected")
+    elif any("lateral" in text and "decubitus" not in text for text in meant):
+        remarks.append("a lateral view by its ViewCodeSequence; frontal ones are expected")
+    elif across and across in "AP":
+        remarks.append("a lateral view by its PatientOrientation; frontal ones are expected")
     elif view and view not in FRONTAL:
         remarks.append("not a frontal view by its ViewPosition")
+    elif across + down not in ("", "LF"):
+        remarks.append(
+            f"turned or mirrored: its PatientOrientation says that rows go to {across} and columns to {down}, where "
+            f"L and F are usual; it was not turned back"
+        )
     if part and not any(word in part for word in CHEST):
         remarks.append("not a chest by its BodyPartExamined")
     if header.get("Modality") in NOT_RADIOGRAPHS:
         remarks.append(f"not a radiograph by its Modality {header.Modality}")
+    return remarks
+
+
+def _orientation(header: Any) -> tuple[str, str]:
+    """To which side of the patient rows and columns go: first letters of PatientOrientation; blank where unknown.
+
+    Source:
+        DICOM PS3.3 C.7.6.1.1.1: Anterior, Posterior, Right, Left, Head, Foot.
+    """
+    given = header.get("PatientOrientation")
+    if given is None or isinstance(given, str) or len(given) != 2:
+        return "", ""
+    across, down = (str(value).strip()[:1].upper() for value in given)
+    return (across, down) if {across, down} <= set("APRLHF") else ("", "")
+
+
+def _odd_pixels(header: Any, spacing: tuple[float, float] | None) -> list[str]:
+    """Say where grey levels are probably not those that a viewer shows, or pixels not square."""
+    remarks = []
+    if header.get("PresentationIntentType") == "FOR PROCESSING":
+        remarks.append("what a detector gave (FOR PROCESSING), often inverted; a picture for presentation is expected")
+    shape, kind = header.get("PresentationLUTShape"), header.PhotometricInterpretation
+    if shape in POLARITY.values() and shape != POLARITY[kind]:
+        remarks.append(
+            f"{kind}, but with PresentationLUTShape {shape}: it may have to be inverted; {kind} was believed"
+        )
+    try:
+        height, width = spacing or (float(value) for value in header.get("PixelAspectRatio"))
+        ratio = max(height / width, width / height)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return remarks
+    if ratio > NEARLY_SQUARE:
+        remarks.append(f"its pixels are not square, but {ratio:.3g} times as long one way: it is seen as if they were")
     return remarks

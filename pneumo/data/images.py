@@ -26,6 +26,8 @@ MAX_SIDE = 16_384  # images are padded to squares: 32 x 2,000,000 pixels would b
 MIN_SIDE = 32
 MAX_BYTES = 256 * 2**20
 DARK = 32  # of 255; X-rays have more than a hundredth of their pixels above it
+FEW_LEVELS = 64  # of 256, between the darkest and the brightest hundredth of the pixels; X-rays have more
+WHITE = 0.25  # share of pixels; X-rays have fewer at 255
 CUT_ROWS = 16  # so many of one grey, neither dark nor bright as a border is, are not of an X-ray
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".dcm": "DICOM", ".dicom": "DICOM"}
@@ -38,6 +40,10 @@ _OTHERS = {
     b"RIFF": "WebP",
     b"\0\0\0\x0cjP  ": "JPEG 2000",
 }  # how they begin
+_BARE_DICOM = (
+    b"DICM",
+    *(group + b"\0" + number + b"\0" for group in (b"\2", b"\x08") for number in (b"\0", b"\5", b"\x08")),
+)
 
 _PNG_GREY, _PNG_RGB, _PNG_GREY_ALPHA = 0, 2, 4  # colour types; the other of 16 bits is RGB and alpha
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
@@ -256,7 +262,9 @@ def _naming(path: str | Path) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"{path}: far more pixels than the limit of {MAX_PIXELS // 2**20} Mpx") from None
     except UnidentifiedImageError:  # its text is the address of a buffer
-        raise DataError(f"{path}: the header is damaged. Copy it again.") from None
+        raise DataError(
+            f"{path}: the header is damaged, or its kind not read. Copy it again, or save it as PNG."
+        ) from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         reason = one_line(error)[:200] or type(error).__name__
         raise DataError(f"{path}: {reason}. Copy it again.") from error
@@ -293,6 +301,8 @@ def _kind(data: bytes) -> str:
         return "JPEG"
     if data[128:132] == b"DICM":
         return "DICOM"
+    if data.startswith(_BARE_DICOM):
+        raise DataError("a DICOM, as it seems, without its preamble of 128 bytes. Write it anew: dcmconv (DCMTK)")
     if not data:
         raise DataError("the file is empty. Copy it again.")
     for start, name in _OTHERS.items():
@@ -318,10 +328,21 @@ def _doubts(pixels: np.ndarray, kind: str) -> list[str]:
     if pixels.min() == pixels.max():
         return [f"a constant image: every pixel is {pixels[0, 0]}"]
     remarks = []
-    if np.count_nonzero(pixels >= DARK) < 0.01 * pixels.size:
+    share = np.cumsum(Image.fromarray(pixels).histogram()) / pixels.size
+    low, high = np.searchsorted(share, (0.01, 0.99)).tolist()
+    if high < DARK:
         remarks.append(
             f"nearly black: 99 of 100 pixels are below {DARK} of 255. A mark far brighter than the X-ray takes up the "
             f"range, or too many bits are in use"
+        )
+    elif 1 - share[254] > WHITE:
+        remarks.append(
+            f"{1 - share[254]:.0%} of its pixels are white. Its window or lookup table may be that of other values"
+        )
+    elif high - low < FEW_LEVELS:
+        remarks.append(
+            f"of little contrast: 98 of 100 pixels are from {low} to {high} of 255. A mark far brighter than the X-ray "
+            f"takes up the range, or its window, lookup table or number of bits is that of other values"
         )
     last = int(pixels[-1, 0])
     if kind != "PNG" and DARK <= last < 256 - DARK and (pixels[-CUT_ROWS:] == last).all():

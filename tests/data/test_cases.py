@@ -396,12 +396,12 @@ def test_without_a_sample_all_images_count(tmp_path):
     assert cases.load_test(tmp_path)[1] == ["a", "b"]
 
 
-@pytest.mark.fault("P7", "._a.png, Thumbs.db, .DS_Store, a folder in a folder, .PNG")
+@pytest.mark.fault("P7", "._a.png, Thumbs.db, .DS_Store, DICOMDIR, a folder in a folder, .PNG")
 def test_folders_are_searched_and_junk_is_passed_over(tmp_path):
     root = folder(tmp_path, PLAIN)
     (root / "train" / "study" / "series").mkdir(parents=True)
     (root / "train" / "b.png").rename(root / "train" / "study" / "series" / "b.PNG")
-    for junk in ("._a.png", "Thumbs.db", ".DS_Store"):
+    for junk in ("._a.png", "Thumbs.db", ".DS_Store", "DICOMDIR"):
         (root / "train" / junk).write_bytes(b"junk")
     found, problems = load(root)
     assert [case.image_id for case in found] == ["a", "b"]

@@ -105,10 +105,10 @@ def refusal(read, tmp_path):
 @pytest.mark.parametrize("shape", [(48, 40), (33, 35)])
 def test_eight_bits_stay_as_they_are(read, tmp_path, syntax, shape):
     pixels = ramp(*shape) // 2 + 20
-    scan = read(make(pixels, syntax, PixelSpacing=[0.2, 0.1], ViewPosition="PA", BodyPartExamined="CHEST"))
+    scan = read(make(pixels, syntax, PixelSpacing=[0.2, 0.202], ViewPosition="PA", BodyPartExamined="CHEST"))
     np.testing.assert_array_equal(scan.pixels, pixels)
     assert scan.pixels.dtype == np.uint8 and scan.pixels.flags.writeable
-    assert scan.spacing == (0.2, 0.1) and scan.warnings == ()
+    assert scan.spacing == (0.2, 0.202) and scan.warnings == ()
     assert images.size(tmp_path / "case.dcm") == shape
 
 
@@ -218,6 +218,26 @@ def test_padding_is_left_out_of_the_stretch(read, dtype, padding, said, limit, p
         np.testing.assert_array_equal(read(make(stored, syntax, vrs={"PixelPadding": vr}, **elements)).pixels, expected)
 
 
+@pytest.mark.fault("D2", "padding of 0 or 4095 in MONOCHROME1 or 2, of 8 bits, under a window, a table: black")
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+@pytest.mark.parametrize("padding", [0, 4095, None])
+@pytest.mark.parametrize("how", ["window", "table", "8 bits"])
+def test_padding_is_black_however_the_rest_is_shown(read, photometric, padding, how):
+    """What a viewer shows as black, a collimator's shutter, would be the brightest part of the picture otherwise."""
+    elements, stored = {"BitsStored": 12, "WindowCenter": 2048, "WindowWidth": 4096}, ramp(high=4095, dtype=np.uint16)
+    if how == "table":
+        elements = {"BitsStored": 12, "VOILUTSequence": table(np.arange(4096), 0, 12)}
+    if how == "8 bits":
+        elements, stored, padding = {}, ramp(), padding and 255
+    elements["PhotometricInterpretation"] = photometric
+    padding = int(stored[20, 20]) if padding is None else padding
+    vrs = {"PixelPadding": "US"}
+    without = read(make(stored, **elements)).pixels
+    padded = read(make(stored, vrs=vrs, PixelPaddingValue=padding, **elements)).pixels
+    assert (stored == padding).any()
+    np.testing.assert_array_equal(padded, np.where(stored == padding, 0, without))
+
+
 def test_padding_alone_or_of_another_type_is_nothing_to_leave_out(read):
     stored = np.full((40, 40), 900, np.uint16)
     scan = read(make(stored, PixelPaddingValue=900))
@@ -234,8 +254,12 @@ def test_a_window_that_shows_nothing_is_passed_over(read, width):
         np.testing.assert_array_equal(scan.pixels, read(make(stored)).pixels)
         (remark,) = scan.warnings
         assert f"its window is {np.atleast_1d(width)[0]:g} wide, which shows nothing" in remark
-    exact = read(make(ramp(high=1000, dtype=np.uint16), WindowCenter=100, WindowWidth=0.5, VOILUTFunction="SIGMOID"))
-    assert exact.warnings == () or width != 0.5
+
+
+def test_a_narrow_window_may_be_exact(read):
+    scan = read(make(ramp(), WindowCenter=127.4, WindowWidth=0.5, VOILUTFunction="LINEAR_EXACT"))
+    np.testing.assert_array_equal(scan.pixels, 255 * (ramp() > 127))
+    assert [remark for remark in scan.warnings if "window is" in remark] == []
 
 
 @pytest.mark.parametrize(
@@ -273,6 +297,22 @@ def test_padding_bits_are_not_pixels(read):
     dirty = stored | (ramp().astype(np.uint16) % 16 << 12)  # overlays were once kept there
     expected = read(make(stored, BitsStored=12)).pixels
     np.testing.assert_array_equal(read(make(dirty, BitsStored=12)).pixels, expected)
+
+
+@pytest.mark.parametrize(
+    ("stored", "own"),
+    [
+        (np.array([[0x8123, 0x0FFF]], np.uint16), [[0x123, 0xFFF]]),
+        (np.array([[0x0FFF, 0x0001]], np.int16), [[-1, 1]]),  # the sign was not carried on
+        (np.array([[-1, 2047]], np.int16), [[-1, 2047]]),
+    ],
+)
+def test_bits_above_the_stored_ones_are_dropped(stored, own):
+    found, remarks = dicom._own_bits(stored, 12)
+    assert found.tolist() == own and found.dtype == stored.dtype
+    assert bool(remarks) == (stored.tolist() != own)
+    whole, remarks = dicom._own_bits(stored, 16)
+    assert np.array_equal(whole, stored) and not remarks
 
 
 def table(entries, first, bits):
@@ -330,6 +370,9 @@ def test_threads_read_the_same(tmp_path):
     [
         ({"ImagerPixelSpacing": [0.3, 0.4]}, (0.3, 0.4)),
         ({"PixelSpacing": [0.1, 0.2], "ImagerPixelSpacing": [0.3, 0.4]}, (0.1, 0.2)),
+        ({"ImagerPixelSpacing": [0.3, 0.6], "EstimatedRadiographicMagnificationFactor": 1.5}, (0.3 / 1.5, 0.6 / 1.5)),
+        ({"ImagerPixelSpacing": [0.3, 0.4], "EstimatedRadiographicMagnificationFactor": 0}, (0.3, 0.4)),
+        ({"PixelSpacing": [0.1, 0.2], "EstimatedRadiographicMagnificationFactor": 1.5}, (0.1, 0.2)),
         ({"PixelSpacing": [0, 0]}, None),
         ({"PixelSpacing": ""}, None),
         ({}, None),
@@ -339,11 +382,29 @@ def test_spacing(read, elements, spacing):
     assert read(make(ramp(), **elements)).spacing == spacing
 
 
+def coded(meaning):
+    item = pydicom.Dataset()
+    item.CodeMeaning = meaning
+    return item
+
+
 @pytest.mark.parametrize(
     ("elements", "warning"),
     [
         ({"ViewPosition": "LL"}, "lateral view (ViewPosition LL)"),
         ({"ViewPosition": "ANNA"}, "not a frontal view"),
+        ({"ViewCodeSequence": [coded("Left Lateral")]}, "a lateral view by its ViewCodeSequence"),
+        ({"PatientOrientation": ["A", "F"]}, "a lateral view by its PatientOrientation"),
+        ({"PatientOrientation": ["R", "F"]}, "turned or mirrored: its PatientOrientation says that rows go to R and"),
+        ({"PatientOrientation": ["H", "L"]}, "rows go to H and columns to L, where L and F are usual"),
+        ({"PresentationIntentType": "FOR PROCESSING"}, "often inverted; a picture for presentation is expected"),
+        ({"PresentationLUTShape": "INVERSE"}, "MONOCHROME2, but with PresentationLUTShape INVERSE"),
+        (
+            {"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "IDENTITY"},
+            "MONOCHROME1, but with PresentationLUTShape IDENTITY",
+        ),
+        ({"PixelSpacing": [0.2, 0.4]}, "its pixels are not square, but 2 times as long one way"),
+        ({"PixelAspectRatio": [1, 3]}, "its pixels are not square, but 3 times as long one way"),
         ({"BodyPartExamined": "KNEE"}, "not a chest"),
         ({"Modality": "CT"}, "Modality CT"),
     ],
@@ -357,6 +418,43 @@ def test_odd_views_warn_without_repeating_foreign_text(read, elements, warning):
 @pytest.mark.parametrize("view", ["PA", "ap ", "LLD", ""])
 def test_frontal_views_do_not(read, view):
     assert read(make(ramp(), ViewPosition=view, BodyPartExamined="CHEST AP", Modality="DX")).warnings == ()
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"BodyPartExamined": "T\u00d3RAX", "SpecificCharacterSet": "ISO_IR 100"},
+        {"ViewCodeSequence": "antero-posterior"},
+        {"ViewCodeSequence": "left lateral decubitus"},
+        {"PatientOrientation": ["L", "F"]},
+        {"PatientOrientation": ["L", "FP"]},
+        {"PatientOrientation": ["", ""]},
+        {"PatientOrientation": ["X", "ANNA"]},
+        {"PresentationIntentType": "FOR PRESENTATION", "PresentationLUTShape": "IDENTITY"},
+        {"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "INVERSE"},
+        {"PresentationLUTShape": ""},
+        {"PixelSpacing": [0.2, 0.203]},
+        {"PixelAspectRatio": [0, 0]},
+        {"PixelAspectRatio": [1, 1], "PixelSpacing": ""},
+    ],
+)
+def test_what_is_as_usual_is_not_warned_of(read, elements):
+    if text := elements.get("ViewCodeSequence"):
+        elements = {"ViewCodeSequence": [coded(text)]}
+    assert read(make(ramp(), **elements)).warnings == ()
+
+
+def test_a_header_that_leaves_out_what_is_always_the_same(read):
+    """SamplesPerPixel is 1 for every radiograph."""
+    np.testing.assert_array_equal(read(make(ramp(), drop=["SamplesPerPixel"])).pixels, ramp())
+
+
+@pytest.mark.parametrize("start", [128, 132], ids=["DICM", "group 2"])
+def test_a_missing_preamble_is_named(refusal, start):
+    assert refusal(make(ramp())[start:]).endswith(
+        "a DICOM, as it seems, without its preamble of 128 bytes. Write it anew: dcmconv (DCMTK)"
+    )
 
 
 def test_pydicom_says_nothing_itself(read, caplog):
@@ -407,7 +505,11 @@ def test_pydicom_says_nothing_itself(read, caplog):
         (ramp(), {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.11.1"}, "a presentation state"),
         (ramp(), {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.11"}, "a structured report"),
         (ramp(), {"SOPClassUID": "1.2.840.10008.1.3.10"}, "a DICOMDIR"),
-        (ramp(), {"WindowCenter": 100, "WindowWidth": 9, "VOILUTFunction": "ODD"}, "in pydicom"),
+        (
+            ramp(),
+            {"WindowCenter": 100, "WindowWidth": 9, "VOILUTFunction": "ODD"},
+            "whose VOILUTFunction is unknown. Correct",
+        ),
         (ramp(), {"syntax": dicom.DEFLATED}, "dcmconv"),
         (
             ramp(),

@@ -439,6 +439,30 @@ def test_a_nearly_black_picture_is_warned_of(write):
     assert said.startswith("nearly black: 99 of 100 pixels are below 32 of 255. A mark far brighter than the X-ray")
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (120, 135, "of little contrast: 98 of 100 pixels are from 120 to 135 of 255. A mark far brighter than the"),
+        (0, 63, "of little contrast: 98 of 100 pixels are from 1 to 62 of 255."),
+        (0, 70, None),
+        (0, 400, "36% of its pixels are white. Its window or lookup table may be that of other values"),
+        (0, 330, None),
+    ],
+)
+def test_a_picture_of_few_levels_or_much_white_is_warned_of(write, low, high, said):
+    """As of a window that is another image's; a ramp from `low` to `high`."""
+    values = np.clip(np.linspace(low, high, 128 * 128).round(), 0, 255).astype(np.uint8).reshape(128, 128)
+    found = images.read(write(encode(Image.fromarray(values)))).warnings
+    assert [remark.startswith(said) for remark in found] == [True] if said else found == ()
+
+
+@pytest.mark.fault("P1", "X-rays of the challenge, where they are")
+def test_real_images_are_not_warned_of(siim, figure):
+    paths = sorted(path for name in ("train", "test") for path in (siim / "gold-1024" / name).iterdir())
+    assert len(paths) > 20 and [path.name for path in paths if images.read(path).warnings] == []
+    figure(f"{len(paths)} without a warning")
+
+
 def test_a_jpeg_that_was_cut_off_and_closed_is_warned_of(write):
     y, x = np.mgrid[:128, :128]
     content = io.BytesIO()

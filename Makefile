@@ -24,7 +24,7 @@ UNKNOWN := $(filter-out $(VARIABLES) CUDA_% HF_% MKL_% NCCL_% OMP_% PYTEST_% PYT
 ifneq (,$(UNKNOWN))
 $(error no variable $(UNKNOWN); there are $(VARIABLES); one for the commands themselves goes before make; several overrides are quoted, as SET="runs=DIR seed=1")
 endif
-# what each target takes besides PYTHON; of several targets, one is enough to take it
+# what each target takes, and PYTHON but for three; of several targets, one is enough to take it
 OF_test := WORKERS
 OF_test-slow := WORKERS
 OF_test-oldest := WORKERS
@@ -43,7 +43,7 @@ OF_submit := RECIPE SET FOLDS GPUS
 OF_score := RECIPE SET SUBMISSION TRUTH
 OF_check-submission := RECIPE SET SUBMISSION TRUTH SAMPLE
 OF_report := RECIPE SET BESIDE
-TAKEN := PYTHON $(foreach goal,$(MAKECMDGOALS),$(OF_$(goal)))
+TAKEN := $(if $(filter-out help clean test-oldest,$(MAKECMDGOALS)),PYTHON) $(foreach goal,$(MAKECMDGOALS),$(OF_$(goal)))
 UNUSED := $(filter-out $(TAKEN),$(call typed,$(VARIABLES)))
 ifneq (,$(UNUSED))
 $(error $(firstword $(UNUSED))= has no meaning for make $(MAKECMDGOALS), which takes $(TAKEN))

@@ -24,10 +24,10 @@ def main(options: argparse.Namespace) -> None:
     if options.stage not in range(1, recipe.stages + 1):
         raise UsageError(f"--stage {options.stage}: the recipe has stages 1 to {recipe.stages}")
     if options.stage not in recipe.own_stages:
-        start = recipe.stage[recipe.own_stages[0]].start
+        origin = recipe.stage[recipe.own_stages[0]].start
         raise UsageError(
             f"--stage {options.stage}: {recipe.name} trains from stage {recipe.own_stages[0]} on, which starts from "
-            f"{start}; nothing would use this one"
+            f"{origin}; nothing would use this one"
         )
     unet.check_name(recipe.model.encoder)
     with dist.launch(recipe.train.timeout_seconds) as device:

@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pneumo import __version__, checkpoint, cli, config, dataset, dist, log
@@ -31,15 +32,7 @@ def verify(options: argparse.Namespace) -> None:
 
     recipe = cli.load_recipe(options)
     data, root = recipe.data, Path(recipe.data.root)
-    found, problems = cases.load_train(
-        root,
-        train=data.train,
-        annotations=data.annotations,
-        patients=data.patients,
-        annotation_size=data.annotation_size,
-        allow_missing=data.allow_missing,
-        unmasked=data.unmasked,
-    )
+    found, problems = dataset.find_cases(recipe)
     if (root / data.test).is_dir():
         test, _, more = cases.load_test(root, test=data.test, sample=data.sample, allow_missing=data.allow_missing)
         problems += more
@@ -241,15 +234,8 @@ def _empty(truth: Path | None, recipe: Recipe) -> tuple[float, str] | None:
         raise_fatal(problems, None)
         positive = [len(runs) > 0 for runs in runs_of.values()]
     else:
-        found, problems = cases.load_train(
-            root,
-            train=data.train,
-            annotations=data.annotations,
-            annotation_size=data.annotation_size,
-            allow_missing=True,
-            unmasked=data.unmasked,
-            need_images=data.unmasked == "empty",
-        )
+        lenient = replace(recipe, data=replace(data, allow_missing=True))
+        found, problems = dataset.find_cases(lenient, need_images=data.unmasked == "empty")
         positive = [case.positive for case in found]
     image = "image" if truth else "training image"
     if not positive or any(problem.fatal for problem in problems):

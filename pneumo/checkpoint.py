@@ -43,7 +43,7 @@ _TEMPORARY = re.compile(r"(?s)(.+)\.([1-9][0-9]*)\.tmp")  # a name of `temporary
 
 
 class _UnreadableError(DataError):
-    """A file that may be good, but that this process may or can not read."""
+    """A file that may be good, but that this process is not allowed, or not able, to read."""
 
 
 def save(state: dict[str, Any], path: Path, *, keep: Path | None = None) -> None:

@@ -269,7 +269,7 @@ class Recipe:
         return f"make {target}" + ("" if name == "seed" else f" RECIPE={name}") + setting
 
     def program(self, command: str) -> str:
-        """As `command`, where the Makefile has no target: python -m pneumo folds --recipe demo --set runs=DIR."""
+        """As `command`, for options that the Makefile does not pass: python -m pneumo folds --recipe demo."""
         return " ".join(
             [f"python -m pneumo {command} --recipe {self.name}", *(["--set"] * bool(self.typed)), *_brief(self.typed)]
         )
@@ -411,7 +411,7 @@ def _toml_sign(sign: str) -> str:
 
 
 def of_a_launch(recipe: Recipe) -> dict[str, Any]:
-    """All of a recipe but where things lie on a host, flat, by dotted key: in what processes of a launch must agree."""
+    """What processes of a launch must agree in, flat, by dotted key: all but where things lie, and memory kept free."""
     places = {"runs", "data.root", "model.pretrained", "train.gpu_reserve_gb"}
     return {key: value for key, value in _flatten(asdict(recipe), "") if key not in places}
 

@@ -31,7 +31,8 @@ class Dataset:
     Attributes:
         cases: N cases, by id.
         folds: (N,) fold of each.
-        groups: N names of what belongs together, images of a patient and those that the split kept in one group; None
+        groups: N names of what belongs together: images of a patient, and near-duplicates, which are those that the
+            split kept in one group, or, where folds.csv is the user's own and has no groups, those that are found; None
             for an image on its own.
         digest: hash of all images and annotations.
         split: hash of who is in which fold.
@@ -49,15 +50,10 @@ class Dataset:
         return np.array([case.positive for case in self.cases])
 
 
-def load_cases(recipe: Recipe, *, need_images: bool = True) -> list[Case]:
-    """The training cases that the recipe's data folder holds; warnings are printed.
-
-    Raises:
-        DataError: something is wrong with the folder, the annotations or the patient map; all of it is listed in
-            train_report.csv of the recipe's run folder.
-    """
+def find_cases(recipe: Recipe, *, need_images: bool = True) -> tuple[list[Case], list[Problem]]:
+    """The training cases that the recipe's data folder holds, and all that is wrong with them."""
     data = recipe.data
-    found, problems = cases.load_train(
+    return cases.load_train(
         Path(data.root),
         train=data.train,
         annotations=data.annotations,
@@ -67,6 +63,16 @@ def load_cases(recipe: Recipe, *, need_images: bool = True) -> list[Case]:
         unmasked=data.unmasked,
         need_images=need_images,
     )
+
+
+def load_cases(recipe: Recipe, *, need_images: bool = True) -> list[Case]:
+    """The training cases that the recipe's data folder holds; warnings are printed.
+
+    Raises:
+        DataError: something is wrong with the folder, the annotations or the patient map; all of it is listed in
+            train_report.csv of the recipe's run folder.
+    """
+    found, problems = find_cases(recipe, need_images=need_images)
     _judge(problems, _report(recipe, "train"))
     if warning := cases.one_sided(found):
         log.warn(warning)
@@ -124,7 +130,9 @@ def load(recipe: Recipe) -> Dataset:
         if not path.exists():
             split(recipe, found, packed)
     fold_of = read_folds(recipe, found)
-    groups = folds.join_groups([case.patient for case in found], folds.kept_together(path, ids))
+    together = folds.kept_together(path, ids)
+    together = _duplicates(recipe, packed) if together is None else together
+    groups = folds.join_groups([case.patient for case in found], together)
     return Dataset(tuple(found), fold_of, tuple(groups), packed.digest, folds.fingerprint(ids, fold_of))
 
 
@@ -189,7 +197,7 @@ def split(recipe: Recipe, found: Sequence[Case], packed: Pack | None) -> None:
     fold_of = folds.split(ids, areas, groups, count=settings.count, area_bins=settings.area_bins, seed=recipe.seed)
     checkpoint.write_atomic(recipe.folder / "folds.csv", folds.dumps(ids, fold_of, groups).encode())
     made = {"split": folds.fingerprint(ids, fold_of), "settings": dict(_settings(recipe))}
-    checkpoint.write_atomic(recipe.folder / "folds.json", log.dumps(made, indent=1).encode() + b"\n")
+    log.write_json(recipe.folder / "folds.json", made)
     text = _write_audit(recipe, found, fold_of, duplicates)
     log.say(f"{recipe.folder / 'folds.csv'}: {len(ids)} images in {settings.count} folds", *text.splitlines())
 
@@ -219,7 +227,7 @@ def _write_audit(
                 f"of {counted(len(odd), 'pair', 'pairs')} of near-duplicate images one is annotated with a "
                 f"pneumothorax, the other without: {some(odd)}. {recipe.folder / 'audit.json'} has the pairs"
             )
-    checkpoint.write_atomic(recipe.folder / "audit.json", log.dumps(report, indent=1).encode() + b"\n")
+    log.write_json(recipe.folder / "audit.json", report)
     checkpoint.write_atomic(recipe.folder / "audit.txt", text.encode() + b"\n")
     return text
 

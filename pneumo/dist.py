@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -144,7 +144,7 @@ def wait_for_main() -> None:
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Refuse a launch whose processes are not about the same: each would compute a part of something else.
+    """Refuse a launch whose processes do not work on the same: each would compute a part of something else.
 
     Their code and version of torch are compared as well.
 
@@ -165,7 +165,7 @@ def agree(facts: Mapping[str, Any]) -> None:
             shown = [f"{name} ({other.get(name)!s:.40}, not {everyone[0].get(name)!s:.40})" for name in names[:4]]
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             raise UsageError(
-                f"the processes of this launch are not about the same: process {number} differs from process 0 in "
+                f"the processes of this launch do not work on the same: process {number} differs from process 0 in "
                 f"{', '.join(shown)}{more}. Start all by the same command, with the same code, recipe and data"
             )
 
@@ -195,6 +195,11 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def mine(items: Sequence[Any]) -> Sequence[Any]:
+    """This process's share of what all processes do together: every so manieth."""
+    return items[rank() :: world()]
+
+
 def is_main() -> bool:
     """Whether this process writes and prints."""
     return rank() == 0
@@ -206,7 +211,7 @@ def is_launched() -> bool:
 
 
 def another_says_it() -> bool:
-    """Whether an error outside of a launch's group was met by all its processes; one on each host prints it."""
+    """Whether another process of this host prints an error that all meet outside of a launch's group: local rank 0."""
     return os.environ.get("LOCAL_RANK", "").strip("0").isdecimal()
 
 

@@ -561,7 +561,7 @@ def fitting_batch(model: nn.Module, side: int, grid: int, dtype: torch.dtype, de
         model: in evaluation.
         side: of the images, pixels.
         grid: side of the annotation grid that the probabilities go to.
-        memory: bytes that both may take.
+        memory: bytes for the pass and what goes to the annotation grid.
     """
     pair = torch.zeros(2, 1, side, side, dtype=torch.uint8, device=device)
     predict_logits(model, pair, dtype)  # what libraries keep for themselves is there from now on

@@ -90,7 +90,7 @@ class PeerError(PneumoError):
 
 
 class Stopped(PneumoError):
-    """A signal ended the run after a checkpoint, all processes together; the exit code is 128 and its number."""
+    """A signal ended the run after a checkpoint, all processes together; the exit code is 128 plus its number."""
 
     exit_code = 143
 

@@ -201,7 +201,7 @@ def predict(
             return _read(batch, models.image_size, journal, out)
 
         bar = log.bar(total=len(given), title="predict")
-        for found in _ahead(readers, read, batches[dist.rank() :: dist.world()]):
+        for found in _ahead(readers, read, dist.mine(batches)):
             if found.part is not None:
                 done.append(found.part)
                 kept += found.count
@@ -214,7 +214,7 @@ def predict(
                     boxes = images.boxes(shapes, recipe.data.annotation_size)
                     predicted = ensemble.predict(models, image, recipe.data.annotation_size, names, boxes)
                     if not forgotten:  # an earlier one's records would be of other masks
-                        _keep_records(others, out)
+                        _write_records(others, out)
                         forgotten = True
                     tasks = [
                         writers.submit(_write_file, *one, of, ruling, out)
@@ -233,7 +233,7 @@ def predict(
         complaints = sorted(record["error"] for record in failed)
         if dist.is_main():
             records = [record for part in done for record in part["records"]]
-            _write_records(records, [*others, *failed], out, kept, inference.by_what(models, ruling))
+            _report(records, [*others, *failed], out, kept, inference.by_what(models, ruling))
             for message in complaints if len(complaints) > 1 else ():
                 log.warn(message)
             if not complaints:  # else the good files need not be done again when the bad ones are mended
@@ -383,7 +383,7 @@ def _others(given: Sequence[Given], out: Path) -> list[dict[str, Any]]:
     return left
 
 
-def _keep_records(records: Sequence[dict[str, Any]], out: Path) -> None:
+def _write_records(records: Sequence[dict[str, Any]], out: Path) -> None:
     """Write predictions.jsonl, by file; without records, none."""
     if records:
         log.write_jsonl(out / RECORDS, sorted(records, key=lambda record: str(record.get("file"))))
@@ -391,11 +391,9 @@ def _keep_records(records: Sequence[dict[str, Any]], out: Path) -> None:
         (out / RECORDS).unlink(missing_ok=True)
 
 
-def _write_records(
-    records: list[dict[str, Any]], others: Sequence[dict[str, Any]], out: Path, kept: int, by: str
-) -> None:
+def _report(records: list[dict[str, Any]], others: Sequence[dict[str, Any]], out: Path, kept: int, by: str) -> None:
     """Write predictions.jsonl, with the records of other and bad files in it; say what was found and what is odd."""
-    _keep_records([*others, *records], out)
+    _write_records([*others, *records], out)
     if not records:
         return
     records.sort(key=lambda record: record["file"])

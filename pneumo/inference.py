@@ -59,7 +59,7 @@ def predict_test(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch
         left = [place for place in range(len(batches)) if str(place) not in journal.parts]
         if journal.parts:
             log.say(f"{recipe.folder}: goes on; {len(batches) - len(left)} of {len(batches)} batches are there")
-        mine = left[dist.rank() :: dist.world()]
+        mine = dist.mine(left)
         plan = [batches[place] for place in mine]
         reserve = recipe.train.gpu_reserve
         feed = Feed(pack, device, np.concatenate([batches[0][:0], *plan]), reserve=reserve)
@@ -115,7 +115,7 @@ def _write_submission(
         "data": models.data,
         "split": models.split,
     }
-    checkpoint.write_atomic(path.with_suffix(".json"), log.dumps(origin, indent=1).encode() + b"\n")
+    log.write_json(path.with_suffix(".json"), origin)
     _write_referrals([record for record, _ in written], recipe.folder / "referral.csv")
     log.say(f"{path}: {submission.summary(codes, size)}; {by_what(models, ruling)}")
     if len(models.models) < recipe.folds.count:

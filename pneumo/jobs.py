@@ -96,22 +96,32 @@ def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence
         stopped.exit_code = 128 + caught[0]
         raise stopped
     if failed:
-        stopped = {128 + number: number for number in start.endings()}
-        ended = [str(fold) for fold, code in sorted(failed) if code > 0 and code not in stopped]
-        parts = [f"fold {', '.join(ended)} failed, see above"] if ended else []
-        for fold, code in sorted(failed):
-            if code < 0:
-                why = ", perhaps for lack of host memory" if -code == signal.SIGKILL else ""
-                parts.append(f"fold {fold} was killed by {signal.Signals(-code).name}{why}")
-            elif code in stopped:
-                parts.append(f"fold {fold} was stopped by {stopped[code].name}")
-        others = "; the others are done" if len(failed) < len(folds) else ""
-        again = "Once that is mended, the same command goes on" if ended else "The same command goes on"
-        error = PneumoError(f"{'; '.join(parts)}{others}. {again}")
-        first = failed[0][1]
-        killed = OutOfMemory if -first == signal.SIGKILL else PeerError
-        error.exit_code = first if first > 0 else killed.exit_code
-        raise error
+        raise _failure(failed, len(folds))
+
+
+def _failure(failed: Sequence[tuple[int, int]], count: int) -> PneumoError:
+    """What to say of folds that did not end well.
+
+    Args:
+        failed: folds and their return codes, in the order in which they ended.
+        count: of all folds.
+    """
+    stopped = {128 + number: number for number in start.endings()}
+    ended = [str(fold) for fold, code in sorted(failed) if code > 0 and code not in stopped]
+    parts = [f"fold {', '.join(ended)} failed, see above"] if ended else []
+    for fold, code in sorted(failed):
+        if code < 0:
+            why = ", perhaps for lack of host memory" if -code == signal.SIGKILL else ""
+            parts.append(f"fold {fold} was killed by {signal.Signals(-code).name}{why}")
+        elif code in stopped:
+            parts.append(f"fold {fold} was stopped by {stopped[code].name}")
+    others = "; the others are done" if len(failed) < count else ""
+    again = "Once that is mended, the same command goes on" if ended else "The same command goes on"
+    error = PneumoError(f"{'; '.join(parts)}{others}. {again}")
+    first = failed[0][1]
+    killed = OutOfMemory if -first == signal.SIGKILL else PeerError
+    error.exit_code = first if first > 0 else killed.exit_code
+    return error
 
 
 def python(*words: str) -> list[str]:

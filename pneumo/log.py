@@ -137,6 +137,11 @@ def read_jsonl(path: Path, numbers: Sequence[str] = ()) -> list[dict[str, Any]]:
         ) from None
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by one JSON value, for people to read as well."""
+    checkpoint.write_atomic(path, dumps(value, indent=1).encode() + b"\n")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 

@@ -3,7 +3,6 @@
 Imports config, checkpoint, dist, engine, kernels, log, errors.
 """
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -92,7 +91,7 @@ def _once(path: Path, key: str, measure: Callable[[], Any]) -> Any:
             known = _read(path)
             if key not in known:
                 answer = known[key] = measure()
-                checkpoint.write_atomic(path, json.dumps(known, indent=1).encode())
+                log.write_json(path, known)
             return known[key]
     except WriteError:
         return measure() if answer is None else answer

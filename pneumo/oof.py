@@ -12,7 +12,7 @@ import zipfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def path_of(recipe: Recipe, fold: int) -> Path:
 def grid(recipe: Recipe) -> Grid:
     """The rules that the recipe tries; their thresholds are those that have components in the tables."""
     return tune.make_grid(
-        Rule(**asdict(recipe.rule)),
+        Rule.of(recipe.rule),
         recipe.data.annotation_size,
         thresholds=recipe.tune.thresholds,
         min_areas=recipe.tune.min_areas,
@@ -178,7 +178,7 @@ def _write_fold(
     rows = np.flatnonzero(data.folds == fold)
     pack = dataset.open_train(recipe, data, models.image_size)
     batches = cut(rows, models.batch_size)
-    mine = batches[dist.rank() :: dist.world()]
+    mine = dist.mine(batches)
     reserve = recipe.train.gpu_reserve
     feed = Feed(pack, device, np.concatenate([rows[:0], *mine]), reserve=reserve)
     levels = np.array(origin["levels"])
@@ -215,7 +215,7 @@ def _write_fold(
     np.savez_compressed(content, image_ids=ids, origin=np.array(json.dumps(origin)), **arrays)
     path = path_of(recipe, fold)
     checkpoint.write_atomic(path, content.getvalue())
-    score = tables.dice(whole, Rule(**asdict(recipe.rule))).mean()
+    score = tables.dice(whole, Rule.of(recipe.rule)).mean()
     log.say(
         f"{path}: {len(whole)} images, {len(content.getvalue()) / 1e6:.1f} MB; Dice {score:.4f} "
         f"(all empty {(~whole.positive).mean():.4f})"

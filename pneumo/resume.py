@@ -162,7 +162,7 @@ class StageFolder:
             for name, now in _versions().items()
             if state["versions"].get(name) != now
         ]:
-            log.warn(f"{path}: made with {', '.join(changed)}; the last digits may come out otherwise")
+            log.warn(f"{path}: made with {', '.join(changed)}; the last digits may differ")
 
     def outlived(self) -> bool:
         """Whether the stage is done though last.pt and prev.pt were deleted, as may be; no if it has never begun.

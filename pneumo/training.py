@@ -42,7 +42,7 @@ from pneumo.resume import Position, StageFolder, of_this_run
 from pneumo.signals import Interrupted, Signals
 
 FOUND = 0.05  # Dice on positives below which next to nothing of them is found
-SPARED = 0.5  # of the negatives, share with an empty mask below which a network marks what is none
+SPARED = 0.5  # of the negatives, share with an empty mask below which a network marks too many healthy images
 COMPILER = "It takes gcc and g++, Python's headers (python3-dev) and, on a GPU, one that Triton knows"
 
 
@@ -92,7 +92,7 @@ class _Run:
             gamma=self.settings.gamma,
             smooth=self.settings.smooth,
         )
-        self.rule = Rule(**asdict(recipe.rule))
+        self.rule = Rule.of(recipe.rule)
         self.dtype = engine.autocast_dtype(recipe.train.amp, device)
         self.files = StageFolder(recipe, data, fold, stage, self.dtype)
         self.folder = self.files.path
@@ -191,7 +191,7 @@ class _Run:
     def _warn_of_nothing(self) -> None:
         """Say that the best epoch is no better than masks that are all empty, which is easily taken for a result.
 
-        A stage that others follow may well find too much, or what is none; it is worth a word only if it finds nothing.
+        A stage that others follow may well mark too much; it is worth a word only if it finds nothing.
         """
         position, all_empty = self.position, float((~self.data.positive[self.validation]).mean())
         if all_empty == 1:
@@ -491,7 +491,7 @@ class _Run:
             self._stop()
 
     def _validate(self, feed: Feed) -> engine.Evaluation:
-        """Score the fold's held-out images with the weights that the model now has, as a prediction would.
+        """Score the fold's held-out images with the model's present weights, as a prediction without mirror would.
 
         Raises:
             _StopAsked: on every process, after a signal to one.
@@ -621,8 +621,7 @@ def augmented(
     Returns:
         (B, 1, S, S) float32 in [0, 1], channels_last, and (B, 1, S, S) float32 of 0 and 1.
     """
-    low, high = settings.gamma
-    values = {**asdict(settings), "gamma": (low, high)}
+    values = asdict(settings)
     numbers = augment.random_numbers(len(image), image.shape[-1], generator, **values)
     image, mask = transform(image, mask, *numbers, **values)
     return image.contiguous(memory_format=torch.channels_last), mask

@@ -14,7 +14,7 @@ import numpy as np
 from pneumo import checkpoint, config, log, oof
 from pneumo.config import Recipe
 from pneumo.dataset import Dataset
-from pneumo.decision import metrics, tables, trust, tune
+from pneumo.decision import metrics, trust, tune
 from pneumo.decision.rule import Rule
 from pneumo.decision.trust import Signals, Trust
 from pneumo.decision.tune import Tuned
@@ -40,24 +40,19 @@ class Ruling:
     predicted: dict[str, Any] | None = None
 
 
-def recipe_rule(recipe: Recipe) -> Rule:
-    """The recipe's own rule."""
-    return Rule(**asdict(recipe.rule))
-
-
 def run(recipe: Recipe, data: Dataset) -> Tuned:
     """Choose a rule on the recipe's out-of-fold predictions, print what it is worth, write rule.toml."""
     found = oof.load(recipe, data)
     tuned = search(recipe, found)
-    baseline = recipe_rule(recipe)
+    baseline = Rule.of(recipe.rule)
     dice = metrics.bootstrap_means(tuned.dice[None], found.groups, draws=recipe.tune.draws, seed=recipe.seed)[0]
     gain = tuned.gain(found.groups, draws=recipe.tune.draws, seed=recipe.seed)
     positive = found.tables.positive
     all_empty = float((~positive).mean())
-    shares = _shares(positive, held_out_signals(found, tuned).decided)
-    signals = trust.signals(found.tables, tuned.rule)
+    held_out = held_out_signals(found, tuned)
+    shares = _shares(positive, held_out.decided)
     plateau = int(tuned.choice.plateau.sum())
-    in_sample = _shares(positive, signals.decided)
+    in_sample = _shares(positive, trust.signals(found.tables, tuned.rule).decided)
     log.say(
         f"{len(found.image_ids)} cases of {len(tuned.fold_rules)} folds, {tuned.choice.plateau.size:,} rules",
         f"recipe's rule    {describe(baseline)}: mean Dice {tuned.baseline.mean():.4f} (all masks empty: "
@@ -72,7 +67,7 @@ def run(recipe: Recipe, data: Dataset) -> Tuned:
     )
     for warning in doubts(recipe, found, tuned):
         log.warn(warning)
-    learned = trust.fit(signals, tables.dice(found.tables, tuned.rule))
+    learned = trust.fit(held_out, tuned.dice)  # under the chosen rule itself these cases score too well
     path = recipe.folder / "rule.toml"
     measured = {
         "cases": len(found.image_ids),
@@ -99,7 +94,7 @@ def search(recipe: Recipe, found: OutOfFold) -> Tuned:
         found.tables,
         found.folds,
         oof.grid(recipe),
-        recipe_rule(recipe),
+        Rule.of(recipe.rule),
         objective=settings.objective,
         target=settings.target,
         tolerance=settings.tolerance,
@@ -116,7 +111,7 @@ def doubts(recipe: Recipe, found: OutOfFold, tuned: Tuned) -> list[str]:
             f"{recipe.command('cv')}"
         )
     settings, choice, positive = recipe.tune, tuned.choice, found.tables.positive
-    grid, own = tuned.grid, recipe_rule(recipe)
+    grid, own = tuned.grid, Rule.of(recipe.rule)
     gain = tuned.gain(found.groups, draws=settings.draws, seed=recipe.seed)
     fulfils = settings.objective == "dice" or (  # else the recipe's rule is no alternative
         _shares(positive, trust.signals(found.tables, own).decided)[settings.objective] >= settings.target
@@ -218,9 +213,9 @@ def ruling_for(recipe: Recipe, models: Ensemble, choice: str) -> Ruling:
     """
     own = recipe.folder / "rule.toml"
     if choice == "recipe" or (choice == "auto" and not own.exists()):
-        return Ruling(recipe_rule(recipe), "recipe", None)
+        return Ruling(Rule.of(recipe.rule), "recipe", None)
     path = own if choice == "auto" else Path(choice)
-    ruling, sources = read(path, recipe_rule(recipe))
+    ruling, sources = read(path, Rule.of(recipe.rule))
     trouble = misfit(recipe, ruling, sources, models.sources)
     if trouble and choice == "auto":
         raise UsageError(f"{path} {trouble}, or use --rule recipe")
@@ -242,7 +237,7 @@ def misfit(recipe: Recipe, ruling: Ruling, chosen_for: dict[str, str], used: dic
         return f"is of an earlier version and does not say whether it was chosen with {_settings(now)}. {again}"
     if other := [key for key in now if ruling.predicted[key] != now[key]]:
         theirs, mine = (_settings({key: settings[key] for key in other}) for settings in (ruling.predicted, now))
-        return f"was chosen on predictions with {theirs}, not {mine}. Set the former, or run again: {commands}"
+        return f"was chosen on predictions with {theirs}, not {mine}. Set those, or run again: {commands}"
     if not set(used.values()) <= set(chosen_for.values()):
         return f"was chosen for other checkpoints than {', '.join(used)}. {again}"
     return ""

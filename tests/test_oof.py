@@ -1,7 +1,7 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_every_case_by_the_fold_that_did_not_see_it(recipe, capsys):
     assert sorted(found.image_ids) == [case.image_id for case in data.cases]
     assert len(found.sources) == 3
     assert len(np.unique(found.groups)) == 10  # nine pairs but for one image of unknown patient
-    rule = Rule(**asdict(recipe.rule))
+    rule = Rule.of(recipe.rule)
     dice = tables.dice(found.tables, rule)
     pack = dataset.open_train(recipe, data, 64)
     for fold in range(3):

@@ -50,7 +50,7 @@ def test_tune_prints_what_it_found_and_prediction_uses_it(place, capsys):
     models = ensemble.load(recipe, [0, 2], CPU)
     ruling = tuning.ruling_for(recipe, models, "auto")
     assert (ruling.rule, ruling.source) == (tuned.rule, str(recipe.folder / "rule.toml"))
-    assert tuning.ruling_for(recipe, models, "recipe") == Ruling(tuning.recipe_rule(recipe), "recipe", None)
+    assert tuning.ruling_for(recipe, models, "recipe") == Ruling(Rule.of(recipe.rule), "recipe", None)
     found = oof.load(recipe, data)
     signals = tuning.held_out_signals(found, tuned)
     expected = ruling.trust.expected_dice(signals)
@@ -172,7 +172,7 @@ def test_a_target_needs_a_case_that_it_is_about(place, objective):
     rows = found.tables.take(kept)
     wanted = {"objective": objective, "target": 0.5, "tolerance": 1e-3}
     with pytest.raises(UsageError, match=rf"{objective}: without fold 1 there is no (positive|negative) case"):
-        tune.tune(rows, found.folds[kept], oof.grid(recipe), tuning.recipe_rule(recipe), **wanted)
+        tune.tune(rows, found.folds[kept], oof.grid(recipe), Rule.of(recipe.rule), **wanted)
 
 
 def test_what_tuning_did_not_see_or_gain_is_said(place, capsys, monkeypatch):
@@ -182,7 +182,8 @@ def test_what_tuning_did_not_see_or_gain_is_said(place, capsys, monkeypatch):
     tuned = tuning.run(recipe, data)
     said = capsys.readouterr().err
     assert "no out-of-fold predictions of fold 2" in said and "--folds 0,1 only" in said and "make cv" in said
-    worse = replace(tuned, dice=tuned.baseline * 0.0, baseline=np.ones(len(part.rows)))
+    high = np.linspace(0.9, 1, len(part.rows))
+    worse = replace(tuned, dice=high * 0.0, baseline=high)
     monkeypatch.setattr(tuning, "search", lambda *_: worse)
     tuning.run(recipe, data)
     said = capsys.readouterr().err
@@ -260,7 +261,7 @@ def test_what_a_rule_file_leaves_out_is_the_recipes(place, tmp_path, capsys):
     recipe, _ = place
     (tmp_path / "mine.toml").write_text("[rule]\nthreshold = 0.25\n")
     ruling = tuning.ruling_for(recipe, ensemble.load(recipe, [0], CPU), str(tmp_path / "mine.toml"))
-    assert ruling.rule == replace(tuning.recipe_rule(recipe), threshold=0.25) and ruling.rule.min_area > 0
+    assert ruling.rule == replace(Rule.of(recipe.rule), threshold=0.25) and ruling.rule.min_area > 0
     assert capsys.readouterr().err == ""
 
 
@@ -323,9 +324,7 @@ def test_expected_dice_is_told_of_such_predictions_only_as_taught_it(place):
     assert tuning.ruling_for(recipe, models, str(path)).trust is not None
     turned = replace(recipe, predict=replace(recipe.predict, mirror=not recipe.predict.mirror))
     coarser = replace(recipe, data=replace(recipe.data, annotation_size=recipe.data.annotation_size // 2))
-    with pytest.raises(
-        UsageError, match=r"with data.annotation_size=64, not data.annotation_size=32. Set the former, or"
-    ):
+    with pytest.raises(UsageError, match=r"with data.annotation_size=64, not data.annotation_size=32. Set those, or"):
         tuning.ruling_for(coarser, models, "auto")
     assert tuning.ruling_for(coarser, models, str(path)).trust is None
     path.write_text(path.read_text().replace("annotation_size", "size"))

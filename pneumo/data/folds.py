@@ -284,7 +284,8 @@ def load(path: Path, image_ids: Sequence[str], count: int, *, redo: str) -> np.n
     for line, (image_id, fold) in read_rows(path, ("ImageId", "fold"), problems):
         if fold not in map(str, range(count)):
             raise DataError(
-                f'{path} line {line}, ImageId {image_id}, fold: "{fold[:40]}" is none below {count}. {redo}'
+                f"{path} line {line}, ImageId {image_id}, fold: expected one from 0 to {count - 1}, got "
+                f'"{fold[:40]}". {redo}'
             )
         if image_id in folds:
             raise DataError(f"{path} line {line}, ImageId {image_id}: it stands there twice. {redo}")
@@ -307,19 +308,20 @@ def load(path: Path, image_ids: Sequence[str], count: int, *, redo: str) -> np.n
     return np.array([folds[image_id] for image_id in image_ids], dtype=np.int64)
 
 
-def kept_together(path: Path, image_ids: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs of images that folds.csv has in one group, as those of a patient and near-duplicates; none without groups.
+def kept_together(path: Path, image_ids: Sequence[str]) -> list[tuple[int, int]] | None:
+    """Pairs of images that folds.csv has in one group, as those of a patient and near-duplicates; None without groups.
 
     Args:
         image_ids: N ids; a pair is two places among them.
     """
     place = {image_id: index for index, image_id in enumerate(image_ids)}
     first: dict[str, int] = {}
-    pairs = []
-    for _, (image_id, group) in read_rows(path, ("ImageId", "group"), []):
+    pairs: list[tuple[int, int]] = []
+    problems: list[Problem] = []
+    for _, (image_id, group) in read_rows(path, ("ImageId", "group"), problems):
         if group and image_id in place:
             pairs.append((first.setdefault(group, place[image_id]), place[image_id]))
-    return pairs
+    return None if problems else pairs  # `load` has read the file, so what is wrong is that the column is not there
 
 
 def check_patients(

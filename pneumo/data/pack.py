@@ -117,10 +117,6 @@ def open_pack(
             rows[todo] = UNDONE
             problems = _fill(cases, todo, side, annotation_size, arrays, rows, progress)
             _judge(problems, report)
-        index = {"format": FORMAT, "digest": digest, "image_ids": [case.image_id for case in cases]}
-        content = json.dumps(index).encode()
-        if not (place / "index.json").exists() or (place / "index.json").read_bytes() != content:
-            checkpoint.write_atomic(place / "index.json", content)
     return Pack(
         tuple(case.image_id for case in cases),
         np.load(place / "images.npy", mmap_mode="r"),

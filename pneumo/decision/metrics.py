@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from pneumo.kernels.runs import area, intersection_size
@@ -52,7 +52,10 @@ def dice_runs(pred: np.ndarray, truth: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95 % interval; all are NaN of no case, the ends alone where too few cases tell of them."""
+    """A value with its 95 % interval; all are NaN of no case, the ends alone where too few cases tell of them, or none.
+
+    None do where no draw of a bootstrap differed.
+    """
 
     value: float
     low: float
@@ -74,8 +77,7 @@ class Interval:
         if np.isnan(self.value):
             return "-"
         value, low, high = (round(number, 4) + 0.0 for number in (self.value, self.low, self.high))  # no -0.0000
-        wide = self.low < self.high  # else no draw of a bootstrap differed, which holds nothing
-        return f"{value:{how}}" + (f" ({low:{how}} to {high:{how}})" if wide else "")
+        return f"{value:{how}}" + (f" ({low:{how}} to {high:{how}})" if self.has_ends else "")
 
 
 def groups_of(names: Sequence[str | None]) -> np.ndarray:
@@ -86,6 +88,8 @@ def groups_of(names: Sequence[str | None]) -> np.ndarray:
 
 def bootstrap_means(values: np.ndarray, groups: np.ndarray, *, draws: int, seed: int) -> list[Interval]:
     """Means with percentile intervals, of at least `FEWEST` groups; whole groups are drawn with replacement.
+
+    Of few groups, or of groups of which a few have most cases, the quantiles lie further out, see `_interval`.
 
     Args:
         values: (K, N) float; NaN where a case does not count.
@@ -101,8 +105,8 @@ def bootstrap_means(values: np.ndarray, groups: np.ndarray, *, draws: int, seed:
     above, below = np.split(drawn, 2, axis=1)
     means = np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
     return [
-        _interval(float(t.sum() / c.sum()) if c.sum() else float("nan"), column[: None if enough else 0])
-        for t, c, column, enough in zip(total, count, means.T, (count > 0).sum(axis=1) >= FEWEST, strict=True)
+        _interval(float(t.sum() / c.sum()) if c.sum() else float("nan"), column, c)
+        for t, c, column in zip(total, count, means.T, strict=True)
     ]
 
 
@@ -110,7 +114,8 @@ def shares(values: np.ndarray, groups: np.ndarray) -> list[Interval]:
     """Shares with Wilson's intervals, which stay honest near 0 and 1, where a bootstrap's have no width.
 
     They are those of as many independent cases as have the variance that the groups' shares show between them, and of
-    fewer where few groups tell of that variance; where there is none, of as many as there are groups.
+    fewer where few groups tell of that variance, or a few have most cases; where there is none, of as many as there are
+    groups.
 
     Args:
         values: (K, N) float, 0 or 1; NaN where a case does not count.
@@ -131,11 +136,12 @@ def shares(values: np.ndarray, groups: np.ndarray) -> list[Interval]:
         total, size = np.bincount(place, weights=row[counted]), np.bincount(place)
         number, cases = len(size), size.sum()
         share = total.sum() / cases
-        spread = ((total - share * size) ** 2).sum() * number / max(number - 1, 1) / cases**2
+        equal = _effective(size)
+        spread = ((total - share * size) ** 2).sum() * equal / max(equal - 1, 1) / cases**2
         alone = number
         if 0 < share < 1 and number > 1 and spread > 0:
             alone = min(share * (1 - share) / spread, cases)
-            alone *= min(stdtrit(max(alone - 1, 1), 0.975) / stdtrit(number - 1, 0.975), 1) ** 2
+            alone *= min(stdtrit(max(alone - 1, 1), 0.975) / stdtrit(max(equal - 1, 1), 0.975), 1) ** 2
         wider = 1 + Z**2 / alone
         middle = (share + Z**2 / (2 * alone)) / wider
         half = Z * np.sqrt(share * (1 - share) / alone + Z**2 / (4 * alone**2)) / wider
@@ -158,10 +164,11 @@ def bootstrap_ranking(
     It takes `FEWEST` groups with positive cases, and as many with negative ones.
     """
     number = int(groups.max()) + 1
-    enough = all(len(np.unique(groups[some])) >= FEWEST for some in (positive, ~positive))
+    sides = [np.bincount(groups[some], minlength=number) for some in (positive, ~positive)]
     weights = (drawn[:, groups] for drawn in _draws(number, draws, seed))
     values = np.concatenate([statistic(score, positive, some) for some in weights])
-    return _interval(float(statistic(score, positive, np.ones((1, len(score))))[0]), values[: None if enough else 0])
+    rarer = min(sides, key=lambda count: ((count > 0).sum() >= FEWEST, _effective(count)))
+    return _interval(float(statistic(score, positive, np.ones((1, len(score))))[0]), values, rarer)
 
 
 def roc_auc(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -370,7 +377,30 @@ def _draws(groups: int, draws: int, seed: int) -> Iterator[np.ndarray]:
         yield np.bincount(picked.ravel(), minlength=len(picked) * groups).reshape(len(picked), groups)
 
 
-def _interval(value: float, samples: np.ndarray) -> Interval:
+def _interval(value: float, samples: np.ndarray, count: np.ndarray) -> Interval:
+    """The interval of a bootstrap's samples.
+
+    Draws from few groups differ too little, and the normal distribution is too narrow for them; so the quantiles are
+    those at which a normal distribution lies as far out as Student's t, times what the draws lack.
+
+    Args:
+        value: of all cases.
+        samples: (D,) the same of each draw; NaN where it had no case.
+        count: (G,) cases in each group, of those that are rarest.
+
+    Source:
+        Hesterberg 2015, "What teachers should know about the bootstrap", The American Statistician 69, 371, section
+        5.4: expanded percentile intervals; here of as many groups as there are effectively.
+    """
     samples = samples[~np.isnan(samples)]
-    low, high = np.quantile(samples, [0.025, 0.975]) if len(samples) else (float("nan"), float("nan"))
-    return Interval(value, float(low), float(high))
+    low = high = float("nan")
+    if (count > 0).sum() >= FEWEST:
+        groups = max(_effective(count), 2.0)
+        tail = ndtr(-np.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, 0.975))
+        low, high = map(float, np.quantile(samples, [tail, 1 - tail]))
+    return Interval(value, low, high) if low < high else Interval(value, float("nan"), float("nan"))
+
+
+def _effective(count: np.ndarray) -> float:
+    """How many groups of equal size tell as much as groups of (G,) `count` cases; 0 without cases. Kish 1965."""
+    return float(count.sum()) ** 2 / max(float((count.astype(np.float64) ** 2).sum()), 1.0)

@@ -4,7 +4,8 @@ Probabilities are quantised once to 256 levels, q = clip(ceil(256 p) - 1, 0, 255
 q >= k for every k of 1 .. 255; validation, tuning and submission all see q. Imports components, kernels.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,11 @@ class Rule:
     min_area: int = 0
     top_threshold: float = 0.0
     top_area: int = 0
+
+    @classmethod
+    def of(cls, settings: Any) -> "Rule":
+        """The rule of a recipe's table [rule]: a dataclass of the same fields."""
+        return cls(**asdict(settings))
 
     def __post_init__(self) -> None:
         if not level(self.threshold):

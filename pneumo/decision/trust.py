@@ -33,6 +33,10 @@ class Signals:
     agreement: np.ndarray
     soft_dice: np.ndarray
 
+    def take(self, rows: np.ndarray) -> "Signals":
+        """Those of some masks: (K,) places or (N,) bool."""
+        return Signals(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
     @property
     def confidence(self) -> np.ndarray:
         """(N,) float in [0, 1], by which images of one decision are ranked."""
@@ -79,8 +83,7 @@ def cross_fitted(found: Signals, dice: np.ndarray, folds: np.ndarray) -> np.ndar
     expected = np.empty(len(dice))
     for fold in np.unique(folds):
         inside = folds == fold
-        others = Signals(*(getattr(found, name)[~inside] for name in Signals.__dataclass_fields__))
-        expected[inside] = fit(others, dice[~inside]).expected_dice(found)[inside]
+        expected[inside] = fit(found.take(~inside), dice[~inside]).expected_dice(found.take(inside))
     return expected
 
 

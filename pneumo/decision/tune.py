@@ -186,8 +186,8 @@ def choose(
     """Choose a rule from the flat middle of the best plateau, not its spike.
 
     Every rule is judged by the mean over its neighbours in the grid. Those within `tolerance` of the best one that
-    are connected with it form the plateau; the one nearest to the plateau's middle is taken. One that scores below the
-    baseline is never taken: beside a steep edge the mean over neighbours is highest on the lower side.
+    are connected with it form the plateau; the one nearest to the plateau's middle is taken. Where the baseline may be
+    taken, none that scores below it is: beside a steep edge the mean over neighbours is highest on the lower side.
 
     Args:
         baseline: the place of a rule that needs no choosing, the recipe's.

@@ -1,4 +1,4 @@
 """What other rooms share: runs of masks for data and decision, convolutions for the model.
 
-Imports nothing from pneumo.
+Its modules import errors, and each other.
 """

@@ -1,1 +1,1 @@
-"""A uint8 batch to a loss: network, augmentation, losses."""
+"""A uint8 batch to a loss: network, its folded form, augmentation, losses."""

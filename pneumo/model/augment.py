@@ -84,7 +84,8 @@ def random_numbers(
     """All that is random about the augmentation of a batch, drawn at once; `to_warp` makes of it what a recipe says.
 
     Returns:
-        (B, K) and (B, 2, h, w) float32, uniform in [0, 1).
+        (B, K) and (B, 2, h + 2 r, w + 2 r) float32, uniform in [0, 1): h by w is the elastic field's lattice, r how far
+        it is smoothed.
     """
     options = {"generator": generator, "device": generator.device}
     _, size, radius = _lattice(side, elastic_sigma)

@@ -117,7 +117,7 @@ class UNet(nn.Module):
                 raise UsageError(
                     f"model.checkpointing: timm does not offer it for {encoder}. Set it to false"
                 ) from None
-        config = self.encoder.default_cfg if hasattr(self.encoder, "default_cfg") else self.encoder.pretrained_cfg
+        config = self.encoder.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
         self.stem = _take_stem(self.encoder)

@@ -22,6 +22,7 @@ from pneumo.data.phantom import MARK_FILE
 from pneumo.dataset import Dataset
 from pneumo.decision import metrics, tables, trust
 from pneumo.decision.metrics import Interval, Scores
+from pneumo.decision.rule import Rule
 from pneumo.decision.tune import Tuned
 from pneumo.errors import DataError, UsageError
 from pneumo.oof import OutOfFold
@@ -130,7 +131,7 @@ def _add_out_of_fold(
     epochs = _epochs(logs[logs["stage"] == recipe.stages], recipe.predict.weights)
     found = oof.load(recipe, data)
     tuned = tuning.search(recipe, found) if len(np.unique(found.folds)) > 1 else None
-    baseline = results.by_rule("recipe's rule", found, tuning.recipe_rule(recipe))
+    baseline = results.by_rule("recipe's rule", found, Rule.of(recipe.rule))
     ways = [baseline]
     if tuned is not None:
         ways.append(results.cross_fitted("tuned rule, cross-fitted", found, tuned))
@@ -172,11 +173,11 @@ def _add_out_of_fold(
             for way in ways
         ],
         "sizes": [{name: _plain(value) for name, value in row.items()} for row in sizes],
-        "rule": asdict(tuning.recipe_rule(recipe) if tuned is None else tuned.rule),
+        "rule": asdict(Rule.of(recipe.rule) if tuned is None else tuned.rule),
         "optimism": None if tuned is None else tuned.optimism,
         "checkpoints": found.sources,
     }
-    checkpoint.write_atomic(folder / "report.json", log.dumps(numbers, indent=1).encode() + b"\n")
+    log.write_json(folder / "report.json", numbers)
     content = replace(
         content,
         warnings=warnings,
@@ -186,7 +187,7 @@ def _add_out_of_fold(
         folds=words.fold_rows(shown, baseline, tuned, epochs),
         sizes=words.size_rows(sizes),
         figures=[("Out of fold", drawn), *galleries.draw(recipe, data, shown, tuned, folder), *content.figures],
-        explorer=None if tuned is None else page.explorer(tuned, tuning.recipe_rule(recipe)),
+        explorer=None if tuned is None else page.explorer(tuned, Rule.of(recipe.rule)),
         case_columns=("image", "fold", "outcome", "Dice", "expected Dice", "score", "agreement", "true px", "found px"),
         cases=words.case_rows(shown, expected),
         sources=found.sources,
@@ -261,7 +262,7 @@ def _compare_losses(recipe: Recipe, logs: pd.DataFrame, note: str, path: Path) -
 
 def _min_area(recipe: Recipe, found: OutOfFold, note: str, folder: Path) -> Figure:
     """Dice for each minimum area at the recipe's threshold."""
-    rule = tuning.recipe_rule(recipe)
+    rule = Rule.of(recipe.rule)
     areas = oof.grid(recipe).min_areas
     positive = found.tables.positive
     dice = np.array([tables.dice(found.tables, replace(rule, min_area=area)) for area in areas])
@@ -284,7 +285,7 @@ def _min_area(recipe: Recipe, found: OutOfFold, note: str, folder: Path) -> Figu
 def _surface(recipe: Recipe, tuned: Tuned, note: str, folder: Path) -> Figure:
     """Dice against threshold and minimum area, at the chosen top rule; the recipe's is marked if it has the same."""
     *_, top, top_area = tuned.choice.index
-    own = tuning.recipe_rule(recipe)
+    own = Rule.of(recipe.rule)
     marks = {"chosen": (tuned.rule.threshold, tuned.rule.min_area)}
     away = f" The recipe's rule is not marked: its top rule is another ({words.top(own)})."
     if words.same_top(own, tuned.rule):

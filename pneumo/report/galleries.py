@@ -1,6 +1,6 @@
 """Galleries of the report: X-rays with annotation and prediction, the best and worst found and what was mistaken.
 
-Imports figures, page, results, config, dataset, data, decision, ensemble, kernels, tuning, dist, log, errors.
+Imports figures, page, results, config, dataset, data, decision, ensemble, kernels, dist, log, errors.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pneumo import dataset, dist, ensemble, log, tuning
+from pneumo import dataset, dist, ensemble, log
 from pneumo.config import Recipe
 from pneumo.data.feed import Feed
 from pneumo.dataset import Dataset
@@ -97,7 +97,7 @@ def _predict_again(
             models = ensemble.load(recipe, [fold], device)
             pack = dataset.open_train(recipe, data, models.image_size)
             inside = places[found.folds[places] == fold]
-            rule: Rule = tuning.recipe_rule(recipe) if fold_rules is None else fold_rules[fold]
+            rule: Rule = Rule.of(recipe.rule) if fold_rules is None else fold_rules[fold]
             batches = [found.rows[[place]] for place in inside]
             feed = Feed(pack, device, found.rows[inside])
             shown_bar = log.bar(inside.tolist(), title=f"galleries, fold {fold}")

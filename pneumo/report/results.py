@@ -99,7 +99,7 @@ def other_ways(recipe: Recipe, data: Dataset, folds: np.ndarray, beside: Sequenc
 
     Args:
         folds: the folds that the recipe's own predictions cover.
-        beside: recipes that are `predicted`.
+        beside: recipes that have out-of-fold predictions.
     """
     ways = []
     for weights in ("best", "last", "ema", "average"):
@@ -111,10 +111,10 @@ def other_ways(recipe: Recipe, data: Dataset, folds: np.ndarray, beside: Sequenc
         except DataError as error:
             log.warn(f"the report leaves out weights {weights}: {error}")
             continue
-        ways.append(by_rule(f"weights {weights}, recipe's rule", found, tuning.recipe_rule(other)))
+        ways.append(by_rule(f"weights {weights}, recipe's rule", found, Rule.of(other.rule)))
     for other in beside:
         found = oof.load(other, dataset.load(other))
-        ways.append(by_rule(f"{other.name}, its recipe's rule", found, tuning.recipe_rule(other)))
+        ways.append(by_rule(f"{other.name}, its recipe's rule", found, Rule.of(other.rule)))
         if len(np.unique(found.folds)) > 1:
             ways.append(cross_fitted(f"{other.name}, tuned rule, cross-fitted", found, tuning.search(other, found)))
     return ways

@@ -13,6 +13,7 @@ import numpy as np
 from pneumo import tuning
 from pneumo.config import Recipe
 from pneumo.data.cases import one_sided
+from pneumo.data.problems import counted
 from pneumo.dataset import Dataset
 from pneumo.decision.metrics import Interval, Scores
 from pneumo.decision.rule import Rule
@@ -28,7 +29,7 @@ def summary(
     """Sentences for the head of the page."""
     sentences = [
         f"{scores.cases:,} images, {scores.positives:,} with pneumothorax{note}, each predicted by the networks that "
-        f"did not train on it, in {_counted(len(np.unique(shown.found.folds)), 'fold')} "
+        f"did not train on it, in {counted(len(np.unique(shown.found.folds)), 'fold', 'folds')} "
         f"({_split_by(recipe, data)}; see the audit).",
         f"Mean Dice {scores.dice}, {shown.name}; with all masks empty it would be {scores.all_empty:.4f}. "
         f"{_predictive_values(shown)}",
@@ -90,11 +91,8 @@ def _predictive_values(shown: Decided) -> str:
     given = f", of which {right / (right + wrong):.1%} have pneumothorax" if right + wrong else ""
     empty = f", of which {quiet / (quiet + missed):.1%} have none" if quiet + missed else ""
     was, left = ("was" if count == 1 else "were" for count in (right + wrong, quiet + missed))
-    return f"{_counted(right + wrong, 'image')} {was} given a mask{given}; {quiet + missed:,} {left} left empty{empty}."
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+    images = counted(right + wrong, "image", "images")
+    return f"{images} {was} given a mask{given}; {quiet + missed:,} {left} left empty{empty}."
 
 
 def _split_by(recipe: Recipe, data: Dataset) -> str:
@@ -225,8 +223,8 @@ def warnings(
             f"another, so there is no rule explorer and no expected Dice. Run: {recipe.command('cv')}"
         )
     path = recipe.folder / "rule.toml"
-    used = tuning.recipe_rule(recipe) if tuned is None else tuned.rule
-    own = tuning.recipe_rule(recipe)
+    used = Rule.of(recipe.rule) if tuned is None else tuned.rule
+    own = Rule.of(recipe.rule)
     if not path.exists():
         if not _same_rule(own, used):
             said.append(

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -597,7 +597,7 @@ def growth(setup: Setup) -> Iterator[Row]:
     def predict(count: int) -> None:
         for image, _ in feed.batches(cut(np.arange(count), 4)):
             for q in ensemble.predict(networks, image, 4 * side, [""] * len(image)).q:
-                rle.encode_runs(decide(q, Rule(**asdict(recipe.rule))))
+                rle.encode_runs(decide(q, Rule.of(recipe.rule)))
 
     yield scaling("prediction", some, 2 * fewer, predict, f"64 px, to 256, one fold x mirror, batches of 4, {dtype}")
 

@@ -134,7 +134,7 @@ def test_what_was_kept_together_is_read_again(tmp_path):
     assert "p1" not in path.read_text() and path.read_text().splitlines()[4] == "d,1,b"  # never a patient's name
     assert folds.kept_together(path, ids) == [(1, 1), (2, 2), (1, 3), (2, 4)]
     path.write_text("ImageId,fold\n" + "".join(f"{image_id},0\n" for image_id in ids))
-    assert folds.kept_together(path, ids) == []
+    assert folds.kept_together(path, ids) is None
 
 
 def test_groups_join_over_duplicates():
@@ -177,7 +177,7 @@ def test_a_fold_file_reads_back(tmp_path):
     [
         ("ImageId,fold\na,0\n", "1 image has no fold: b"),
         ("ImageId,fold\na,0\nb,1\nc,1\n", "1 fold is of an unknown image: c"),
-        ("ImageId,fold\na,0\nb,5\n", 'line 3, ImageId b, fold: "5" is none below 5'),
+        ("ImageId,fold\na,0\nb,5\n", 'line 3, ImageId b, fold: expected one from 0 to 4, got "5"'),
         ("ImageId,fold\na,0\na,1\n", "line 3, ImageId a: it stands there twice"),
         ("id;fold\na;0\n", "separated by semicolons"),
         ("", "folds.csv: empty"),

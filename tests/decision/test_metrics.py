@@ -211,6 +211,54 @@ def test_shares_of_few_patients_hold_what_they_promise(patients, images, correla
     assert np.mean([interval.low <= 0.7 <= interval.high for interval in found]) > 0.92
 
 
+@pytest.mark.parametrize(
+    ("sizes", "share", "correlation"),
+    [([1] * 20 + [200], 0.9, 0.3), ([1] * 60 + [40], 0.9, 0.3), ([2] * 60 + [60, 60], 0.95, 0.5)],
+)
+def test_a_patient_with_most_images_does_not_make_a_share_certain(sizes, share, correlation):
+    """With as many degrees of freedom as patients, the first two held 0.24 and 0.82."""
+    rng, groups = np.random.default_rng(0), np.repeat(np.arange(len(sizes)), sizes)
+    scale = 1 / correlation - 1
+    own = rng.beta(share * scale, (1 - share) * scale, (1000, len(sizes)))
+    found = metrics.shares((rng.random((1000, len(groups))) < own[:, groups]).astype(float), groups)
+    assert np.mean([interval.low <= share <= interval.high for interval in found]) > 0.87
+
+
+@pytest.mark.parametrize(("patients", "images"), [(5, 40), (8, 25), (15, 10), (30, 4)])
+def test_means_of_few_patients_hold_what_they_promise(patients, images):
+    """Plain percentiles held 0.80, 0.85, 0.90 and 0.93."""
+    rng, groups = np.random.default_rng(0), np.repeat(np.arange(patients), images)
+    own = rng.beta(0.6 * 7 / 3, 0.4 * 7 / 3, (400, patients))
+    values = (rng.random((400, len(groups))) < own[:, groups]).astype(float)
+    found = metrics.bootstrap_means(values, groups, draws=500, seed=0)
+    assert np.mean([interval.low <= 0.6 <= interval.high for interval in found]) > 0.89
+
+
+@pytest.mark.parametrize("positives", [5, 10])
+def test_the_ranking_of_few_positives_holds_what_it_promises(positives):
+    """Plain percentiles held 0.78 and 0.87."""
+    rng, positive, groups = np.random.default_rng(0), np.arange(60) < positives, np.arange(60)
+    true, held = metrics.ndtr(1.2 / 2**0.5), []
+    for seed in range(150):
+        score = rng.normal(1.2 * positive)
+        found = metrics.bootstrap_ranking(metrics.roc_auc, score, positive, groups, draws=300, seed=seed)
+        held.append(found.low <= true <= found.high)
+    assert np.mean(held) > 0.88
+
+
+def test_the_quantiles_of_a_bootstrap_by_hand():
+    """Ten groups: t of 9 is 2.2622, times sqrt(10 / 9) 2.3845, beyond which lies 0.8550 % of a normal distribution."""
+    samples = np.linspace(0, 1, 100_001)
+    found = metrics._interval(0.5, samples, np.full(10, 3))
+    assert (found.low, found.high) == pytest.approx((0.00855, 0.99145), abs=2e-5)
+    uneven = metrics._interval(0.5, samples, np.array([1] * 10 + [10]))  # 400 / 110 effective groups
+    assert uneven.low < found.low
+    many = metrics._interval(0.5, samples, np.ones(100_000))
+    assert (many.low, many.high) == pytest.approx((0.025, 0.975), abs=2e-5)
+    few, alike = metrics._interval(0.5, samples, np.ones(4)), metrics._interval(0.5, np.full(9, 0.5), np.ones(10))
+    assert not few.has_ends and not alike.has_ends and str(alike) == "0.5000"
+
+
 def test_two_patients_alike_tell_little_more_than_two():
     patients = np.repeat([0, 1], 100)
     (alike,) = metrics.shares((np.arange(200) % 2 == 0)[None].astype(float), patients)

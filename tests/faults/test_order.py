@@ -1,6 +1,7 @@
 """Order that must not matter, and folds that must not leak."""
 
 import argparse
+import collections
 import csv
 import json
 import random
@@ -191,6 +192,23 @@ def test_a_split_of_other_settings_is_said(repo, data, tmp_path, capsys, figure)
     path.with_suffix(".json").unlink()
     assert warnings("seed=1") == ""
     figure("said once and used; the user's own in silence")
+
+
+def test_near_duplicates_are_known_where_the_users_own_folds_have_no_groups(repo, data, tmp_path):
+    """An image and its copy count as one for every interval, whoever split them."""
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    shutil.copy(root / "train" / "train-000.png", root / "train" / "train-003.png")
+    recipe = small_run.recipe(repo, root, tmp_path)
+    split = dataset.load(recipe)
+    path = recipe.folder / "folds.csv"
+    rows = [row.split(",")[:2] for row in path.read_text().splitlines()]
+    path.write_text("".join(",".join(row) + "\n" for row in rows))
+    own = dataset.load(recipe)
+    for found in (split, own):
+        counts = collections.Counter(group for group in found.groups if group is not None)
+        assert list(counts.values()) == [2]
+        assert found.groups[0] == found.groups[3] is not None
 
 
 def test_the_split_is_the_one_that_the_recipe_asks_for(repo, data, tmp_path, monkeypatch):

@@ -154,7 +154,7 @@ def test_only_what_is_there_and_right_is_kept(predict, scans, tmp_path, monkeypa
         """All batches done, but the run killed before its end."""
         shutil.rmtree(out, ignore_errors=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(given, "_write_records", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            patch.setattr(given, "_report", lambda *_: os.kill(os.getpid(), signal.SIGINT))
             with pytest.raises(KeyboardInterrupt):
                 predict([scans], out)
         return out / ".predict" / "0.jsonl"
@@ -216,7 +216,7 @@ def test_another_kind_of_prediction_starts_anew_and_says_so(
 ):
     recipe, models, ruling = trained
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(given, "_write_records", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(given, "_report", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             predict([scans], tmp_path / "out")
     half = int(ruling.rule.threshold * 128) / 256

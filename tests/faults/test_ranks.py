@@ -69,7 +69,7 @@ def test_a_mistake_is_said_once(data, tmp_path, figure):
     figure("one line")
 
 
-@pytest.mark.fault("R10", "two processes of a launch that are not about the same: settings, data, split, weights")
+@pytest.mark.fault("R10", "two processes of a launch that do not work on the same: settings, data, split, weights")
 @pytest.mark.parametrize(
     ("more", "named"),
     [
@@ -106,7 +106,7 @@ def test_processes_that_are_not_about_the_same(data, tmp_path, figure, more, nam
         for rank in range(2)
     ]
     assert sorted(job.wait() for job in jobs) == [2, 7]
-    (line,) = [line for job in jobs for line in job.complaints if "is not about" in line or "are not about" in line]
+    (line,) = [line for job in jobs for line in job.complaints if "do not work on" in line]
     assert "process 1 differs from process 0 in " in line and named in line
     assert not list(tmp_path.rglob("*.pt"))
     figure(f"{named.partition(' ')[0]}: named, exit 2, nothing trained")
@@ -122,7 +122,7 @@ def test_processes_that_predict_by_other_networks(repo, data, tmp_path, figure):
         command = ["predict.py", "--set", *small_run.settings(data, runs)]
         jobs.append(forked.start(*command, cwd=runs, environment=forked.place(rank, 2, port)))
     assert sorted(job.wait() for job in jobs) == [2, 7]
-    (line,) = [line for job in jobs for line in job.complaints if "are not about" in line]
+    (line,) = [line for job in jobs for line in job.complaints if "do not work on" in line]
     assert "process 1 differs from process 0 in checkpoints (" in line
     assert not list(tmp_path.rglob("submission.csv"))
     figure("named, exit 2, nothing predicted")

@@ -116,7 +116,7 @@ def test_a_mark_stands_on_its_rules_own_dice(repo, place, titles, tmp_path):
     found = oof.load(recipe, data)
     tuned = tuning.search(recipe, found)
     grid, dice = tuned.grid, tuned.sums.without(-1).dice
-    assert tuned.grid.top_areas[0] == tuning.recipe_rule(recipe).top_area == 0
+    assert tuned.grid.top_areas[0] == Rule.of(recipe.rule).top_area == 0
     captions = {}
     for top, top_area in ((0, 0), (0, 2), (2, 2)):
         index = (1, 1, top, top_area)
@@ -361,7 +361,7 @@ def test_frames_are_seen_on_the_plane_of_their_top_rule_only(place, opened):
     tuned = tuning.search(recipe, oof.load(recipe, data))
     said = "document.querySelector('#map-text').textContent"
     t, m, top, top_area = tuned.choice.index
-    assert tuning.recipe_rule(recipe).top_threshold == 0
+    assert Rule.of(recipe.rule).top_threshold == 0
     at_first = frames(opened)  # blue and red in one place
     assert min(at_first["blue"], at_first["red"]) > 20
     assert "red the chosen one" in opened.run(said)
@@ -397,7 +397,7 @@ def test_folds_stand_one_by_one(place):
     recipe, data, _ = place
     found = oof.load(recipe, data)
     tuned = tuning.search(recipe, found)
-    ways = [results.by_rule("recipe's rule", found, tuning.recipe_rule(recipe)), results.cross_fitted("", found, tuned)]
+    ways = [results.by_rule("recipe's rule", found, Rule.of(recipe.rule)), results.cross_fitted("", found, tuned)]
     head, *rows = words.fold_rows(ways[1], ways[0], tuned, {0: 2, 1: 7})
     assert [row[:2] for row in rows] == [["0", "2"], ["1", "7"], ["2", ""]]
     for fold, row in enumerate(rows):
@@ -445,7 +445,7 @@ def test_a_data_set_without_negatives_has_no_rate_of_them(place):
         found, image_ids=ids, rows=found.rows[some], folds=found.folds[some], groups=np.arange(len(some)),
         tables=found.tables.take(some),
     )  # fmt: skip
-    way = results.by_rule("recipe's rule", only, tuning.recipe_rule(recipe))
+    way = results.by_rule("recipe's rule", only, Rule.of(recipe.rule))
     head, empty, row = words.result_rows([way], {way.name: way.scores(draws=10, seed=0)}, {}, {})
     place_of = head.index("true-negative rate")
     assert empty[place_of] == row[place_of] == "-" and empty[place_of - 1] == "0"
@@ -455,7 +455,7 @@ def test_it_warns_of_another_rule_of_predict(place, capsys, tmp_path):
     recipe, data, folder = place
     found = oof.load(recipe, data)
     tuned = tuning.search(recipe, found)
-    ways = [results.by_rule("recipe's rule", found, tuning.recipe_rule(recipe))]
+    ways = [results.by_rule("recipe's rule", found, Rule.of(recipe.rule))]
     path = recipe.folder / "rule.toml"
 
     predicted = {"weights": "best", "mirror": recipe.predict.mirror, "annotation_size": recipe.data.annotation_size}
@@ -467,7 +467,7 @@ def test_it_warns_of_another_rule_of_predict(place, capsys, tmp_path):
 
     other = replace(tuned.rule, min_area=4321)
     try:
-        own = tuning.recipe_rule(recipe)
+        own = Rule.of(recipe.rule)
         (said,) = words.warnings(recipe, data, found, tuned, ways)
         assert said.startswith("predict.py uses another rule than this report, the recipe's, as there is no")
         assert f"{tuning.describe(own)}. Run: make tune" in said

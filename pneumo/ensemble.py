@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pneumo import checkpoint, engine, measured, stages
 from pneumo.config import ModelConfig, Recipe
 from pneumo.decision import tables
-from pneumo.decision.rule import LEVELS, image_score, resize_quantise
+from pneumo.decision.rule import LEVELS, resize_quantise
 from pneumo.errors import DataError, NotFiniteError, UsageError, one_line
 from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
@@ -136,17 +136,18 @@ class Prediction(NamedTuple):
 
     Attributes:
         q: (B, A, A) uint8 quantised probabilities.
-        agreement: (B, 257) float64, of each network with itself on the mirror image, the mean over networks; 1 without
-            mirror. See `pneumo.decision.tables.agreement`.
-        scores: (B, F) float64, the image score by each fold's networks alone.
+        agreement: (B, F, 257) float64, of each fold's networks with themselves on the mirror image, their mean; 1
+            without mirror. See `pneumo.decision.tables.agreement`.
+        histograms: (B, F, 256) int64, pixels by quantised probability of each fold's networks alone.
 
-    Agreement and scores mean the same of one fold as of several, so what was learned from them out of fold, where one
-    fold predicts, holds for an ensemble; of the average of probabilities that is not true: it is surer, and no better.
+    The last two mean the same of one fold as of several, so what was learned from them out of fold, where one fold
+    predicts, holds for each fold of an ensemble. Of the average of probabilities that is not true: where networks
+    disagree it is vaguer than each of them, and no worse.
     """
 
     q: np.ndarray
     agreement: np.ndarray
-    scores: np.ndarray
+    histograms: np.ndarray
 
 
 @torch.inference_mode()
@@ -168,24 +169,25 @@ def predict(
     mean = torch.zeros(image.shape, dtype=torch.float32, device=image.device)
     histograms, alike = [], []
     for networks in ensemble.models:
-        total = torch.zeros(image.shape, dtype=torch.float32, device=image.device)
+        total, own = torch.zeros(image.shape, dtype=torch.float32, device=image.device), []
         for views in _views(ensemble, networks, image):
             for probs in views:
                 total += probs
             if ensemble.mirror:
-                alike.append(tables.agreement(*(resize_quantise(probs, annotation_size, boxes) for probs in views)))
+                own.append(tables.agreement(*(resize_quantise(probs, annotation_size, boxes) for probs in views)))
         total /= len(networks) * len(views)
         mean += total / len(ensemble.models)
         q = resize_quantise(total, annotation_size, boxes)
         histograms.append(tables.histogram(q))
+        certain = torch.ones(len(image), LEVELS + 1, dtype=torch.float64, device=q.device)
+        alike.append(torch.stack(own).mean(dim=0) if own else certain)
     finite = mean.isfinite().flatten(1).all(dim=1).tolist()
     if bad := [name for name, good in zip(names, finite, strict=True) if not good]:
         raise NotFiniteError(f"the networks' probabilities of {', '.join(bad[:5])} are not numbers")
     if len(ensemble.models) > 1:
         q = resize_quantise(mean, annotation_size, boxes)
-    scores = image_score(torch.stack(histograms, dim=1).cpu().numpy())
-    agreement = torch.stack(alike).mean(dim=0).cpu().numpy() if alike else np.ones((len(image), LEVELS + 1))
-    return Prediction(q.cpu().numpy(), agreement, scores)
+    by_fold = (torch.stack(parts, dim=1).cpu().numpy() for parts in (alike, histograms))
+    return Prediction(q.cpu().numpy(), *by_fold)
 
 
 def _views(ensemble: Ensemble, networks: Sequence[nn.Module], image: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from pneumo.config import Recipe
 from pneumo.data import rle
 from pneumo.data.feed import Feed, cut
 from pneumo.decision import tables, trust
-from pneumo.decision.rule import decide, level
+from pneumo.decision.rule import decide, image_score, level
+from pneumo.decision.trust import Signals
 from pneumo.ensemble import Ensemble
 from pneumo.journal import open_journal
 from pneumo.tuning import Ruling
 
-FORMAT = 5  # of what is kept of an interrupted prediction; change it when the same files would give other results
+FORMAT = 6  # of what is kept of an interrupted prediction; change it when the same files would give other results
 BEHIND = 2  # batches whose results are being made while the device computes
 
 
@@ -151,24 +152,28 @@ def shared(depends_on: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in depends_on.items() if key not in ("device", "rule_source")}
 
 
-def describe(q: np.ndarray, agreement: np.ndarray, scores: np.ndarray, ruling: Ruling) -> dict[str, Any]:
+def describe(q: np.ndarray, agreement: np.ndarray, histograms: np.ndarray, ruling: Ruling) -> dict[str, Any]:
     """How sure the ensemble is of one image, and how good its mask probably is.
 
+    Expected Dice is the mean of what each fold's networks alone would say of a mask, or of an empty one, as decided.
+
     Args:
-        q, agreement, scores: of one image, as of `ensemble.Prediction`.
+        q, agreement, histograms: of one image, as of `ensemble.Prediction`.
     """
-    unknown = np.empty((0, 2), dtype=np.int64)
-    table = tables.measure(q, unknown, np.array([level(ruling.rule.threshold)]), agreement)
-    signals = trust.signals(table, ruling.rule)
-    by_fold = [replace(signals, score=scores[place : place + 1]) for place in range(len(scores))]
+    unknown, at = np.empty((0, 2), dtype=np.int64), level(ruling.rule.threshold)
+    signals = trust.signals(tables.measure(q, unknown, np.array([at]), agreement.mean(axis=0)), ruling.rule)
+    by_fold = Signals(
+        *(np.repeat(of_all, len(histograms)) for of_all in (signals.decided, signals.area)),
+        score=image_score(histograms),
+        agreement=agreement[:, at],
+        soft_dice=trust.soft_dice(histograms, at),
+    )
     return {
         "score": float(signals.score[0]),
         "pneumothorax": bool(signals.decided[0]),
         "area_grid": int(signals.area[0]),
         "agreement": float(signals.agreement[0]),
-        "expected_dice": None
-        if ruling.trust is None
-        else float(np.mean([ruling.trust.expected_dice(one)[0] for one in by_fold])),
+        "expected_dice": None if ruling.trust is None else float(ruling.trust.expected_dice(by_fold).mean()),
     }
 
 

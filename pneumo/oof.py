@@ -30,7 +30,7 @@ from pneumo.decision.tables import Tables
 from pneumo.decision.tune import Grid
 from pneumo.errors import DataError, UsageError, one_line
 
-FORMAT = 3
+FORMAT = 4
 ARRAYS = {  # type and shape: N images, T levels, C components
     "levels": ("int64", "T"),
     "histogram": ("int32", "NL"),
@@ -39,7 +39,6 @@ ARRAYS = {  # type and shape: N images, T levels, C components
     "counts": ("int32", "NT"),
     "area": ("int32", "C"),
     "overlap": ("int32", "C"),
-    "mean": ("uint8", "C"),
 }
 ORIGIN = {  # of what a file tells, that is read again
     "checkpoints": dict,
@@ -199,7 +198,7 @@ def _write_fold(
             names = [data.cases[row].image_id for row in numbers]
             size = recipe.data.annotation_size
             found = ensemble.predict(models, image, size, names, pack.boxes(numbers, size))
-            pending.append(pool.map(measure, numbers.tolist(), found.q, found.agreement))
+            pending.append(pool.map(measure, numbers.tolist(), found.q, found.agreement[:, 0]))
             while len(pending) > 2:
                 done += pending.popleft()
         for measured in pending:

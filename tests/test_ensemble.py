@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import small_run
@@ -5,6 +7,7 @@ import torch
 from torch import nn
 
 from pneumo import checkpoint, config, engine, ensemble, inference
+from pneumo.decision import trust
 from pneumo.decision.rule import Rule, image_score, quantise
 from pneumo.decision.trust import Trust
 from pneumo.ensemble import Ensemble
@@ -59,18 +62,22 @@ def test_the_mirror_image_is_mirrored_back():
 def test_agreement_is_whole_only_if_all_views_are_alike():
     models = (LeftRight(0.0), LeftRight(0.0))
     assert (ensemble.predict(made(*models, mirror=True), image(), 8, "abc").agreement == 1).all()
-    assert (ensemble.predict(made(*models, mirror=False), image(), 8, "abc").agreement == np.ones((3, 257))).all()
+    assert (ensemble.predict(made(*models, mirror=False), image(), 8, "abc").agreement == np.ones((3, 2, 257))).all()
 
 
 def test_agreement_means_the_same_of_one_network_as_of_many():
     one, other = (ensemble.predict(made(LeftRight(left), mirror=True), image(), 8, "abc") for left in (1.0, 3.0))
-    both = ensemble.predict(made(LeftRight(1.0), LeftRight(3.0), mirror=True), image(), 8, "abc")
-    assert both.agreement == pytest.approx((one.agreement + other.agreement) / 2, abs=1e-12)
-    assert one.agreement[:, 128].max() < 1 and other.agreement[:, 128].max() < 1
+    folds = made(LeftRight(1.0), LeftRight(3.0), mirror=True)
+    both = ensemble.predict(folds, image(), 8, "abc")
+    assert np.array_equal(both.agreement, np.concatenate([one.agreement, other.agreement], axis=1))
+    assert one.agreement[:, 0, 128].max() < 1 and other.agreement[:, 0, 128].max() < 1
+    networks = tuple(network for (network,) in folds.models)
+    pair = ensemble.predict(replace(folds, models=(networks,)), image(), 8, "abc")  # of one fold
+    assert pair.agreement == pytest.approx((one.agreement + other.agreement) / 2, abs=1e-12)
 
 
-def test_scores_and_expected_dice_are_of_each_fold_alone():
-    """The average of two surer networks is surer, and would be believed more than either was out of fold."""
+def test_expected_dice_is_the_mean_of_what_each_fold_alone_would_say():
+    """Of the average of networks that disagree it would be another, lower as a rule: outlines are blurred."""
     networks = (LeftRight(-3.0), LeftRight(-1.0), LeftRight(3.0))
     alone = [ensemble.predict(made(network, mirror=False), image(), 8, "abc") for network in networks]
     folds = Ensemble(((networks[0],), networks[1:]), 8, {}, torch.float32, False, "data", "split", 8)
@@ -78,20 +85,20 @@ def test_scores_and_expected_dice_are_of_each_fold_alone():
     pair = ensemble.predict(
         Ensemble((networks[1:],), 8, {}, torch.float32, False, "data", "split", 8), image(), 8, "abc"
     )
-    assert found.scores.shape == (3, 2)
-    np.testing.assert_array_equal(found.scores, np.concatenate([alone[0].scores, pair.scores], axis=1))
+    assert found.histograms.shape == (3, 2, 256)
+    np.testing.assert_array_equal(found.histograms, np.concatenate([alone[0].histograms, pair.histograms], axis=1))
     probs = (probs_of(-3.0, image()) + (probs_of(-1.0, image()) + probs_of(3.0, image())) / 2) / 2
     assert torch.equal(torch.from_numpy(found.q), quantise(probs)[:, 0])
-    learned = Trust((((0.0, 1.0), (0.0, 1.0)), ((0.0,), (0.5,))))  # expected Dice of an empty mask is 1 - score
-    empty = inference.describe(
-        found.q[0], found.agreement[0], found.scores[0], Ruling(Rule(threshold=1.0), "", learned)
-    )
-    assert not empty["pneumothorax"] and empty["expected_dice"] == pytest.approx(1 - found.scores[0].mean())
+    learned = Trust((((0.0, 1.0), (0.0, 1.0)), ((0.0, 1.0), (0.0, 0.5))))  # half of its confidence, of a mask
+    first = (found.q[0], np.linspace([0.0, 1.0], [0.5, 1.0], 257, axis=1), found.histograms[0])
+    empty = inference.describe(*first, Ruling(Rule(threshold=1.0), "", learned))
+    assert not empty["pneumothorax"]
+    assert empty["expected_dice"] == pytest.approx(1 - image_score(found.histograms[0]).mean())
     assert empty["score"] == image_score(np.bincount(found.q[0].ravel(), minlength=256))
-    any_ = inference.describe(
-        found.q[0], found.agreement[0], found.scores[0], Ruling(Rule(threshold=1 / 256), "", learned)
-    )
-    assert any_["pneumothorax"] and any_["expected_dice"] == 0.5
+    marked = inference.describe(*first, Ruling(Rule(threshold=0.25), "", learned))
+    by_hand = [alike * trust.soft_dice(part, 64) / 2 for alike, part in zip((0.125, 1.0), first[2], strict=True)]
+    assert marked["pneumothorax"] and marked["expected_dice"] == pytest.approx(np.mean(by_hand))
+    assert marked["agreement"] == pytest.approx((0.125 + 1) / 2) and by_hand[0] != by_hand[1]
 
 
 @pytest.mark.fault("S4", "one pixel of one image not a number in one of two networks")

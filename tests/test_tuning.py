@@ -8,7 +8,7 @@ import small_run
 import torch
 
 from pneumo import ensemble, inference, oof, tuning
-from pneumo.decision import metrics, tables, trust, tune
+from pneumo.decision import metrics, trust, tune
 from pneumo.decision.rule import Rule
 from pneumo.decision.trust import Trust
 from pneumo.errors import DataError, UsageError
@@ -360,7 +360,7 @@ def test_what_a_rule_file_says_is_worth_is_of_other_folds_and_by_patient(place, 
     for name, values in (("dice", dice), ("gain", dice - baseline)):
         (wanted,) = metrics.bootstrap_means(values[None], found.groups, draws=recipe.tune.draws, seed=recipe.seed)
         assert kept[f"{name}_interval"] == [wanted.low, wanted.high]
-    learned = trust.fit(trust.signals(found.tables, marking), tables.dice(found.tables, marking))
+    learned = trust.fit(tuning.held_out_signals(found, made), dice)
     assert tuning.read(recipe.folder / "rule.toml")[0].trust == learned
     (recipe.folder / "rule.toml").unlink()
 

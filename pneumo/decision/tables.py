@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pneumo.decision.components import label_runs
-from pneumo.decision.rule import LEVELS, PROBABILITY, Rule, level
+from pneumo.decision.rule import LEVELS, Rule, level
 from pneumo.errors import UsageError
 from pneumo.kernels.runs import mask_to_runs, runs_to_mask, split_columns
 
@@ -33,7 +33,6 @@ class Tables:
         counts: (N, T) int32, components at each threshold.
         area, overlap: (C,) int32, pixels of each component and those of them that are pneumothorax, by case, then
             threshold.
-        mean: (C,) uint8, mean quantised probability of each.
     """
 
     levels: np.ndarray
@@ -43,7 +42,6 @@ class Tables:
     counts: np.ndarray
     area: np.ndarray
     overlap: np.ndarray
-    mean: np.ndarray
 
     def __len__(self) -> int:
         return len(self.histogram)
@@ -70,18 +68,18 @@ class Tables:
             raise UsageError(f"the out-of-fold tables have no components at threshold {threshold}; nearest: {nearest}")
         return place
 
-    def components(self, rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def components(self, rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The components of some cases.
 
         Returns:
-            (K,) each: case (from 0 within `rows`) times T plus place of the threshold, area, overlap, mean.
+            (K,) each: case (from 0 within `rows`) times T plus place of the threshold, area, overlap.
         """
         ends = np.cumsum(self.counts, dtype=np.int64)  # over cases, then thresholds
         width = len(self.levels)
         start, stop, _ = rows.indices(len(self))
         first, last = (0 if place == 0 else ends[place * width - 1] for place in (start, stop))
         cell = np.repeat(np.arange((stop - start) * width), self.counts[start:stop].ravel())
-        return cell, self.area[first:last], self.overlap[first:last], self.mean[first:last]
+        return cell, self.area[first:last], self.overlap[first:last]
 
     def take(self, rows: np.ndarray) -> "Tables":
         """The tables of some cases, in the order of `rows`, (K,) int64."""
@@ -90,7 +88,7 @@ class Tables:
         chosen = np.repeat(starts[rows] - (np.cumsum(sizes[rows]) - sizes[rows]), sizes[rows])
         chosen = chosen + np.arange(len(chosen))
         per_case = (self.histogram, self.true_histogram, self.agreement, self.counts)
-        per_component = (self.area, self.overlap, self.mean)
+        per_component = (self.area, self.overlap)
         return Tables(self.levels, *(part[rows] for part in per_case), *(part[chosen] for part in per_component))
 
 
@@ -105,7 +103,7 @@ def measure(q: np.ndarray, truth: np.ndarray, levels: np.ndarray, agreement: np.
     """
     levels = np.asarray(levels, dtype=np.int64)
     true = runs_to_mask(truth, *q.shape)
-    counts, area, overlap, mean = _components(q, true, levels)
+    counts, area, overlap = _components(q, true, levels)
     alike = np.ones(len(levels)) if agreement is None else agreement[levels]
     return Tables(
         levels=levels,
@@ -115,7 +113,6 @@ def measure(q: np.ndarray, truth: np.ndarray, levels: np.ndarray, agreement: np.
         counts=counts[None].astype(np.int32),
         area=area.astype(np.int32),
         overlap=overlap.astype(np.int32),
-        mean=mean,
     )
 
 
@@ -124,7 +121,7 @@ def join(parts: Sequence[Tables]) -> Tables:
     levels = parts[0].levels
     if any(not np.array_equal(part.levels, levels) for part in parts):
         raise UsageError("out-of-fold tables of different thresholds cannot be joined; make them again: make oof")
-    names = ("histogram", "true_histogram", "agreement", "counts", "area", "overlap", "mean")
+    names = ("histogram", "true_histogram", "agreement", "counts", "area", "overlap")
     return Tables(levels, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
@@ -156,25 +153,17 @@ def _at_least(q: Tensor) -> Tensor:
     return F.pad(histogram(q).flip(1).cumsum(1).flip(1), (0, 1))
 
 
-def filtered(tables: Tables, rule: Rule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a rule leaves of each case.
-
-    Returns:
-        (N,) int64 area and overlap of the decided mask, (N,) float64 sum of probabilities in it.
-    """
+def filtered(tables: Tables, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
+    """What a rule leaves of each case: (N,) int64 area and overlap of the decided mask."""
     place, width = tables.place(rule.threshold), len(tables.levels)
-    cell, area, overlap, mean = tables.components(slice(None))
+    cell, area, overlap = tables.components(slice(None))
     kept = (cell % width == place) & (area > rule.min_area)
     case, open_ = cell[kept] // width, gate(tables, rule.top_threshold, rule.top_area)
 
     def total(values: np.ndarray) -> np.ndarray:
-        return np.bincount(case, weights=values[kept], minlength=len(tables)) * open_
+        return (np.bincount(case, weights=values[kept], minlength=len(tables)) * open_).astype(np.int64)
 
-    return (
-        total(area).astype(np.int64),
-        total(overlap).astype(np.int64),
-        total(area * PROBABILITY[mean]),
-    )
+    return total(area), total(overlap)
 
 
 def gate(tables: Tables, top_threshold: float, top_area: int) -> np.ndarray:
@@ -184,13 +173,13 @@ def gate(tables: Tables, top_threshold: float, top_area: int) -> np.ndarray:
 
 def dice(tables: Tables, rule: Rule) -> np.ndarray:
     """(N,) float64: each case's Dice under a rule, equal to `metrics.dice_runs(decide(q, rule), truth)`."""
-    area, overlap, _ = filtered(tables, rule)
+    area, overlap = filtered(tables, rule)
     total = area + tables.true_area
     return np.where(total > 0, 2 * overlap / np.maximum(total, 1), 1.0)
 
 
 def _components(q: np.ndarray, true: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Components of q >= k for every level k: (T,) counts and (C,) areas, overlaps with `true`, mean q as uint8."""
+    """Components of q >= k for every level k: (T,) counts and (C,) areas, overlaps with `true`."""
     inside = q >= levels[0]
     rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
     counts = np.zeros(len(levels), dtype=np.int64)
@@ -199,7 +188,6 @@ def _components(q: np.ndarray, true: np.ndarray, levels: np.ndarray) -> tuple[np
         box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
         crop = np.ascontiguousarray(q[box].T)  # (w, h): columns are contiguous
         width, height = crop.shape
-        before_q = np.concatenate([[0], np.cumsum(crop, dtype=np.int64)])
         before_true = np.concatenate([[0], np.cumsum(true[box].T, dtype=np.int64)])
         # the maps of many levels stand side by side, an empty column between them, and are labelled in one go
         period = (width + 1) * height
@@ -216,9 +204,8 @@ def _components(q: np.ndarray, true: np.ndarray, levels: np.ndarray) -> tuple[np
             start, end = (runs - (place * period)[:, None]).T
             area = np.bincount(labels, weights=end - start)
             overlap = np.bincount(labels, weights=before_true[end] - before_true[start])
-            mean = np.bincount(labels, weights=before_q[end] - before_q[start]) / area
-            parts.append((area, overlap, np.rint(mean)))
+            parts.append((area, overlap))
             first_run = np.unique(labels, return_index=True)[1]
             counts[first : first + len(some)] = np.bincount(place[first_run], minlength=len(some))
-    area, overlap, mean = (np.concatenate(part) for part in zip(*parts, strict=True)) if parts else np.zeros((3, 0))
-    return counts, area.astype(np.int64), overlap.astype(np.int64), mean.astype(np.uint8)
+    area, overlap = (np.concatenate(part) for part in zip(*parts, strict=True)) if parts else np.zeros((2, 0))
+    return counts, area.astype(np.int64), overlap.astype(np.int64)

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from pneumo.decision import tables
-from pneumo.decision.rule import PROBABILITY, Rule, image_score
+from pneumo.decision.rule import PROBABILITY, Rule, image_score, level
 from pneumo.decision.tables import Tables
 
 
@@ -24,7 +24,7 @@ class Signals:
         score: (N,) float, of the image.
         agreement: (N,) float in [0, 1], Dice of the mask of the image and that of its mirror image, the mean over
             networks; 1 without mirror.
-        soft_dice: (N,) float in [0, 1], the mask's Dice if the probabilities were true; 1 where none was decided.
+        soft_dice: (N,) float in [0, 1], Dice of the mask if the probabilities were true; no area filter.
     """
 
     decided: np.ndarray
@@ -45,15 +45,28 @@ class Signals:
 
 def signals(data: Tables, rule: Rule) -> Signals:
     """Read the signals for a rule's masks off the tables."""
-    area, _, inside = tables.filtered(data, rule)
-    expected_area = data.histogram @ PROBABILITY
+    area, _ = tables.filtered(data, rule)
     return Signals(
         decided=area > 0,
         area=area,
         score=image_score(data.histogram),
         agreement=data.agreement[:, data.place(rule.threshold)].astype(np.float64),
-        soft_dice=np.where(area > 0, 2 * inside / np.maximum(area + expected_area, 1), 1.0),
+        soft_dice=soft_dice(data.histogram, level(rule.threshold)),
     )
+
+
+def soft_dice(histogram: np.ndarray, at: int) -> np.ndarray:
+    """Dice of the mask of all pixels of a level or more, if the probabilities were true.
+
+    Args:
+        histogram: (..., 256) int, pixels by quantised probability.
+        at: the level, 1 .. 256.
+
+    Returns:
+        (...) float64 in [0, 1]; 0 where no pixel is of that level.
+    """
+    inside, area = histogram[..., at:] @ PROBABILITY[at:], histogram[..., at:].sum(axis=-1)
+    return 2 * inside / np.maximum(area + histogram @ PROBABILITY, 1)
 
 
 @dataclass(frozen=True)

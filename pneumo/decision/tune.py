@@ -309,7 +309,7 @@ def _kept(
     components: tuple[np.ndarray, ...], cases: int, width: int, places: np.ndarray, min_areas: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(cases, T, M) float64, whole numbers: area and overlap of the components above each minimum area."""
-    cell, area, overlap, _ = components
+    cell, area, overlap = components
     column = np.full(width, -1)
     column[places] = np.arange(len(places))
     case, place = np.divmod(cell, width)

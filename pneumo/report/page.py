@@ -24,7 +24,8 @@ RESULTS_NOTE = (
     "Gain, paired: the mean difference of Dice, image by image, to this recipe's own rule as it stands in the recipe, "
     "not tuned. Sensitivity and true-negative rate (specificity) are by image: of those with pneumothorax the share in "
     "which some was found, of those without the share left empty. Calibration error: how far the image score is from "
-    "the share with pneumothorax among images of such a score, on average."
+    "the share with pneumothorax among images of such a score, on average. It and the ROC are of all folds' networks "
+    "together; each alone may rank better and be calibrated worse."
 )
 BESIDE_NOTE = " Tuned over tuned: another recipe under its tuned rules to this one under its own."
 FOLDS_NOTE = (

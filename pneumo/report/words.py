@@ -44,7 +44,7 @@ def summary(
     if recipe.predict.weights != "last":
         chosen = (
             " The epoch of each network was chosen by its Dice on the same images, which flatters all figures here a "
-            "little; predict.weights=last does without, in the last stage."
+            "little; predict.weights=last does without, in the last stage, but for the learning rate's drops."
         )
     elif recipe.stages > 1:
         chosen = (
@@ -54,8 +54,9 @@ def summary(
     else:
         chosen = ""
     sentences.append(
-        f"Intervals hold 95 %, of these networks and rules; networks trained anew would differ by more. They resample "
-        f"{groups:,} patients or single images, near-duplicates together; those of shares are Wilson's.{chosen}"
+        f"Intervals hold 95 %, of these networks and rules; networks trained anew would differ by more, and that of the "
+        f"gain is too narrow where rules score nearly alike. They resample {groups:,} patients or single images, "
+        f"near-duplicates together; those of shares are Wilson's.{chosen}"
     )
     sentences += [
         "Out of fold one fold's networks predict an image, predict.py averages those of all folds. So the rule and "

@@ -22,7 +22,6 @@ def test_one_case_by_hand():
     assert table.counts.tolist() == [[2, 2, 1]]
     assert table.area.tolist() == [2, 2, 1, 2, 2]
     assert table.overlap.tolist() == [1, 1, 1, 1, 1]
-    assert table.mean.tolist() == [150, 255, 200, 255, 255]
     assert table.true_area.tolist() == [3]
     assert table.agreement.tolist() == [[1, 1, 1]]
     assert tables.dice(table, Rule(threshold=50 / 256)) == [2 * 2 / (4 + 3)]
@@ -47,9 +46,8 @@ def test_equal_to_the_masks_themselves(monkeypatch, chunk):
         decided = [decide(q, rule) for q, _ in cases]
         dice = [metrics.dice_runs(runs, truth) for runs, (_, truth) in zip(decided, cases, strict=True)]
         assert tables.dice(data, rule).tolist() == dice
-        area, _, inside = tables.filtered(data, rule)
+        area, _ = tables.filtered(data, rule)
         assert area.tolist() == [metrics.area(runs) for runs in decided]
-        assert (inside <= area).all()
 
 
 def test_components_are_those_of_scipy():
@@ -81,7 +79,7 @@ def test_take_and_join_are_inverse():
     order = np.array([5, 0, 3, 6])
     some = data.take(order)
     again = maps.measured([cases[i] for i in order], LEVELS)
-    for name in ("histogram", "true_histogram", "agreement", "counts", "area", "overlap", "mean"):
+    for name in ("histogram", "true_histogram", "agreement", "counts", "area", "overlap"):
         np.testing.assert_array_equal(getattr(some, name), getattr(again, name))
     assert len(data.take(np.array([], dtype=int))) == 0
 
@@ -110,14 +108,7 @@ def test_other_thresholds_are_refused_whatever_their_number():
         data.place(1.0)
 
 
-def test_a_components_mean_is_rounded():
-    q = np.zeros((4, 4), dtype=np.uint8)
-    q[1, :3] = 100, 101, 101
-    table = tables.measure(q, np.empty((0, 2), dtype=np.int64), np.array([50]))
-    assert table.mean.tolist() == [101]
-
-
 def test_a_map_of_zeros_is_decided_without_a_warning():
     q = np.zeros((8, 8), dtype=np.uint8)
     found = trust.signals(tables.measure(q, np.empty((0, 2), dtype=np.int64), np.array([40])), Rule(threshold=40 / 256))
-    assert found.soft_dice.tolist() == [1] and found.score.tolist() == [0]
+    assert found.soft_dice.tolist() == [0] and found.score.tolist() == [0] and found.confidence.tolist() == [1]

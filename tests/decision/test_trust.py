@@ -23,7 +23,6 @@ def test_signals_of_a_mask():
         assert found.decided[i] == (len(runs) > 0)
         assert found.area[i] == metrics.area(runs)
     assert ((found.soft_dice >= 0) & (found.soft_dice <= 1)).all()
-    assert (found.soft_dice[~found.decided] == 1).all()
     assert ((found.confidence >= 0) & (found.confidence <= 1)).all()
 
 
@@ -32,8 +31,11 @@ def test_soft_dice_is_the_dice_of_probabilities():
     q[2:6, 2:6] = 255
     q[10, 10] = 128
     table = tables.measure(q, np.empty((0, 2), np.int64), np.array([100]))
-    mask, other = 16 * 255.5 / 256, 128.5 / 256
-    assert trust.signals(table, RULE).soft_dice == pytest.approx([2 * mask / (16 + mask + other)])
+    mask = 16 * 255.5 / 256 + 128.5 / 256
+    assert trust.signals(table, RULE).soft_dice == pytest.approx([2 * mask / (17 + mask)])
+    for at, inside, area in ((128, mask, 17), (129, 16 * 255.5 / 256, 16), (256, 0, 0)):
+        found = trust.soft_dice(np.stack([table.histogram, table.histogram * 3]), at)
+        assert found == pytest.approx(np.full((2, 1), 2 * inside / (area + mask)))
 
 
 def test_expected_dice_rises_and_is_right_on_average():

@@ -74,7 +74,6 @@ def one_component_each(area: np.ndarray, overlap: np.ndarray, true_area: np.ndar
         counts=np.ones((count, width), dtype=np.int32),
         area=area.ravel().astype(np.int32),
         overlap=overlap.ravel().astype(np.int32),
-        mean=np.full(area.size, 255, dtype=np.uint8),
     )
 
 

@@ -54,8 +54,8 @@ def summary(
     else:
         chosen = ""
     sentences.append(
-        f"Intervals hold 95 %, of these networks and rules; networks trained anew would differ by more, and that of the "
-        f"gain is too narrow where rules score nearly alike. They resample {groups:,} patients or single images, "
+        f"Intervals hold 95 %, of these networks and rules; networks trained anew would differ by more, and the gain's "
+        f"is too narrow where rules score nearly alike. They resample {groups:,} patients or single images, "
         f"near-duplicates together; those of shares are Wilson's.{chosen}"
     )
     sentences += [

@@ -322,7 +322,7 @@ def add_gradient(
     running.before_forward()
     with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
         logits = model(image)
-    value, _ = (loss.compute or losses.loss)(
+    value = (loss.compute or losses.loss)(
         logits, mask, loss.kind, focal_weight=loss.focal_weight, gamma=loss.gamma, smooth=loss.smooth
     )
     scaler.scale(value * weight).backward()
@@ -531,7 +531,7 @@ def evaluate(
         return None
     everyone = sorted(item for part in dist.gather(scores) for item in part)  # adds up in one order everywhere
     total = np.sum([sums for _, sums, _, _ in everyone], axis=0)
-    value, _ = losses.loss_from_sums(
+    value = losses.loss_from_sums(
         torch.from_numpy(total), loss.kind, focal_weight=loss.focal_weight, smooth=loss.smooth
     )
     good, dice = (np.array([value for item in everyone for value in item[place]]) for place in (2, 3))

@@ -48,9 +48,7 @@ def loss_sums(logits: Tensor, mask: Tensor, kind: Kind, *, gamma: float = 2.0) -
         return torch.stack([pixels, *sums, images])
 
 
-def loss_from_sums(
-    sums: Tensor, kind: Kind, *, focal_weight: float = 10.0, smooth: float = 1.0
-) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_from_sums(sums: Tensor, kind: Kind, *, focal_weight: float = 10.0, smooth: float = 1.0) -> Tensor:
     """Make the loss of sums.
 
     D = (2 sum(p t) + smooth) / (sum p + sum t + smooth) pools all pixels, not those of each image: most images are
@@ -63,22 +61,19 @@ def loss_from_sums(
         smooth: added to both parts of D, in pixels: of empty masks that stay empty D is 1.
 
     Returns:
-        The scalar, and by name the unweighted, detached bce, focal and soft_dice (D).
+        The scalar.
 
     Raises:
         ValueError: `kind` is none of these.
     """
-    bce, focal = sums[BCE] / sums[PIXELS], sums[FOCAL] / sums[PIXELS]
     soft_dice = (2 * sums[OVERLAP] + smooth) / (sums[PROBS] + sums[MASK] + smooth)
     if kind == "focal_dice":
-        value = focal_weight * focal - soft_dice.log()
-    elif kind == "bce_dice":
-        value = bce + 1 - soft_dice
-    elif kind == "lovasz":
-        value = sums[LOVASZ] / sums[IMAGES]
-    else:
-        raise ValueError(f"no loss of kind {kind!r}")
-    return value, {"bce": bce.detach(), "focal": focal.detach(), "soft_dice": soft_dice.detach()}
+        return focal_weight * (sums[FOCAL] / sums[PIXELS]) - soft_dice.log()
+    if kind == "bce_dice":
+        return sums[BCE] / sums[PIXELS] + 1 - soft_dice
+    if kind == "lovasz":
+        return sums[LOVASZ] / sums[IMAGES]
+    raise ValueError(f"no loss of kind {kind!r}")
 
 
 def loss(
@@ -89,15 +84,8 @@ def loss(
     focal_weight: float = 10.0,
     gamma: float = 2.0,
     smooth: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one batch, and its terms; see `loss_sums` and `loss_from_sums`."""
-    return loss_from_sums(loss_sums(logits, mask, kind, gamma=gamma), kind, focal_weight=focal_weight, smooth=smooth)
-
-
-def focal_dice_loss(
-    logits: Tensor, mask: Tensor, *, focal_weight: float = 10.0, gamma: float = 2.0, smooth: float = 1.0
 ) -> Tensor:
-    """focal_weight * focal - log D, the loss of stages 1 and 2.
+    """The loss of one batch; see `loss_sums` and `loss_from_sums`.
 
     Args:
         logits: (B, 1, H, W) float of any precision.
@@ -106,17 +94,7 @@ def focal_dice_loss(
     Source:
         Focal term from Lin et al. 2017, arXiv:1708.02002, eq. 4, without class weight.
     """
-    return loss(logits, mask, "focal_dice", focal_weight=focal_weight, gamma=gamma, smooth=smooth)[0]
-
-
-def bce_dice_loss(logits: Tensor, mask: Tensor, *, smooth: float = 1.0) -> Tensor:
-    """BCE + 1 - D, the loss of stage 3; shapes as `focal_dice_loss`."""
-    return loss(logits, mask, "bce_dice", smooth=smooth)[0]
-
-
-def lovasz_hinge_loss(logits: Tensor, mask: Tensor) -> Tensor:
-    """Mean over images of the Lovász hinge; shapes as `focal_dice_loss`."""
-    return loss(logits, mask, "lovasz")[0]
+    return loss_from_sums(loss_sums(logits, mask, kind, gamma=gamma), kind, focal_weight=focal_weight, smooth=smooth)
 
 
 def lovasz_hinge(logits: Tensor, target: Tensor) -> Tensor:

@@ -97,7 +97,6 @@ def open_pack(recipe: Recipe, name: str, found: Sequence[Case], side: int, *, ch
         found,
         side,
         annotation_size=recipe.data.annotation_size,
-        progress=log.bar,
         check=check,
         report=_report(recipe, name) if dist.is_main() else None,
     )

@@ -5,11 +5,9 @@ all of them are collected before anything stops. Imports problems, rows, rle, im
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -310,11 +308,8 @@ def read_sample(path: Path) -> tuple[list[str], list[Problem]]:
     return list(lines), problems
 
 
-def verify(cases: Sequence[Case], *, progress: Callable[..., Iterable] = log.bar) -> tuple[list[Problem], np.ndarray]:
+def verify(cases: Sequence[Case]) -> tuple[list[Problem], np.ndarray]:
     """Read every image, as training will, and list all that cannot be read and all that is odd.
-
-    Args:
-        progress: makes a bar; called with an iterable, total= and title=.
 
     Returns:
         Problems in order of the cases; (N, 16, 16) uint8 thumbnails, of one value where there is no image.
@@ -332,7 +327,7 @@ def verify(cases: Sequence[Case], *, progress: Callable[..., Iterable] = log.bar
             Problem(str(case.path), None, case.image_id, f"{case.path}: {remark}", False) for remark in scan.warnings
         ]
 
-    problems = [problem for found in _in_threads(check, range(len(cases)), "verify", progress) for problem in found]
+    problems = [problem for found in log.in_threads(check, range(len(cases)), "verify") for problem in found]
     return problems, thumbnails
 
 
@@ -593,7 +588,7 @@ def _read_masks(
         return mask_to_runs(square), not mask.any()
 
     runs_of, lost = {}, []
-    for image_id, result in zip(masks, _in_threads(read, list(masks), "masks", log.bar), strict=True):
+    for image_id, result in zip(masks, log.in_threads(read, list(masks), "masks"), strict=True):
         if isinstance(result, Problem):
             problems.append(result)
         else:
@@ -608,14 +603,3 @@ def _read_masks(
         )
         problems.append(Problem.of_ids(folder, text, lost, "no pixel left on the annotation grid", fatal=False))
     return runs_of, dict.fromkeys(masks)
-
-
-def _in_threads(
-    work: Callable[[Any], Any], items: Sequence[Any], title: str, progress: Callable[..., Iterable]
-) -> list[Any]:
-    """Results in order; Pillow and zlib release the interpreter's lock."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            return list(progress(pool.map(work, items), total=len(items), title=title))
-        finally:
-            pool.shutdown(cancel_futures=True)

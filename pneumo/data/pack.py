@@ -5,14 +5,14 @@ Packing can be interrupted at any point and goes on where it was. Imports cases,
 checkpoint, log, errors.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -65,7 +65,6 @@ def open_pack(
     side: int,
     *,
     annotation_size: int,
-    progress: Callable[..., object],
     check: bool = False,
     report: Path | None = None,
 ) -> Pack:
@@ -80,7 +79,6 @@ def open_pack(
         name: for people, the first part of the pack's folder name.
         side: of the square images, pixels; a multiple of 32.
         annotation_size: side of the grid that the cases' runs live on.
-        progress: makes a bar, as `log.bar`; called with an iterable, total= and title=.
         check: compare every finished row with its checksum, and make anew what differs.
         report: where to list, as CSV, the images that cannot be read; None: nowhere.
 
@@ -91,7 +89,7 @@ def open_pack(
     assert all(a.image_id < b.image_id for a, b in pairwise(cases)), "cases must be sorted by id"
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.wait_lock(folder / "lock", log.say):
-        hashes = file_hashes(folder / "files.json", [case.path for case in cases], progress=progress, report=report)
+        hashes = file_hashes(folder / "files.json", [case.path for case in cases], report=report)
         digest = content_digest(cases, hashes, annotation_size)
         place = folder / f"{name}-{side}-{digest[:12]}"
         place.mkdir(exist_ok=True)
@@ -115,7 +113,7 @@ def open_pack(
             if not rows.flags.writeable:
                 raise checkpoint.refusal(place, OSError(errno.EROFS, os.strerror(errno.EROFS)))
             rows[todo] = UNDONE
-            problems = _fill(cases, todo, side, annotation_size, arrays, rows, progress)
+            problems = _fill(cases, todo, side, annotation_size, arrays, rows)
             _judge(problems, report)
     return Pack(
         tuple(case.image_id for case in cases),
@@ -143,9 +141,7 @@ def content_digest(cases: Sequence[Case], hashes: dict[str, str], annotation_siz
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def file_hashes(
-    cache: Path, paths: Sequence[Path], *, progress: Callable[..., object], report: Path | None = None
-) -> dict[str, str]:
+def file_hashes(cache: Path, paths: Sequence[Path], *, report: Path | None = None) -> dict[str, str]:
     """The sha256 of every file, read only where another file or content is at its path since the cache was written.
 
     Size and time of change do not show that: copies of two files may share both, and change places.
@@ -170,11 +166,7 @@ def file_hashes(
         except DataError as error:
             return Problem(str(path), None, "", str(error), True)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            entries = list(progress(pool.map(entry, paths), total=len(paths), title="hash"))
-        finally:
-            pool.shutdown(cancel_futures=True)
+    entries = list(log.in_threads(entry, paths, "hash"))
     _judge([found for found in entries if isinstance(found, Problem)], report)
     fresh = {os.path.abspath(path): value for path, value in zip(paths, entries, strict=True)}
     if any(known.get(path) != value for path, value in fresh.items()):
@@ -222,7 +214,6 @@ def _fill(
     annotation_size: int,
     arrays: tuple[np.ndarray, np.ndarray, np.ndarray],
     rows: np.ndarray,
-    progress: Callable[..., object],
 ) -> list[Problem]:
     """Decode rows `todo`; a row counts as done only after its pixels are on the disk.
 
@@ -261,16 +252,15 @@ def _fill(
         rows.flush()
         finished.clear()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and zlib release the interpreter's lock
-        try:
-            for row in progress(pool.map(decode, todo), total=len(todo), title=f"pack {side} px"):
+    try:
+        with contextlib.closing(log.in_threads(decode, todo, f"pack {side} px")) as decoded:
+            for row in decoded:
                 if row is not None:
                     finished.append(row)
                 if len(finished) == FLUSH_EVERY:
                     make_durable()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            make_durable()
+    finally:
+        make_durable()
     return sorted(problems, key=lambda problem: problem.file)
 
 

@@ -552,7 +552,7 @@ def growth(setup: Setup) -> Iterator[Row]:
 
     def pack(count: int) -> None:
         place = setup.folder / f"pack{next(places)}"
-        packs.open_pack(place, "bench", cases[:count], side, annotation_size=1024, progress=lambda items, **_: items)
+        packs.open_pack(place, "bench", cases[:count], side, annotation_size=1024)
 
     yield scaling("pack", many, fewer, pack, "PNG of 64 px")
 

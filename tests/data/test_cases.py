@@ -422,7 +422,7 @@ def test_verify_lists_every_problem_in_one_go(tmp_path):
     (root / "train" / "c.png").write_bytes(b"<html>")
     Image.fromarray(np.full((GRID, GRID), 9, np.uint8)).save(root / "train" / "d.png")
     found, _ = load(root)
-    problems, _ = cases.verify(found, progress=lambda items, **_: items)
+    problems, _ = cases.verify(found)
     assert [(problem.image_id, problem.fatal) for problem in problems] == [("b", True), ("c", True), ("d", False)]
     with pytest.raises(DataError, match=r"b\.png.*1 more"):
         raise_fatal(problems, tmp_path / "report.csv")
@@ -675,7 +675,7 @@ def test_thumbnails_show_all_of_an_image(tmp_path):
     pixels = np.zeros((GRID, 4 * GRID), np.uint8)
     pixels[:, -GRID:] = 200
     Image.fromarray(pixels).save(root / "train" / "a.png")
-    _, thumbnails = cases.verify(load(root)[0], progress=lambda items, **_: items)
+    _, thumbnails = cases.verify(load(root)[0])
     lit = np.zeros((16, 16), dtype=bool)
     lit[6:10, 12:] = True
     np.testing.assert_array_equal(thumbnails[0] > 100, lit)

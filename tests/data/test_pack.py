@@ -16,10 +16,6 @@ from pneumo.kernels.runs import mask_to_runs
 GRID = 128
 
 
-def silent(items, **_options):
-    return items
-
-
 def made_up(folder: Path, count: int = 5) -> list[Case]:
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
@@ -35,7 +31,7 @@ def made_up(folder: Path, count: int = 5) -> list[Case]:
 
 
 def open_it(folder: Path, cases: list[Case], side: int = 64, check: bool = False) -> pack.Pack:
-    return pack.open_pack(folder, "train", cases, side, annotation_size=GRID, progress=silent, check=check)
+    return pack.open_pack(folder, "train", cases, side, annotation_size=GRID, check=check)
 
 
 def test_images_and_masks_by_row(tmp_path):
@@ -111,7 +107,7 @@ def test_a_second_call_decodes_nothing(tmp_path, monkeypatch):
 def test_a_damaged_cache_of_hashes_costs_time_only(tmp_path):
     paths = [case.path for case in made_up(tmp_path / "x")]
     cache = tmp_path / "files.json"
-    wanted = pack.file_hashes(cache, paths, progress=silent)
+    wanted = pack.file_hashes(cache, paths)
     good = json.loads(cache.read_text())
     damages = [b"", b"[]", b"5", b"[" * 100_000, b"\xff", b'{"a": ' + b"9" * 5000 + b"}"]
     for odd in (5, None, [], [1], {}, "x" * 3, [1, 2, 3], [0, 0, "z" * 64]):
@@ -120,7 +116,7 @@ def test_a_damaged_cache_of_hashes_costs_time_only(tmp_path):
         damages.append(json.dumps({path: entry[:-cut] for path, entry in good.items()}).encode())
     for damaged in damages:
         cache.write_bytes(damaged)
-        assert pack.file_hashes(cache, paths, progress=silent) == wanted
+        assert pack.file_hashes(cache, paths) == wanted
         assert json.loads(cache.read_text()) == good
 
 

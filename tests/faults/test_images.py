@@ -163,16 +163,9 @@ def test_pack_says_what_verify_says(tmp_path, figure):
     bad = spoiled(tmp_path / "data", 600)
     found, _ = cases.load_train(tmp_path / "data", annotation_size=64)
     verified = {problem.image_id: problem.message for problem in cases.verify(found)[0]}
-    decoded = []
     report = tmp_path / "data_report.csv"
-
-    def bar(items, **_options):
-        for item in items:
-            decoded.append(item)
-            yield item
-
     with pytest.raises(DataError, match=rf"case-00050\.png: .* 5 more problems are listed in {report}\."):
-        pack.open_pack(tmp_path / "pack", "train", found, 64, annotation_size=64, progress=bar, report=report)
+        pack.open_pack(tmp_path / "pack", "train", found, 64, annotation_size=64, report=report)
     with open(report, newline="") as file:
         listed = {row["image_id"]: row["message"] for row in csv.DictReader(file)}
     assert listed == verified and len(listed) == 6 == len(bad) - 1
@@ -180,7 +173,7 @@ def test_pack_says_what_verify_says(tmp_path, figure):
     assert (np.load(rows) != pack.UNDONE).sum() == 594
     found[50].path.unlink()
     with pytest.raises(DataError, match=r"case-00050\.png: no such file\.$"):
-        pack.open_pack(tmp_path / "pack", "train", found, 64, annotation_size=64, progress=bar, report=report)
+        pack.open_pack(tmp_path / "pack", "train", found, 64, annotation_size=64, report=report)
     figure("6 of 6 listed in the same words, 594 of 594 good ones kept")
 
 
@@ -223,7 +216,7 @@ def test_files_that_change_places_are_read_anew(tmp_path, figure):
         os.utime(path, (1_700_000_000, 1_700_000_000))
 
     def hashes() -> list[str]:
-        found = pack.file_hashes(tmp_path / "files.json", paths, progress=lambda items, **_: items)
+        found = pack.file_hashes(tmp_path / "files.json", paths)
         return [found[str(path)] for path in paths]
 
     first = hashes()
@@ -241,7 +234,7 @@ def test_pack_warns_of_what_is_odd(tmp_path, capsys):
     for name in ("a", "b"):
         Image.fromarray(np.full((64, 64), 9, np.uint8)).save(tmp_path / f"{name}.png")
     found = [Case(name, tmp_path / f"{name}.png", np.zeros((0, 2), np.int64)) for name in ("a", "b")]
-    pack.open_pack(tmp_path / "pack", "train", found, 64, annotation_size=64, progress=lambda items, **_: items)
+    pack.open_pack(tmp_path / "pack", "train", found, 64, annotation_size=64)
     warning = f"{tmp_path / 'a.png'}: a constant image: every pixel is 9 and 1 more; `make verify` lists all"
     assert warning in capsys.readouterr().err
 

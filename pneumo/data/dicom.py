@@ -495,12 +495,10 @@ def _odd_view(header: Any) -> list[str]:
     remarks = []
     view = str(header.get("ViewPosition") or "").upper().strip()
     codes = header.get("ViewCodeSequence") or ()
-    meant = [str(code.get("CodeMeaning") or "").lower() for code in codes]
+    meant = [str(code.get("CodeMeaning") or "").lower() for code in codes if hasattr(code, "get")]
     across, down = _orientation(header)
     part = unicodedata.normalize("NFD", str(header.get("BodyPartExamined") or "").upper())
-    part = "".join(
-        letter for letter in part if not unicodedata.combining(letter)
-    )  # TORAX, of which one A has an accent
+    part = "".join(sign for sign in part if not unicodedata.combining(sign))  # accents, as in Spanish
     if view in LATERAL:
         remarks.append(f"a lateral view (ViewPosition {view}); frontal ones are expected")
     elif any("lateral" in text and "decubitus" not in text for text in meant):

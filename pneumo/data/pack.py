@@ -26,7 +26,7 @@ from pneumo.data.problems import Problem, raise_fatal
 from pneumo.errors import DataError
 from pneumo.kernels.runs import runs_to_mask
 
-FORMAT = 3  # change it when the same files would give other pixels
+FORMAT = 4  # change it when the same files would give other pixels
 UNDONE = 0  # as a new file is
 FLUSH_EVERY = 256  # rows between two moments at which finished rows are made durable
 

@@ -550,8 +550,7 @@ def _read_masks(
 ) -> tuple[dict[str, np.ndarray], dict[str, None]]:
     """Runs on the annotation grid of every mask in a folder; of those with an image, if `files` is given. All ids.
 
-    A mask goes the way of its image: padded to a square, then brought to the grid, each pixel taking its
-    nearest.
+    A mask goes the way of its image: padded to a square, then brought to the grid by `images.resize_mask`.
     """
     masks, more = find_images(folder)
     problems += more
@@ -581,10 +580,7 @@ def _read_masks(
                 if mask.shape == shape[::-1]:
                     text += " If the image's EXIF orientation turns it, turn the mask instead, or remove that tag."
                 return Problem.at(path, text, image_id=image_id)
-        square = images.to_square(mask)
-        if len(square) != annotation_size:
-            nearest = (2 * np.arange(annotation_size) + 1) * len(square) // (2 * annotation_size)
-            square = square[np.ix_(nearest, nearest)]
+        square = images.resize_mask(images.to_square(mask), annotation_size)
         return mask_to_runs(square), not mask.any()
 
     runs_of, lost = {}, []

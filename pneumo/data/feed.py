@@ -38,7 +38,7 @@ def epoch_plan(
         positives, negatives: row numbers of the training cases with and without pneumothorax.
         positive_fraction: share of positives in the epoch, in (0, 1]; all negatives at most.
         draw: "fixed" takes the same negatives in every epoch of every stage; "fresh" goes on through a shuffled
-            list of all of them, epoch by epoch, and shuffles again when all were seen.
+            list of all of them, epoch by epoch, and shuffles again when all were seen; in an epoch none comes twice.
         epoch: from 1.
 
     Returns:
@@ -161,10 +161,18 @@ def _shuffled(rows: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _deal(rows: np.ndarray, count: int, epoch: int, seed: int) -> np.ndarray:
-    """Places (epoch - 1) * count .. epoch * count of an endless row of shuffled decks."""
-    if count == 0:
-        return rows[:0]
-    first = (epoch - 1) * count
-    decks = range(first // len(rows), (first + count - 1) // len(rows) + 1)
-    cards = np.concatenate([_shuffled(rows, key(seed, deck)) for deck in decks])
-    return cards[first - decks[0] * len(rows) :][:count]
+    """The `count` rows that an epoch takes, none twice, from shuffled decks of all rows, one after the other.
+
+    Where a deck does not last, those that the epoch has from it come last in the next one.
+    """
+    hand, left, decks = rows[:0], rows[:0], 0
+    for _ in range(epoch):
+        hand, left = left[:count], left[count:]
+        if len(hand) < count:
+            deck = _shuffled(rows, key(seed, decks))
+            decks += 1
+            held = np.isin(deck, hand)
+            deck = np.concatenate([deck[~held], deck[held]])
+            more = count - len(hand)
+            hand, left = np.concatenate([hand, deck[:more]]), deck[more:]
+    return hand

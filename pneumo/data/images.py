@@ -250,6 +250,33 @@ def resize(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.array(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR))
 
 
+def resize_mask(mask: np.ndarray, side: int) -> np.ndarray:
+    """Resize a square mask.
+
+    To a side that divides its own, a pixel is of the mask where at least half of its area is: where that is an even
+    number of pixels wide, its centre lies between pixels, and to take the nearest would move the mask by half of one.
+    To another side it is the pixel at its centre.
+
+    Args:
+        mask: (L, L) bool.
+        side: pixels.
+
+    Returns:
+        (side, side) bool; the array itself if it has that size.
+    """
+    longer = len(mask)
+    if longer == side:
+        return mask
+    if longer % side:
+        centres = (2 * np.arange(side) + 1) * longer // (2 * side)
+        return mask[np.ix_(centres, centres)]
+    block, covered = longer // side, np.zeros((side, side), dtype=np.int32)
+    for row in range(block):
+        for column in range(block):
+            covered += mask[row::block, column::block]
+    return 2 * covered >= block**2
+
+
 @contextlib.contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
     """Turn whatever is raised inside into an error that names the file."""

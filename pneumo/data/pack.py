@@ -194,9 +194,10 @@ def pack_image(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def pack_mask(runs: np.ndarray, annotation_size: int, side: int) -> np.ndarray:
-    """One mask: runs on the annotation grid to (side, side // 8) uint8 bits, nearest pixel."""
-    centres = (np.arange(side) * 2 + 1) * annotation_size // (2 * side)
-    mask = runs_to_mask(runs, annotation_size, annotation_size)[np.ix_(centres, centres)]
+    """One mask: runs on the annotation grid to (side, side // 8) uint8 bits, as `images.resize_mask` has it."""
+    if not len(runs):
+        return np.zeros((side, side // 8), dtype=np.uint8)
+    mask = images.resize_mask(runs_to_mask(runs, annotation_size, annotation_size), side)
     return np.packbits(mask, axis=1)
 
 

@@ -4,7 +4,7 @@ Pictures are drawn, not derived from patients. A pneumothorax is what it is on f
 and a thin bright pleural line in which the lung's vessels are missing. Its grey is that of lung and of the air beside
 the body, so no threshold finds it. Every picture has SYNTHETIC burnt in, and every id begins with it.
 
-Imports rle, checkpoint, errors.
+Imports images, rle, checkpoint, errors.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pneumo import checkpoint
-from pneumo.data import rle
+from pneumo.data import images, rle
 from pneumo.errors import UsageError
 
 PREFIX = "SYNTHETIC-"
@@ -132,8 +132,8 @@ def write(
             # the file type must not give the answer away: types are dealt anew to every ten images
             turns = np.random.default_rng([*_key(seed, part, index // 10), 10]).permutation(10)
             _write_image(root / part, image_id, drawn.image, index, int(turns[index % 10]))
-            centres = (np.arange(annotation_size) * 2 + 1) * side // (2 * annotation_size)
-            codes = [rle.encode(region[np.ix_(centres, centres)]) for region in _regions(drawn.mask, rng)]
+            regions = (images.resize_mask(region, annotation_size) for region in _regions(drawn.mask, rng))
+            codes = [rle.encode(region) for region in regions]
             found = [code for code in codes if code != rle.EMPTY] or [rle.EMPTY]  # a coarse grid may miss a small one
             tables[part] += [f"{image_id},{code}" for code in found]
             if part == "test":

@@ -1,6 +1,6 @@
 """A UNet for evaluation and prediction: batch norm folded into the convolutions, decoder weights summed up once.
 
-Convolution, sum and ReLU are one where the device has that. Imports unet, kernels, errors.
+Convolution, sum and ReLU are one where the device has that. Imports unet, kernels.
 """
 
 import copy
@@ -11,7 +11,6 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pneumo.errors import UsageError, one_line
 from pneumo.kernels import thin_conv
 from pneumo.kernels.conv_relu import conv_relu
 from pneumo.kernels.upconv import stride_2_weight
@@ -155,11 +154,7 @@ def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def _conv_norm_pairs(encoder: nn.Module, image: Tensor) -> list[tuple[str, str]]:
-    """Names of the convolutions whose result goes to a batch norm alone, and of those batch norms.
-
-    Raises:
-        UsageError: the encoder refuses the image.
-    """
+    """Names of the convolutions whose result goes to a batch norm alone, and of those batch norms."""
     made: dict[int, tuple[str, Tensor]] = {}  # holds the results, so that no two have one id
     pairs: list[tuple[str, str]] = []
 
@@ -178,11 +173,6 @@ def _conv_norm_pairs(encoder: nn.Module, image: Tensor) -> list[tuple[str, str]]
     try:
         with torch.no_grad():
             features = encoder(image)
-    except Exception as error:  # encoders have many ways to insist on a size
-        raise UsageError(
-            f"model.encoder: it takes no images of {image.shape[-1]} px ({type(error).__name__}: "
-            f"{one_line(error)[:150]}); choose one for images of any size, as resnet34"
-        ) from None
     finally:
         for hook in hooks:
             hook.remove()

@@ -110,6 +110,7 @@ class UNet(nn.Module):
                 f"model.encoder: {encoder} has features at {self.encoder.feature_info.reduction()}; "
                 f"the decoder needs [2, 4, 8, 16, 32], as resnet34 has"
             )
+        _check_levels(self.encoder, encoder)
         if checkpointing:
             try:
                 self.encoder.set_grad_checkpointing()
@@ -181,6 +182,29 @@ def features(net: nn.Module, image: Tensor, *, relu: bool = False) -> list[Tenso
     if net.stem is None:
         return net.encoder((image - net.mean) / net.std)  # grey to the encoder's three channels
     return net.encoder(thin_conv.grey_conv(image, net.encoder.get_submodule(net.stem), net.mean, net.std, relu=relu))
+
+
+def _check_levels(encoder: nn.Module, name: str) -> None:
+    """Refuse an encoder whose features have other sides than it says, or that takes no small image.
+
+    Raises:
+        UsageError: it is one.
+    """
+    training = encoder.training
+    try:
+        with torch.no_grad():
+            sides = [feature.shape[-1] for feature in encoder.eval()(torch.zeros(1, 3, 64, 64))]
+    except Exception as error:  # encoders have many ways to insist on a size
+        raise UsageError(
+            f"model.encoder: {name} takes no images of 64 px ({type(error).__name__}: {one_line(error)[:150]}); choose "
+            f"one for images of any size, as resnet34"
+        ) from None
+    encoder.train(training)
+    if sides != [32, 16, 8, 4, 2]:
+        raise UsageError(
+            f"model.encoder: {name} makes features of {sides} px of an image of 64; the decoder needs "
+            f"[32, 16, 8, 4, 2], as of resnet34"
+        )
 
 
 def _take_stem(encoder: nn.Module) -> str | None:

@@ -446,12 +446,13 @@ def test_a_code_for_an_oblong_image_is_refused_and_a_mask_is_padded_like_it(tmp_
     np.testing.assert_array_equal(runs_to_mask(found[0].runs, GRID, GRID), expected)
 
 
-def test_masks_of_another_size_than_the_grid_take_the_nearest_pixel(tmp_path):
+def test_masks_of_another_size_than_the_grid_are_resized(tmp_path):
     root = folder(tmp_path, "nothing", "notes.txt", ids=("a",))
     (root / "mask").mkdir()
     mask = np.random.default_rng(0).random((GRID, GRID)) < 0.5
     Image.fromarray((mask * 255).astype(np.uint8)).save(root / "mask" / "a.png")
-    for size, expected in ((2 * GRID, mask.repeat(2, 0).repeat(2, 1)), (GRID // 2, mask[1::2, 1::2])):
+    halved = mask.reshape(GRID // 2, 2, GRID // 2, 2).mean(axis=(1, 3)) >= 0.5
+    for size, expected in ((2 * GRID, mask.repeat(2, 0).repeat(2, 1)), (GRID // 2, halved)):
         (case,), _ = cases.load_train(root, annotation_size=size)
         np.testing.assert_array_equal(runs_to_mask(case.runs, size, size), expected)
 
@@ -463,6 +464,7 @@ def test_a_mask_too_thin_for_the_grid_is_said(tmp_path):
     for name, columns in (("a", 0), ("b", 1), ("c", 2)):
         mask = np.zeros((GRID, GRID), np.uint8)
         mask[4:20, 8 : 8 + columns] = 255
+        mask[4:20:2] *= columns > 1  # of the second one a quarter of each pixel of the grid
         Image.fromarray(mask).save(root / "mask" / f"{name}.png")
     found, problems = cases.load_train(root, annotation_size=GRID // 2)
     assert [case.positive for case in found] == [False, False, True]

@@ -20,7 +20,7 @@ def test_every_positive_once_and_a_share_of_negatives(draw, share, size):
     chosen = plan(3, draw, share)
     assert len(chosen) == size  # all negatives at most
     assert np.array_equal(np.sort(chosen[chosen < 40]), POSITIVES)
-    assert len(set(chosen.tolist())) == size or draw == "fresh"
+    assert len(set(chosen.tolist())) == size
 
 
 def test_fixed_negatives_are_the_same_in_every_epoch_and_stage():
@@ -41,6 +41,15 @@ def test_fresh_negatives_that_do_not_divide_evenly():
     dealt = [row for epoch in range(1, 14) for row in plan(epoch, "fresh", 0.6).tolist() if row >= 40]
     counts = np.bincount(dealt, minlength=200)[40:]
     assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.35, 0.3, 0.25])
+def test_fresh_negatives_come_once_in_an_epoch_and_equally_often(share):
+    dealt = [plan(epoch, "fresh", share) for epoch in range(1, 31)]
+    assert all(len(set(chosen.tolist())) == len(chosen) for chosen in dealt)
+    counts = np.bincount(np.concatenate(dealt), minlength=200)[40:]
+    assert counts.max() - counts.min() <= 1
+    assert len({tuple(chosen.tolist()) for chosen in dealt}) == 30
 
 
 def test_a_plan_is_shuffled_and_depends_on_its_place_alone():

@@ -238,13 +238,31 @@ def test_an_oblong_image_is_padded_and_not_cut(tmp_path, shape):
     np.testing.assert_array_equal(pack.pack_image(pixels, 64), images.resize(square, 64))
 
 
-def test_a_mask_takes_the_middle_of_each_larger_pixel():
-    """Edges that are no multiple of 4 pixels: as the image, of which more than half must be in it."""
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_a_smaller_mask_is_where_it_was(factor):
+    """Its middle, in pixels of the larger one; of even factors the nearest pixel would be half a pixel off."""
+    side = 32 * factor
+    y, x = np.mgrid[:side, :side]
+    shifts = []
+    for row, column in np.random.default_rng(0).uniform(0.4, 0.6, (40, 2)) * side:
+        mask = (y - row) ** 2 / 4 + (x - column) ** 2 < (0.12 * side) ** 2
+        small = images.resize_mask(mask, 32)
+        middles = (np.mean(np.nonzero(part), axis=1) + 0.5 for part in (small, mask))
+        shifts.append(next(middles) * factor - next(middles))
+    assert np.abs(np.mean(shifts, axis=0)).max() < 0.15
+    assert images.resize_mask(mask, side) is mask
+    nearest = images.resize_mask(mask, side - 7)
+    assert nearest.shape == (side - 7,) * 2 and nearest.mean() == pytest.approx(mask.mean(), rel=0.05)
+
+
+def test_a_pixel_of_a_smaller_mask_is_half_covered():
+    """Edges that are no multiple of 4 pixels: as the image, of which half or more must be in it."""
     mask = np.zeros((GRID, GRID), dtype=bool)
     mask[33:97, 19:46] = True
     small = np.unpackbits(pack.pack_mask(mask_to_runs(mask), GRID, 32), axis=1).astype(bool)
     expected = np.zeros((32, 32), dtype=bool)
-    expected[8:24, 5:11] = True
+    expected[8:24, 5:12] = True
+    expected[8, 11] = False  # a corner: 6 of 16 pixels
     np.testing.assert_array_equal(small, expected)
 
 

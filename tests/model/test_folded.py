@@ -3,7 +3,6 @@ import torch
 from timm.models.resnet import BasicBlock
 from torch import nn
 
-from pneumo.errors import UsageError
 from pneumo.model.folded import FoldedUNet, _FoldedBasicBlock
 from pneumo.model.unet import UNet, features
 
@@ -86,13 +85,6 @@ def test_a_convolution_whose_own_result_is_a_feature_keeps_its_batch_norm(encode
     with torch.inference_mode():
         wanted, found = model.double()(image.double()), FoldedUNet(model.float(), torch.float32)(image)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
-
-
-def test_an_encoder_that_insists_on_a_size_is_refused():
-    with pytest.raises(
-        UsageError, match=r"model\.encoder: it takes no images of 64 px .*choose one for images of any size"
-    ):
-        FoldedUNet(UNet("botnet26t_256", decoder_channels=NARROW), torch.float32)
 
 
 def test_a_first_relu_that_is_done_with_the_convolution_is_not_done_again():

@@ -376,6 +376,18 @@ def test_other_encoders_are_refused():
         UNet("vit_tiny_patch16_224")
 
 
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        ("botnet26t_256", r"takes no images of 64 px .*choose one for images of any size, as resnet34"),
+        ("legacy_xception", r"makes features of \[29, 15, 8, 4, 2\] px of an image of 64; the decoder needs \[32, 16"),
+    ],
+)
+def test_an_encoder_whose_features_do_not_fit_is_refused(encoder, message):
+    with pytest.raises(UsageError, match=rf"^model\.encoder: {encoder} {message}"):
+        UNet(encoder, decoder_channels=NARROW)
+
+
 def test_real_pretrained_weights(siim):
     path = siim.parents[1] / "weights" / "tf_efficientnet_lite0.safetensors"
     model = UNet("tf_efficientnet_lite0", str(path), NARROW)

@@ -108,11 +108,15 @@ def cv(options: argparse.Namespace) -> None:
     if options.jobs > 1:
         if dist.is_launched():
             raise UsageError("--jobs starts processes of its own: run it without torchrun (make cv JOBS=5, no GPUS=)")
-        dataset.load(recipe)  # split and packed once, before the folds ask for it
+        data = dataset.load(recipe)  # split and packed once, before the folds ask for it
+        for fold in chosen:
+            dataset.check_fold(recipe, data, fold)
         jobs.run_folds(chosen, options.jobs, lambda fold: jobs.python("cv", "--folds", str(fold), *cli.words(options)))
         return
     with dist.launch(recipe.train.timeout_seconds) as device:
         data = dataset.load(recipe)
+        for fold in chosen:  # before the first is trained
+            dataset.check_fold(recipe, data, fold)
         for fold in chosen:
             for stage in recipe.own_stages:
                 training.train_stage(recipe, data, fold, stage, device)

@@ -417,9 +417,12 @@ def of_a_launch(recipe: Recipe) -> dict[str, Any]:
 
 
 def stage_settings(recipe: Recipe, stage: int) -> dict[str, Any]:
-    """All that decides the weights of a stage, flat, by dotted key: what a resumed run must agree with."""
+    """All that decides the weights of a stage, flat, by dotted key: what a resumed run must agree with.
+
+    How folds were made is not in it: who is in which fold is compared by itself.
+    """
     table = asdict(recipe)
-    parts = {key: table[key] for key in ("seed", "folds", "model", "augment", "rule")}
+    parts = {key: table[key] for key in ("seed", "model", "augment", "rule")}
     del parts["model"]["checkpointing"]  # changes memory and time alone
     parts["data"] = {"annotation_size": recipe.data.annotation_size}
     parts["train"] = {key: table["train"][key] for key in ("amp", "compile", "ema", "keep_best")}

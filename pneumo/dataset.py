@@ -31,9 +31,8 @@ class Dataset:
     Attributes:
         cases: N cases, by id.
         folds: (N,) fold of each.
-        groups: N names of what belongs together: images of a patient, and near-duplicates, which are those that the
-            split kept in one group, or, where folds.csv is the user's own and has no groups, those that are found; None
-            for an image on its own.
+        groups: N names of what belongs together: images of a patient, and near-duplicates, also where folds.csv is the
+            user's own; None for an image on its own.
         digest: hash of all images and annotations.
         split: hash of who is in which fold.
     """
@@ -129,10 +128,25 @@ def load(recipe: Recipe) -> Dataset:
         if not path.exists():
             split(recipe, found, packed)
     fold_of = read_folds(recipe, found)
+    fingerprint = folds.fingerprint(ids, fold_of)
     together = folds.kept_together(path, ids)
-    together = _duplicates(recipe, packed) if together is None else together
+    if together is None or _made(path, fingerprint).get("digest") != packed.digest:  # split otherwise, or of others
+        duplicates = _duplicates(recipe, packed)
+        together = [*(together or ()), *duplicates]
+        if parted := [f"{ids[a]} and {ids[b]}" for a, b in duplicates if fold_of[a] != fold_of[b]]:
+            log.warn(
+                f"{path}: {counted(len(parted), 'pair', 'pairs')} of near-duplicate images are in different folds, so "
+                f"that one is trained on and the other validated with: {some(parted)}. {_redo(recipe)}"
+            )
     groups = folds.join_groups([case.patient for case in found], together)
-    return Dataset(tuple(found), fold_of, tuple(groups), packed.digest, folds.fingerprint(ids, fold_of))
+    return Dataset(tuple(found), fold_of, tuple(groups), packed.digest, fingerprint)
+
+
+def _redo(recipe: Recipe) -> str:
+    return (
+        f"To split anew: `{recipe.program('folds')} --force`; earlier runs cannot go on then. To keep those, choose "
+        f"another folder: --set runs=DIR."
+    )
 
 
 def read_folds(recipe: Recipe, found: Sequence[Case]) -> np.ndarray:
@@ -142,14 +156,11 @@ def read_folds(recipe: Recipe, found: Sequence[Case]) -> np.ndarray:
         DataError: it is damaged, of other images, or parts those of a patient where folds.group is "patient".
     """
     path, ids = recipe.folder / "folds.csv", [case.image_id for case in found]
-    redo = (
-        f"To split anew: `{recipe.program('folds')} --force`; earlier runs cannot go on then. To keep those, choose "
-        f"another folder: --set runs=DIR."
-    )
+    redo = _redo(recipe)
     fold_of = folds.load(path, ids, recipe.folds.count, redo=redo)
     if recipe.folds.group == "patient":
         folds.check_patients(path, ids, fold_of, [case.patient for case in found], redo=redo)
-    settings = _known_settings(path, folds.fingerprint(ids, fold_of))
+    settings = _made(path, folds.fingerprint(ids, fold_of)).get("settings", {})
     if changed := [
         f"{key}: {settings[key]} -> {value}" for key, value in _settings(recipe) if settings.get(key, value) != value
     ]:
@@ -162,8 +173,8 @@ def _settings(recipe: Recipe) -> list[tuple[str, Any]]:
     return [("seed", recipe.seed), *((f"folds.{key}", value) for key, value in asdict(recipe.folds).items())]
 
 
-def _known_settings(path: Path, split: str) -> dict[str, Any]:
-    """The settings that made this folds.csv; none where it is the user's own.
+def _made(path: Path, split: str) -> dict[str, Any]:
+    """How this folds.csv was made: "settings", and "digest" of the images; nothing where it is the user's own.
 
     Args:
         split: hash of who is in which fold.
@@ -172,8 +183,7 @@ def _known_settings(path: Path, split: str) -> dict[str, Any]:
         made = log.read_json(path.with_suffix(".json"))
     except (FileNotFoundError, DataError):
         return {}
-    settings = made.get("settings")
-    return settings if made.get("split") == split and isinstance(settings, dict) else {}
+    return made if made.get("split") == split and isinstance(made.get("settings"), dict) else {}
 
 
 def split(recipe: Recipe, found: Sequence[Case], packed: Pack | None) -> None:
@@ -195,7 +205,11 @@ def split(recipe: Recipe, found: Sequence[Case], packed: Pack | None) -> None:
     groups = groups if duplicates is None else folds.join_groups(groups, duplicates)
     fold_of = folds.split(ids, areas, groups, count=settings.count, area_bins=settings.area_bins, seed=recipe.seed)
     checkpoint.write_atomic(recipe.folder / "folds.csv", folds.dumps(ids, fold_of, groups).encode())
-    made = {"split": folds.fingerprint(ids, fold_of), "settings": dict(_settings(recipe))}
+    made = {
+        "split": folds.fingerprint(ids, fold_of),
+        "settings": dict(_settings(recipe)),
+        "digest": None if packed is None else packed.digest,
+    }
     log.write_json(recipe.folder / "folds.json", made)
     text = _write_audit(recipe, found, fold_of, duplicates)
     log.say(f"{recipe.folder / 'folds.csv'}: {len(ids)} images in {settings.count} folds", *text.splitlines())
@@ -273,7 +287,10 @@ def check_fold(recipe: Recipe, dataset: Dataset, fold: int) -> None:
     if not dataset.positive.any():
         raise DataError(f"fold {fold}: not one of the {len(inside):,} training images has a pneumothorax to learn from")
     if not inside.any() or not (dataset.positive & ~inside).any():
+        groups = {dataset.groups[row] or str(row) for row in np.flatnonzero(dataset.positive)}
+        fewer = f"Lower folds.count (now {recipe.folds.count}) or add data."
+        alone = "All positive images are of one patient, or copies of one picture: add others."
         raise DataError(
             f"fold {fold} has {int(inside.sum())} images and the others {int((dataset.positive & ~inside).sum())} "
-            f"positive ones; both must be at least 1. Lower folds.count (now {recipe.folds.count}) or add data."
+            f"positive ones; both must be at least 1. {fewer if len(groups) > 1 else alone}"
         )

@@ -68,6 +68,11 @@ def score_files(
     if patients is not None:
         patient_of, problems = cases.read_patients(patients)
         raise_fatal(_of(decided, problems), None)
+        unknown = [image_id for image_id in decided if image_id not in patient_of]
+        if len(unknown) == len(decided):
+            raise DataError(f"{patients}: none of its ids is one of {submission}, which has {some(unknown[:1])}")
+        if unknown:
+            log.warn(f"{patients}: {len(unknown):,} of {len(decided):,} ids have no patient, as {some(unknown)}")
     scores = metrics.summarise(
         np.array([metrics.dice_runs(runs, annotated[image_id]) for image_id, runs in decided.items()]),
         np.array([area(annotated[image_id]) > 0 for image_id in decided]),

@@ -71,6 +71,8 @@ def train_stage(recipe: Recipe, data: Dataset, fold: int, stage: int, device: to
     """
     folder = recipe.stage_folder(fold, stage)
     dataset.check_fold(recipe, data, fold)
+    if not data.positive[data.folds == fold].any():
+        log.warn(f"fold {fold} holds no image with pneumothorax: its best epoch is chosen by negatives alone")
     engine.make_room(device)
     if dist.is_main():
         with checkpoint.lock(folder), _signals.caught(), _true_status(folder):

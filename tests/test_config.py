@@ -358,7 +358,7 @@ def test_settings_of_a_stage_leave_out_what_changes_no_weight(repo):
         other = config.load(repo / "configs.toml", "seed", [harmless])
         assert config.stage_settings(other, 2) == config.stage_settings(base, 2), harmless
     for telling in (
-        *("seed=1", "stage.2.epochs=3", "augment.flip=0", "rule.min_area=0", "folds.count=4", "model.upsample=plain"),
+        *("seed=1", "stage.2.epochs=3", "augment.flip=0", "rule.min_area=0", "model.upsample=plain"),
         *("data.annotation_size=512", "train.amp=off", "train.compile=off", "train.ema=0.9", "train.keep_best=2"),
     ):
         other = config.load(repo / "configs.toml", "seed", [telling])

@@ -140,6 +140,19 @@ def test_a_patient_table_that_is_wrong_is_refused(tmp_path):
         score_files(*files, annotation_size=8, patients=tmp_path / "patients.csv")
 
 
+def test_a_patient_table_of_other_images_is_refused(tmp_path, capsys):
+    """Its intervals would be those of single images, far too narrow."""
+    patients = tmp_path / "patients.csv"
+    patients.write_text("ImageId,patient_id\na.dcm,1\nb.dcm,1\n")
+    score(tmp_path, "a,-1\nb,-1\n", "a,-1\nb,-1\n")
+    files = tmp_path / "p.csv", tmp_path / "t.csv"
+    with pytest.raises(DataError, match=r"patients\.csv: none of its ids is one of .*p\.csv, which has a$"):
+        score_files(*files, annotation_size=8, patients=patients)
+    patients.write_text("ImageId,patient_id\na,1\n")
+    score_files(*files, annotation_size=8, patients=patients)
+    assert "patients.csv: 1 of 2 ids have no patient, as b" in capsys.readouterr().err
+
+
 def test_what_is_taken_for_empty_is_said_beside_the_result(tmp_path, capsys):
     """Not on standard output, where --json writes."""
     (tmp_path / "p.csv").write_text("ImageId,EncodedPixels\na,NaN\nb,-1\n")

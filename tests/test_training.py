@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from argparse import Namespace
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import small_run
 import torch
 from small_run import differing
 
+from pneumo import __main__ as commands
 from pneumo import checkpoint, dataset, engine, log, oof, start, training
 from pneumo.data import feed as feeds
 from pneumo.data.feed import Feed
@@ -868,6 +870,39 @@ def test_a_fold_that_cannot_be_trained_is_refused(straight):
     none = replace(data, cases=empty, folds=np.arange(len(empty)) % 3)
     with pytest.raises(DataError, match=r"^fold 1: not one of the 12 training images has a pneumothorax to learn from"):
         training.train_stage(straight, none, 1, 1, CPU)
+
+
+def test_advice_where_all_positives_belong_together(straight):
+    data = dataset.load(straight)
+    groups = tuple("p" if case.positive else None for case in data.cases)
+    parted = replace(data, folds=np.where(data.positive, 1, 0))
+    with pytest.raises(DataError, match=r"must be at least 1\. Lower folds\.count \(now 3\) or add data\.$"):
+        dataset.check_fold(straight, parted, 1)
+    with pytest.raises(DataError, match=r"must be at least 1\. All positive images are of one patient, or copies of"):
+        dataset.check_fold(straight, replace(parted, groups=groups), 1)
+
+
+def test_a_fold_without_a_positive_to_validate_with_is_said(repo, root, tmp_path, capsys):
+    recipe = small_run.recipe(repo, root, tmp_path, "stage.1.epochs=1")
+    data = dataset.load(recipe)
+    training.train_stage(recipe, replace(data, folds=np.where(data.positive, 1, data.folds)), 0, 1, CPU)
+    assert "fold 0 holds no image with pneumothorax: its best epoch is chosen by neg" in capsys.readouterr().err
+
+
+def test_all_folds_are_looked_at_before_the_first_is_trained(repo, root, tmp_path, monkeypatch):
+    data = dataset.load(small_run.recipe(repo, root, tmp_path))
+    monkeypatch.setattr(dataset, "load", lambda _: replace(data, folds=np.where(data.positive, 1, data.folds)))
+    monkeypatch.setattr(training, "train_stage", lambda *_: pytest.fail("trained"))
+    for jobs in (1, 2):
+        options = Namespace(
+            recipe="seed",
+            config=repo / "configs.toml",
+            set=[small_run.settings(root, tmp_path)],
+            folds="all",
+            jobs=jobs,
+        )
+        with pytest.raises(DataError, match=r"^fold 1 has"):
+            commands.cv(options)
 
 
 def test_what_fails_before_it_trains_has_failed(repo, root, tmp_path):

@@ -344,7 +344,8 @@ def check_patients(
     if parted:
         raise DataError(
             f"{path}: {counted(len(parted), 'image is', 'images are')} in another fold than one of the same patient, "
-            f"as {' and '.join(parted[0])}. {redo} Or, if that is meant: --set folds.group=image"
+            f"as {' and '.join(parted[0])}. {redo} Or, if that is meant, as to finish a run that has begun: --set "
+            f"folds.group=image"
         )
 
 

@@ -27,6 +27,7 @@ MIN_SIDE = 32
 MAX_BYTES = 256 * 2**20
 DARK = 32  # of 255; X-rays have more than a hundredth of their pixels above it
 FEW_LEVELS = 64  # of 256, between the darkest and the brightest hundredth of the pixels; X-rays have more
+FEW_VALUES = 16  # of a mask: labels; a smoothed one has more
 WHITE = 0.25  # share of pixels; X-rays have fewer at 255
 CUT_ROWS = 16  # so many of one grey, neither dark nor bright as a border is, are not of an X-ray
 
@@ -180,7 +181,11 @@ def read_mask(path: str | Path) -> np.ndarray:
             shown = ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
             raise DataError(
                 f"a mask must hold nothing but 0 and 255, or 0 and 1; found {len(values)} values: {shown}. "
-                f"Save it as PNG, resized without smoothing."
+                + (
+                    "Set the label of the pneumothorax to 255, and all others to 0."
+                    if len(values) <= FEW_VALUES
+                    else "Save it as PNG, resized without smoothing."
+                )
             )
         return mask if high else np.zeros_like(mask)
 

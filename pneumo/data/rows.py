@@ -54,7 +54,7 @@ def read_rows(
             if blanks or header is None:
                 fields = stripped
             if header is None:
-                header = [ALIASES.get(field, field) for field in fields]
+                header = [name if (name := ALIASES.get(field, field)) not in fields else field for field in fields]
                 places = _places(header, columns)
                 continue
             if len(fields) != len(header):

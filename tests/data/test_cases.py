@@ -196,7 +196,7 @@ def test_what_is_no_table_is_named(tmp_path, figure):
         (b"<!DOCTYPE html><html></html>", "HTML"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n", "git lfs pull"),
         (b"Image,Pixels\na,-1\n", "column ImageId is missing; found 'Image, Pixels'"),
-        (b"ImageId,fname,mask\na,a,-1\n", "column ImageId is there twice"),
+        (b"ImageId,ImageId,mask\na,a,-1\n", "column ImageId is there twice"),
         (b"a,-1\nb,-1\n", "found 'a, -1'"),
         (b"ImageId,EncodedPixels\n", "no rows"),
         (b'ImageId,EncodedPixels\na,"1 2\nb,-1\n', "line 3: not a CSV"),
@@ -686,6 +686,25 @@ def test_thumbnails_show_all_of_an_image(tmp_path):
 def test_nothing_left_is_an_error(tmp_path):
     root = folder(tmp_path, "ImageId,EncodedPixels\nx,-1\ny,-1\n")
     assert "not a single case" in fatal(root, allow_missing=True)[0]
+
+
+def test_a_patient_that_is_written_in_two_ways_is_warned_of(tmp_path):
+    """As where a table program took leading zeros away; no patient is named."""
+    path = tmp_path / "patients.csv"
+    path.write_text("ImageId,patient_id\na,Ab1\nb,aB1\nc,007\nd,7\ne,8\nf,Ab1\n")
+    (problem,) = cases.read_patients(path)[1]
+    assert not problem.fatal and "2 patients differ from another in case or leading zeros alone" in problem.message
+    assert ", as of a and b, c and d, and would be on both sides" in problem.message and "Ab1" not in problem.message
+    path.write_text("ImageId,patient_id\na,1\nb,2\nc,1\n")
+    assert cases.read_patients(path)[1] == []
+
+
+def test_a_column_of_another_name_is_used_only_where_the_real_one_is_not(tmp_path):
+    """As `mask`, which may hold the path of a picture."""
+    path = tmp_path / "train.csv"
+    path.write_text("ImageId,EncodedPixels,mask,fname\na,3 2,masks/a.png,x\n")
+    (runs,), problems = cases.read_codes(path, GRID)[0].values(), cases.read_codes(path, GRID)[1]
+    assert runs.tolist() == [[3, 5]] and problems == []
 
 
 def test_half_of_the_images_with_a_patient_are_enough(tmp_path):

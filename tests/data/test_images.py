@@ -487,8 +487,11 @@ def test_bilevel_mask(write):
 @pytest.mark.parametrize(
     ("pixels", "reason"),
     [
-        (np.where(ramp() > 99, 255, 0).astype(np.uint8) // 2, "found 2 values: 0, 127"),
-        (ramp(), "found 256 values: 0, 1, 2, 3, 4, 5, 6, 7, ..."),
+        (
+            np.where(ramp() > 99, 255, 0).astype(np.uint8) // 2,
+            "found 2 values: 0, 127. Set the label of the pneumothorax to 255, and all others to 0.",
+        ),
+        (ramp(), "found 256 values: 0, 1, 2, 3, 4, 5, 6, 7, .... Save it as PNG, resized without smoothing."),
         (np.where(ramp() > 99, 255, 0).astype(np.uint16) * 257, "found 2 values: 0, 65535"),
         (np.stack([ramp(), 0 * ramp(), ramp()], axis=-1), "colours"),
     ],

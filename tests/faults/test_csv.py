@@ -70,10 +70,15 @@ def test_masks_of_another_grid_are_noticed(tmp_path, figure):
     refused = [problem for problem in problems if "past 512×512 = 262,144" in problem.message]
     assert refused and all(problem.fatal and "Set data.annotation_size" in problem.message for problem in refused)
     assert cases.read_codes(path, GRID)[1] == []
-    write([mask[::2, ::2] for mask in masks])
-    (problem,) = cases.read_codes(path, GRID)[1]
-    assert not problem.fatal and "all 30 masks end within the first" in problem.message
-    figure(f"{len(refused)} of 30 codes past the end named; a table for a quarter of the grid warned of")
+    for side in (GRID // 4, GRID // 2, 640, 768, 900, 1000, 1020):
+        centres = (2 * np.arange(side) + 1) * GRID // (2 * side)
+        write([mask[np.ix_(centres, centres)] for mask in masks])
+        (problem,) = cases.read_codes(path, GRID)[1]
+        assert not problem.fatal and f"hang together on a grid of {side}×{side}, not of" in problem.message
+        assert problem.message.endswith(f"Set data.annotation_size={side}")
+        write([mask[np.ix_(centres, centres)] for mask in masks[:4]])  # too few to tell
+        assert cases.read_codes(path, GRID)[1] == []
+    figure(f"{len(refused)} of 30 codes past the end named; tables for 7 of 7 smaller grids, with their sides")
 
 
 @pytest.mark.fault("I2", "a gzip of 300 kB that unpacks to 300 MB, a million rows, a code of 50 MB")

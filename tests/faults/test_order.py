@@ -211,6 +211,35 @@ def test_near_duplicates_are_known_where_the_users_own_folds_have_no_groups(repo
         assert found.groups[0] == found.groups[3] is not None
 
 
+@pytest.mark.fault("R20", "near-duplicates parted: images replaced after the split, split without them, the user's own")
+@pytest.mark.parametrize("how", ["replaced", "no images", "own"])
+def test_near_duplicates_that_the_folds_part_are_said(repo, data, tmp_path, capsys, figure, how):
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    recipe, images = small_run.recipe(repo, root, tmp_path), root / "train"
+    path = recipe.folder / "folds.csv"
+    first = dataset.load(recipe)
+    assert "near-duplicate" not in capsys.readouterr().err
+    other = next(row for row in range(18) if first.folds[row] != first.folds[0] and row % 3)
+    shutil.copy(images / "train-000.png", images / f"train-{other:03d}.png")
+    if how == "no images":
+        dataset.split(recipe, dataset.load_cases(recipe, need_images=False), None)
+    if how == "own":
+        rows = [f"{image_id},{fold}\n" for image_id, fold, _ in csv.reader(path.read_text().splitlines()[1:])]
+        path.write_text("ImageId,fold\n" + "".join(rows))
+        path.with_suffix(".json").unlink()
+    found = dataset.load(recipe)
+    said = capsys.readouterr().err
+    assert "1 pair of near-duplicate images are in different folds, so that one is trained on and the other" in said
+    assert f"train-000 and train-{other:03d}. To split anew: `python -m pneumo folds" in said
+    assert found.groups[0] == found.groups[other] is not None
+    dataset.split(recipe, found.cases, dataset.open_train(recipe, found, 64))
+    capsys.readouterr()
+    dataset.load(recipe)
+    assert "near-duplicate" not in capsys.readouterr().err
+    figure(f"{how}: said, with the command; counted as one case; split anew: nothing to say")
+
+
 def test_the_split_is_the_one_that_the_recipe_asks_for(repo, data, tmp_path, monkeypatch):
     root, asked, split = tmp_path / "data", {}, folds.split
     shutil.copytree(data, root)

@@ -93,6 +93,11 @@ def test_the_area_is_in_square_centimetres_of_the_files_own_pixels(trained, tmp_
     given.predict(recipe, models, everything, given.find([tmp_path / "a.png"], out), out, CPU)
     record = json.loads((out / "predictions.jsonl").read_text())
     assert (record["area_pixels"], record["area_cm2"], record["pneumothorax"]) == (64 * 64, 409.6, True)
+    monkeypatch.setattr(images, "read", lambda path: replace(real(path), spacing=(0.5, 0.5)))
+    again = tmp_path / "again"
+    given.predict(recipe, models, everything, given.find([tmp_path / "a.png"], again), again, CPU)
+    (warning, *_) = json.loads((again / "predictions.jsonl").read_text())["warnings"][-1:]
+    assert warning.startswith("3.2 cm long by the spacing of its pixels")
 
 
 @pytest.mark.parametrize(

@@ -575,7 +575,7 @@ def _grid_of(masks: Sequence[np.ndarray], side: int) -> int:
     ]  # of which it is a multiple
     if len(masks) < ENOUGH or (alike(side) > 0.5 and alike(side) + CLEARLY >= max(map(alike, others))):
         return side
-    best = max(range(side // 8, side * 3 // 2, 4), key=alike)
+    best = max(range(side // 8, side, 4), key=alike)  # codes of a larger one would end beyond it
     best = max(range(best - 3, best + 4), key=alike)
     return best if alike(best) > max(0.5, alike(side) + CLEARLY) else side
 

@@ -179,6 +179,16 @@ def test_grid_distortion_stretches_equal_steps():
     assert torch.allclose(grid[bent[0], 0, :, 0], grid[bent[0], 50, :, 0])  # x depends on x alone
 
 
+def test_optical_distortion_does_not_fold_beyond_the_corners_either():
+    """Where a rigid motion takes positions."""
+    warp = draw(400, 32, flip=0.0, distort=1.0, rigid=1.0, elastic_alpha=0.0, elastic_affine=0.0, grid_limit=0.0)
+    grid = augment.sampling_grid(warp, 32)
+    assert float(grid.abs().max()) > 1.4
+    across, down = grid[:, :-1, 1:] - grid[:, :-1, :-1], grid[:, 1:, :-1] - grid[:, :-1, :-1]
+    turn = across[..., 0] * down[..., 1] - across[..., 1] * down[..., 0]
+    assert float(turn.min()) > 0
+
+
 def test_elastic_field_is_blurred_noise():
     side = 192
     warp = draw(60, side, distort=1.0, elastic_affine=0.0, grid_limit=0.0, optical_limit=0.0)

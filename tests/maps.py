@@ -46,5 +46,4 @@ def many(count: int, levels: list[int]) -> Tables:
         counts,
         area,
         overlap.astype(np.int32),
-        rng.integers(100, 255, len(area)).astype(np.uint8),
     )

@@ -38,30 +38,27 @@ def endings() -> list[signal.Signals]:
     return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible() -> contextlib.AbstractContextManager[None]:
     """Within, Ctrl-C is a KeyboardInterrupt again: the imports are done."""
-    waiting = signal.getsignal(signal.SIGINT) is _end
-    if waiting:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if waiting:
-            signal.signal(signal.SIGINT, _end)
+    return _answered_by(signal.default_int_handler, signal.getsignal(signal.SIGINT) is _end)
+
+
+def killable() -> contextlib.AbstractContextManager[None]:
+    """Within, Ctrl-C ends the process at once, without a word: for C code that waits where Python cannot answer."""
+    in_main = threading.current_thread() is threading.main_thread()
+    answered = signal.getsignal(signal.SIGINT) not in (None, signal.SIG_IGN, signal.SIG_DFL)
+    return _answered_by(signal.SIG_DFL, in_main and answered)
 
 
 @contextlib.contextmanager
-def killable() -> Iterator[None]:
-    """Within, Ctrl-C ends the process at once, without a word: for C code that waits where Python cannot answer."""
+def _answered_by(handler: Any, wanted: bool) -> Iterator[None]:
     old = signal.getsignal(signal.SIGINT)
-    mine = old not in (None, signal.SIG_IGN, signal.SIG_DFL) and threading.current_thread() is threading.main_thread()
-    if mine:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if wanted:
+        signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
-        if mine:
+        if wanted:
             signal.signal(signal.SIGINT, old)
 
 

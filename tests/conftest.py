@@ -98,3 +98,16 @@ def waiting_refused() -> Callable[[], AbstractContextManager[None]]:
             torch.cuda.set_sync_debug_mode("default")
 
     return refused
+
+
+@pytest.fixture
+def locked_refused(monkeypatch):
+    """Folders called "locked" cannot be listed, as where the user may not; root, who may run the tests, always may."""
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)

@@ -147,17 +147,9 @@ def test_a_file_that_is_named_twice_is_predicted_once(tmp_path, monkeypatch):
     assert len(given.find([tmp_path / "x", Path("x"), Path("x/a.png")], tmp_path / "out")) == 1
 
 
-def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, locked_refused):
     (tmp_path / "x" / "locked").mkdir(parents=True)
     Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / "x" / "a.png")
-    real = os.scandir
-
-    def scandir(path):
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(DataError, match="locked: cannot be read: Permission denied"):
         given.find([tmp_path / "x"], tmp_path / "out")
 

@@ -570,14 +570,14 @@ def _grid_of(masks: Sequence[np.ndarray], side: int) -> int:
     def alike(shift: int) -> float:
         return sum(intersection_size(runs, runs + shift) for runs in masks) / total
 
-    others = [side + more for more in (-8, -2, 2, 8)] + [
-        side // part for part in (2, 3, 4)
-    ]  # of which it is a multiple
+    # those near it, and those that it is a multiple of, on which it would be alike as well
+    others = [side + more for more in (-8, -2, 2, 8)] + [side // part for part in (2, 3, 4)]
     if len(masks) < ENOUGH or (alike(side) > 0.5 and alike(side) + CLEARLY >= max(map(alike, others))):
         return side
     best = max(range(side // 8, side, 4), key=alike)  # codes of a larger one would end beyond it
-    best = max(range(best - 3, best + 4), key=alike)
-    return best if alike(best) > max(0.5, alike(side) + CLEARLY) else side
+    best = max(range(max(best - 3, 1), best + 4), key=alike)
+    # half a column down nothing is alike, but for masks so tall that they are alike a little further down as well
+    return best if alike(best) > max(0.5, alike(side) + CLEARLY, alike(best // 2)) else side
 
 
 def _pixels(number: int) -> str:

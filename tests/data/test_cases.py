@@ -715,17 +715,9 @@ def test_half_of_the_images_with_a_patient_are_enough(tmp_path):
     assert "2 of 4 images have no patient there" in problem.message and "do the ids fit" not in problem.message
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, locked_refused):
     root = folder(tmp_path, PLAIN)
     (root / "train" / "locked").mkdir()
-    real = os.scandir
-
-    def scandir(path):
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
     assert fatal(root) == [f"{root / 'train' / 'locked'}: cannot be read: Permission denied"]
 
 

@@ -81,6 +81,17 @@ def test_masks_of_another_grid_are_noticed(tmp_path, figure):
     figure(f"{len(refused)} of 30 codes past the end named; tables for 7 of 7 smaller grids, with their sides")
 
 
+@pytest.mark.parametrize("side", [16, 64, 1024])
+def test_tall_thin_masks_are_of_no_other_grid(tmp_path, side):
+    """A column wide: none is like the next one, and each is much like itself an eighth further down."""
+    masks = np.zeros((8, side, side), dtype=bool)
+    for place, mask in enumerate(masks):
+        mask[side // 16 :, place * side // 8] = True
+    path = tmp_path / "train-rle.csv"
+    path.write_text("ImageId,EncodedPixels\n" + "".join(f"{i},{rle.encode(mask)}\n" for i, mask in enumerate(masks)))
+    assert cases.read_codes(path, side)[1] == []
+
+
 @pytest.mark.fault("I2", "a gzip of 300 kB that unpacks to 300 MB, a million rows, a code of 50 MB")
 def test_bombs_are_refused_within_bounds(tmp_path, figure, monkeypatch):
     monkeypatch.setattr(rows, "MAX_BYTES", 8 * 2**20)  # so that the test is quick; what is measured scales with it

@@ -62,7 +62,7 @@ def make_grid(
 ) -> Grid:
     """Spread a grid of so many values a side over all sensible rules, with the given rule on it.
 
-    Thresholds are evenly spaced; areas geometrically, from 1/65536 to 1/32 (top areas: 1/64) of the annotation grid,
+    Thresholds are evenly spaced; areas geometrically, from 1/65536 to 1/16 (top areas: 1/64) of the annotation grid,
     and 0.
     """
     pixels = annotation_size**2
@@ -77,7 +77,7 @@ def make_grid(
 
     return Grid(
         thresholds=levels(8, 248, thresholds, [rule.threshold]),
-        min_areas=areas(min_areas, 1 / 32, rule.min_area),
+        min_areas=areas(min_areas, 1 / 16, rule.min_area),
         top_thresholds=levels(64, 248, top_thresholds - 1, [0.0, rule.top_threshold]),
         top_areas=areas(top_areas, 1 / 64, rule.top_area),
     )

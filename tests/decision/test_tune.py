@@ -235,7 +235,7 @@ def test_the_grid_spans_what_it_says():
     rule = Rule(threshold=0.5, min_area=3500, top_threshold=0.75, top_area=2000)
     grid = tune.make_grid(rule, 1024, thresholds=50, min_areas=60, top_thresholds=10, top_areas=20)
     assert [k * 256 for k in (grid.thresholds[0], grid.thresholds[-1])] == [8, 248]
-    assert (grid.min_areas[:2], grid.min_areas[-1]) == ((0, 16), 1024**2 // 32)
+    assert (grid.min_areas[:2], grid.min_areas[-1]) == ((0, 16), 1024**2 // 16)
     assert ([k * 256 for k in grid.top_thresholds[:2]], grid.top_thresholds[-1] * 256) == ([0, 64], 248)
     assert (grid.top_areas[:2], grid.top_areas[-1]) == ((0, 16), 1024**2 // 64)
 

@@ -8,8 +8,9 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,6 +44,8 @@ SHOWN = 20  # remarks about files that are printed
 CHEST_CM = (25, 60)  # the longer side of a film or detector, as far as chests of adults are taken on one
 MADE_BY = b"Software\0pneumo"  # stands in each mask and overlay, which may be overwritten and are no X-rays
 MARK_BYTES = 256  # of a PNG's start, which hold it
+SQUARE = 2  # times as long as wide; no radiograph of a chest is longer
+SHA256 = re.compile("[0-9a-f]{64}")
 PICTURES = {".bmp", ".gif", ".heic", ".jp2", ".tif", ".tiff", ".webp"}  # that are not read
 
 
@@ -63,25 +66,30 @@ def find(arguments: Sequence[Path], out: Path) -> list[Given]:
     """The files that a command line names, and those in the folders that it names.
 
     Outputs of a file are called as it is, without suffix; those of a folder's files lie in the same folders below `out`
-    as they do in it. Files of one folder that differ in their suffix alone keep it. Hidden files, what is no image,
-    masks and overlays of earlier predictions and what lies in `out` are passed over.
+    as they do in it. Files of one folder that differ in their suffix alone keep it. Masks and overlays of earlier
+    predictions are passed over, and in folders hidden files, what is no image, and what lies in `out`.
 
     Raises:
         UsageError: two files would have the same outputs, or an output would overwrite one of the files or anything
             else that no prediction has written.
-        DataError: a folder has no image, or cannot be read.
+        DataError: a folder has no image, or cannot be read; or there are only masks and overlays.
     """
     given: dict[str, Given] = {}
-    place = out.resolve()
+    place, own = out.resolve(), 0
     for argument in arguments:
         if not argument.is_dir():
+            if argument.name.endswith(SUFFIXES) and _is_made(argument):
+                own += 1
+                continue
             given.setdefault(os.path.abspath(argument), Given(argument, cases.name_of(argument)))
             continue
         if argument.resolve() == place:
             raise UsageError(f"{argument}: the masks would lie among the X-rays. Choose another folder: --out DIR")
         found, others, problems = cases.list_images(argument)
         raise_fatal(problems, None)
-        found = [path for path in found if not path.resolve().is_relative_to(place)]
+        found, others = (
+            [path for path in paths if not path.resolve().is_relative_to(place)] for paths in (found, others)
+        )
         made = {path for path in found if path.name.endswith(SUFFIXES) and _is_made(path)}
         if made:
             found = [path for path in found if path not in made]
@@ -91,11 +99,15 @@ def find(arguments: Sequence[Path], out: Path) -> list[Given]:
         if not found:
             raise DataError(f"{argument}: no PNG, JPEG or DICOM file in it{convert}")
         if others:
-            left = f"{len(others):,} files are no PNG, JPEG or DICOM and were left out, as {others[0]}"
-            log.say(f"{argument}: {left}{convert}")
+            left = counted(len(others), "file is no PNG, JPEG or DICOM", "files are no PNG, JPEG or DICOM")
+            log.say(f"{argument}: {left}, left out, as {others[0]}{convert}")
         for path in found:
             name = str(path.relative_to(argument).parent / cases.name_of(path))
             given.setdefault(os.path.abspath(path), Given(path, name))
+    if own:
+        log.say(f"{own:,} of the given files are masks or overlays of earlier predictions and were left out")
+    if not given:
+        raise DataError("none of the given files is an X-ray")
     found = _told_apart(list(given.values()))
     paths: dict[str, Path] = {}
     alike = [(paths.setdefault(one.name, one.path), one) for one in found]
@@ -150,15 +162,18 @@ def predict(
 ) -> None:
     """Write <name>_mask.png, <name>_overlay.png and a line of predictions.jsonl for each file.
 
-    Of a file that cannot be read the line has the error, and there is no mask.
+    Of a file that cannot be read the line has the error, and no mask is made; one of what the file was before, and is
+    no longer, goes.
 
     Masks have the size of the file's own image. An image that is not square is padded to one for the network, and
     nothing is found in the padding; the rule's areas are pixels of the annotation grid over that square.
 
-    Records of earlier predictions into the same folder stay, but for those of the same masks or files.
+    Records of earlier predictions into the same folder stay, but for those of the same masks or files, whose masks and
+    overlays go where they would be called otherwise now.
 
     Files are read ahead and results written behind the device, a few batches each. Batches are cut by position and
-    finished as a whole, so an interrupted prediction goes on with the same ones, unless a file in it has changed.
+    finished as a whole, so an interrupted prediction goes on with the same ones, unless a file in it has changed or
+    could not be read.
 
     Args:
         given: from `find`.
@@ -180,7 +195,9 @@ def predict(
     ):
         if dist.is_main():
             checkpoint.clean(out.rglob("*.tmp"), RECORDS, *(f"*{suffix}" for suffix in SUFFIXES))
-        others = _others(given, out)
+        others, earlier = _others(given, out)
+        planned = {one.name + SUFFIXES[0]: one.path for one in given}
+        origin = _origin(recipe, models, ruling)
         dist.gather(None)  # until all are here nobody writes
         done: list[dict[str, Any]] = []
         kept, forgotten = 0, False  # files whose results were there
@@ -214,10 +231,11 @@ def predict(
                     boxes = images.boxes(shapes, recipe.data.annotation_size)
                     predicted = ensemble.predict(models, image, recipe.data.annotation_size, names, boxes)
                     if not forgotten:  # an earlier one's records would be of other masks
+                        _remove(earlier.keys() - planned.keys(), out)
                         _write_records(others, out)
                         forgotten = True
                     tasks = [
-                        writers.submit(_write_file, *one, of, ruling, out)
+                        writers.submit(_write_file, *one, of, ruling, origin, models.image_size, out)
                         for one, *of in zip(found.scans, *predicted, strict=True)
                     ]
                 pending.append((found.key, found.failed, tasks))
@@ -233,9 +251,11 @@ def predict(
         complaints = sorted(record["error"] for record in failed)
         if dist.is_main():
             records = [record for part in done for record in part["records"]]
+            missing = (planned.keys() - {record["mask"] for record in records}) & earlier.keys()
+            now = {mask: _content(planned[mask]) for mask in missing}  # of a file that is away for a while, no hash
+            _remove([mask for mask in missing if SHA256.fullmatch(now[mask]) and now[mask] != earlier[mask]], out)
             _report(records, [*others, *failed], out, kept, inference.by_what(models, ruling))
-            for message in complaints if len(complaints) > 1 else ():
-                log.warn(message)
+            _warn_of(complaints if len(complaints) > 1 else (), out)
             if not complaints:  # else the good files need not be done again when the bad ones are mended
                 journal.finish()
     if complaints:
@@ -275,7 +295,7 @@ class _Read:
     Attributes:
         key: tells its files and their contents.
         count: of its files, good and bad.
-        part: what the journal knows of it, with all outputs in place; None if it must be done.
+        part: what the journal knows of it, all of them good and all outputs in place; None if it must be done.
         scans: the good files with their sha256, and `squares`, (S, S) uint8, what the network sees of them.
         failed: records of the bad files.
     """
@@ -293,7 +313,12 @@ def _read(batch: Sequence[Given], image_size: int, journal: Journal, out: Path) 
     contents = [[one.name, str(one.path), _content(one.path)] for one in batch]
     key = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
     part = journal.parts.get(key)
-    if part is not None and all(_length(out / name) == length for name, length in part["sizes"].items()):
+    # a file that could not be read may be readable now: a decoder was installed, a disk is there again
+    if (
+        part is not None
+        and not part["failed"]
+        and all(_length(out / name) == length for name, length in part["sizes"].items())
+    ):
         return _Read(key, len(batch), part)
     scans, squares, failed = [], [], []
     for one, (*_, digest) in zip(batch, contents, strict=True):
@@ -350,8 +375,11 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Sequence
         yield pending.popleft().result()
 
 
-def _others(given: Sequence[Given], out: Path) -> list[dict[str, Any]]:
+def _others(given: Sequence[Given], out: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Records in a folder of masks that are not about to be made, and are still there.
+
+    And the masks that are there of files that are given now, which may have other names now, with the sha256 of what
+    these files were.
 
     Raises:
         UsageError: a mask is about to be overwritten by that of another file.
@@ -359,10 +387,10 @@ def _others(given: Sequence[Given], out: Path) -> list[dict[str, Any]]:
     try:
         lines = (out / RECORDS).read_bytes().splitlines()
     except OSError:  # none yet
-        return []
+        return [], {}
     paths = {one.name + SUFFIXES[0]: one.path for one in given}
     hashes = {_path_hash(one.path) for one in given}
-    left = []
+    left, earlier = [], {}
     for count, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -380,7 +408,20 @@ def _others(given: Sequence[Given], out: Path) -> list[dict[str, Any]]:
                 f"{out / mask} is the mask of {file} and would become that of {path}. Choose another folder, --out "
                 f"DIR, or name a folder that holds both"
             )
-    return left
+        elif path_hash in hashes and mask and there:
+            earlier[mask] = digest
+    return left, earlier
+
+
+def _remove(masks: Iterable[str], out: Path) -> None:
+    """Remove masks, named as in the records, and their overlays, as far as a prediction wrote them."""
+    for mask in masks:
+        if Path(mask).is_absolute() or ".." in Path(mask).parts:
+            continue  # records may come from anywhere
+        for suffix in SUFFIXES:
+            path = out / (mask.removesuffix(SUFFIXES[0]) + suffix)
+            if _is_made(path):
+                path.unlink(missing_ok=True)
 
 
 def _write_records(records: Sequence[dict[str, Any]], out: Path) -> None:
@@ -397,24 +438,50 @@ def _report(records: list[dict[str, Any]], others: Sequence[dict[str, Any]], out
     if not records:
         return
     records.sort(key=lambda record: record["file"])
-    odd = [f"{record['file']}: {warning}" for record in records for warning in record["warnings"]]
-    for warning in odd[:SHOWN]:
-        log.warn(warning)
-    if len(odd) > SHOWN:
-        log.warn(f"{len(odd) - SHOWN:,} more like these are in {out / RECORDS}")
+    _warn_of([f"{record['file']}: {warning}" for record in records for warning in record["warnings"]], out)
     positive = sum(record["area_pixels"] > 0 for record in records)
     there = f"; {kept} were there from before" if kept else ""
     files = counted(len(records), "file", "files")
     log.say(f"{out}: {files}, {positive} with pneumothorax{there}; {by}. For research, not for diagnosis.")
 
 
+def _warn_of(remarks: Sequence[str], out: Path) -> None:
+    """Warn of files' oddities or errors, a line each, as far as anybody would read them."""
+    for remark in remarks[:SHOWN]:
+        log.warn(remark)
+    if len(remarks) > SHOWN:
+        log.warn(f"{len(remarks) - SHOWN:,} more like these are in {out / RECORDS}")
+
+
+def _origin(recipe: Recipe, models: Ensemble, ruling: Ruling) -> dict[str, Any]:
+    """What made a mask, for its record."""
+    checkpoints = "".join(models.sources.values())
+    return {
+        "rule": asdict(ruling.rule),
+        "rule_source": ruling.source,
+        "networks": hashlib.sha256(checkpoints.encode()).hexdigest()[:16],
+        "folds": [len(models.models), recipe.folds.count],
+        "mirror": models.mirror,
+        "precision": str(models.dtype).removeprefix("torch."),
+    }
+
+
 def _write_file(
-    given: Given, scan: Scan, digest: str, of: Sequence[np.ndarray], ruling: Ruling, out: Path
+    given: Given,
+    scan: Scan,
+    digest: str,
+    of: Sequence[np.ndarray],
+    ruling: Ruling,
+    origin: dict[str, Any],
+    image_size: int,
+    out: Path,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Write mask and overlay of one file; return its record, and the outputs' lengths in bytes by name.
 
     Args:
         of: of the file, the parts of `ensemble.Prediction`.
+        origin: from `_origin`.
+        image_size: of what the networks see.
     """
     height, width = scan.pixels.shape
     mask = _on_image(_mask(of[0], ruling), scan.pixels)
@@ -430,13 +497,24 @@ def _write_file(
         "pneumothorax": area > 0,  # in the file's own pixels, as its mask
         "area_pixels": area,
         "area_cm2": None if scan.spacing is None else area * scan.spacing[0] * scan.spacing[1] / 100,
+        "spacing_mm": scan.spacing,
         "height": height,
         "width": width,
-        "rule": asdict(ruling.rule),
-        "rule_source": ruling.source,
-        "warnings": [*scan.warnings, *_odd_size(scan)],
+        **origin,
+        "warnings": [*scan.warnings, *_odd_shape(scan, image_size), *_odd_size(scan)],
     }
     return record, {name: _write_png(picture, out / name) for name, picture in zip(names, pictures, strict=True)}
+
+
+def _odd_shape(scan: Scan, image_size: int) -> list[str]:
+    """Doubt about images that are no whole X-ray, or that lack what the networks look for."""
+    shorter, longer = sorted(scan.pixels.shape)
+    remarks = []
+    if longer > SQUARE * shorter:
+        remarks.append(f"{longer / shorter:.3g} times as long as wide: is it a strip of an X-ray?")
+    if 2 * longer < image_size:
+        remarks.append(f"only {longer} px long, where the networks saw {image_size}: enlarged, it has no details")
+    return remarks
 
 
 def _odd_size(scan: Scan) -> list[str]:

@@ -28,7 +28,7 @@ from pneumo.ensemble import Ensemble
 from pneumo.journal import open_journal
 from pneumo.tuning import Ruling
 
-FORMAT = 6  # of what is kept of an interrupted prediction; change it when the same files would give other results
+FORMAT = 7  # of what is kept of an interrupted prediction; change it when the same files would give other results
 BEHIND = 2  # batches whose results are being made while the device computes
 
 

@@ -66,7 +66,7 @@ class Journal:
         found = dist.gather((parts, changed))  # from here on the first process holds the lock
         self.parts: dict[str, Any] = {key: result for part, _ in found for key, result in part.items()}
         if changes := sorted({change for _, some in found for change in some}):
-            log.warn(f"{folder} holds an interrupted prediction of another kind ({'; '.join(changes)}); it starts anew")
+            log.warn(f"{folder} holds an unfinished prediction of another kind ({'; '.join(changes)}); it starts anew")
         for path in outdated:
             path.unlink()
         path = folder / f"{dist.rank()}.jsonl"

@@ -115,6 +115,37 @@ def test_a_chest_that_is_no_adults_by_its_spacing_is_warned_of(spacing, said):
     assert [remark.startswith(said) for remark in found] == [True] if said else found == []
 
 
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((1000, 1000), []),
+        ((1000, 500), []),
+        ((1000, 400), ["2.5 times as long as wide: is it a strip"]),
+        ((64, 50), []),
+        ((63, 50), ["only 63 px long, where the networks saw 128"]),
+        ((20, 60), ["3 times as long as wide", "only 60 px long"]),
+    ],
+)
+def test_strips_and_thumbnails_are_warned_of(shape, said):
+    found = given._odd_shape(images.Scan(np.zeros(shape, np.uint8), None, ()), 128)
+    assert len(found) == len(said) and all(map(str.startswith, found, said))
+
+
+def test_a_record_says_what_made_its_mask(trained, tmp_path):
+    recipe, models, ruling = trained
+    Image.fromarray(np.full((64, 64), 90, np.uint8)).save(tmp_path / "a.png")
+    alone = ensemble.load(recipe, [1], CPU)
+    records = []
+    for number, networks in enumerate((models, alone)):
+        out = tmp_path / str(number)
+        given.predict(recipe, networks, ruling, given.find([tmp_path / "a.png"], out), out, CPU)
+        records.append(json.loads((out / "predictions.jsonl").read_text()))
+    assert [record["folds"] for record in records] == [[2, 2], [1, 2]]
+    assert records[0]["networks"] != records[1]["networks"] and len(records[0]["networks"]) == 16
+    expected = (True, "float32", "recipe", None)
+    assert tuple(records[0][key] for key in ("mirror", "precision", "rule_source", "spacing_mm")) == expected
+
+
 def test_an_overlay_outlines_the_mask_where_it_is():
     """A box off the diagonal, and one that reaches the image's edge: their outlines, and nothing else, are drawn."""
     pixels = np.random.default_rng(0).integers(0, 200, (60, 90), dtype=np.uint8)

@@ -8,6 +8,7 @@ Errors do not name the file; `images` does. Imports errors.
 import contextlib
 import io
 import logging
+import re
 import struct
 import threading
 import unicodedata
@@ -37,12 +38,12 @@ PLUGINS = {  # transfer syntax: name, pydicom's plugin, packages
     "1.2.840.10008.1.2.4.70": ("JPEG lossless", "pylibjpeg", "pylibjpeg pylibjpeg-libjpeg"),
     "1.2.840.10008.1.2.4.80": ("JPEG-LS", "pyjpegls", "pyjpegls"),
     "1.2.840.10008.1.2.4.81": ("JPEG-LS", "pyjpegls", "pyjpegls"),
-    "1.2.840.10008.1.2.4.90": ("JPEG 2000", "pylibjpeg", "pylibjpeg pylibjpeg-openjpeg"),
-    "1.2.840.10008.1.2.4.91": ("JPEG 2000", "pylibjpeg", "pylibjpeg pylibjpeg-openjpeg"),
+    "1.2.840.10008.1.2.4.90": ("JPEG 2000", "pillow", "pillow"),
+    "1.2.840.10008.1.2.4.91": ("JPEG 2000", "pillow", "pillow"),
     "1.2.840.10008.1.2.4.201": ("high-throughput JPEG 2000", "pylibjpeg", "pylibjpeg pylibjpeg-openjpeg"),
     "1.2.840.10008.1.2.4.202": ("high-throughput JPEG 2000", "pylibjpeg", "pylibjpeg pylibjpeg-openjpeg"),
     "1.2.840.10008.1.2.4.203": ("high-throughput JPEG 2000", "pylibjpeg", "pylibjpeg pylibjpeg-openjpeg"),
-    "1.2.840.10008.1.2.5": ("RLE", "pylibjpeg", "pylibjpeg pylibjpeg-rle"),
+    "1.2.840.10008.1.2.5": ("RLE", "pydicom", "pydicom"),
 }
 NOT_IMAGES = {  # SOP classes, by the start of their UID
     "1.2.840.10008.1.3.10.": "a DICOMDIR, an index of other files",
@@ -54,6 +55,8 @@ NOT_IMAGES = {  # SOP classes, by the start of their UID
 }
 NOT_IMAGE_MODALITIES = {"SR": "a structured report", "SEG": "a segmentation", "PR": "a presentation state"}
 LATERAL = {"LL", "RL", "LAT", "LATERAL"}
+LATERAL_WORDS = {"LAT", "LATERAL", "PROFIL"}
+DESCRIPTIONS = ("SeriesDescription", "ProtocolName", "AcquisitionDeviceProcessingDescription")
 FRONTAL = {"AP", "PA", "LLD", "RLD"}  # the last two: lying on one side, but seen from the front
 CHEST = ("CHEST", "THORA", "TORAX", "LUNG")
 NOT_RADIOGRAPHS = {"CT", "MG", "MR", "NM", "PT", "US"}
@@ -154,7 +157,7 @@ def _pydicom() -> Iterator[ModuleType]:
     try:
         import pydicom
     except ImportError:
-        raise DataError("reading DICOM needs pydicom: pip install 'pneumo[dicom]'") from None
+        raise DataError("reading DICOM needs pydicom: pip install pydicom") from None
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
     with _pydicom_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -284,7 +287,9 @@ def _check_header(header: Any) -> None:
     if frames != 1:
         raise DataError(f"{frames:,} frames; a radiograph has one")
     if samples != 1:
-        raise DataError(f"a colour DICOM of {samples} samples a pixel; MONOCHROME1 or MONOCHROME2 is needed")
+        raise DataError(
+            f"a colour DICOM of {samples} samples a pixel; MONOCHROME1 or MONOCHROME2 is needed. Save it as grey PNG."
+        )
     if header.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
         raise DataError("a DICOM whose photometric interpretation is neither MONOCHROME1 nor MONOCHROME2")
     allocated, stored = (int(header.get(keyword) or 0) for keyword in ("BitsAllocated", "BitsStored"))
@@ -311,9 +316,28 @@ def _unpack(pydicom: ModuleType, header: Any, known: Outline) -> np.ndarray:
             raise DataError(f"transfer syntax {known.syntax} ({name}) needs a decoder: pip install {packages}")
     else:
         raise DataError("a transfer syntax that is not read. Convert it: dcmconv +te (DCMTK)")
+    if known.syntax in PLUGINS and "JPEG 2000" in PLUGINS[known.syntax][0]:
+        _check_codestream(pydicom.encaps.get_frame(header.PixelData, 0, number_of_frames=1), known)
     decoder = pydicom.pixels.get_decoder(known.syntax)
     stored = decoder.as_array(header, index=0, raw=True, decoding_plugin=plugin)[0]
     return stored.astype(stored.dtype.newbyteorder("="), copy=False)
+
+
+def _check_codestream(frame: bytes, known: Outline) -> None:
+    """Refuse a JPEG 2000 of another size than the header's: a few bytes can stand for more pixels than memory holds.
+
+    Source:
+        ISO/IEC 15444-1 A.5.1: SOC and SIZ come first; Xsiz, Ysiz, and what is left and above of the image.
+    """
+    start = frame.find(b"\xff\x4f\xff\x51")
+    if start < 0 or len(frame) < start + 24:
+        raise DataError("damaged DICOM: no JPEG 2000 inside. Copy it again.")
+    right, bottom, left, top = struct.unpack_from(">4L", frame, start + 8)
+    if (right - left, bottom - top) != (known.width, known.height):
+        raise DataError(
+            f"damaged DICOM: its header says {known.width:,} x {known.height:,} pixels, the JPEG 2000 inside "
+            f"{right - left:,} x {bottom - top:,}"
+        )
 
 
 def _own_bits(stored: np.ndarray, bits: int) -> tuple[np.ndarray, list[str]]:
@@ -472,17 +496,20 @@ def _spacing(header: Any) -> tuple[float, float] | None:
     """Millimetres from row to row and from column to column, in the patient as far as the file tells.
 
     Source:
-        DICOM PS3.3 10.7.1.3: ImagerPixelSpacing is that of the detector, on which the patient is magnified.
+        DICOM PS3.3 10.7.1.1 and 10.7.1.3: ImagerPixelSpacing is that of the detector, on which the patient is magnified;
+        a PixelSpacing that repeats it was not corrected for that. C.8.11.8.1.2: NominalScannedPixelSpacing is of films.
     """
     try:
         magnified = float(header.get("EstimatedRadiographicMagnificationFactor"))
     except (TypeError, ValueError):
         magnified = 1.0
-    for keyword in ("PixelSpacing", "ImagerPixelSpacing"):
+    for keyword in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
         try:
             row, column = (float(value) for value in header.get(keyword))
         except (TypeError, ValueError):
             continue  # absent, empty, not two, or no numbers
+        if keyword == "PixelSpacing" and header.get(keyword) == header.get("ImagerPixelSpacing"):
+            continue
         if keyword == "ImagerPixelSpacing" and 1 <= magnified < float("inf"):
             row, column = row / magnified, column / magnified
         if 0 < row < float("inf") and 0 < column < float("inf"):
@@ -496,6 +523,8 @@ def _odd_view(header: Any) -> list[str]:
     view = str(header.get("ViewPosition") or "").upper().strip()
     codes = header.get("ViewCodeSequence") or ()
     meant = [str(code.get("CodeMeaning") or "").lower() for code in codes if hasattr(code, "get")]
+    told = " ".join(str(header.get(keyword) or "") for keyword in DESCRIPTIONS).upper()
+    words = set(re.findall("[A-Z]+", told))  # never repeated: people write names there
     across, down = _orientation(header)
     part = unicodedata.normalize("NFD", str(header.get("BodyPartExamined") or "").upper())
     part = "".join(sign for sign in part if not unicodedata.combining(sign))  # accents, as in Spanish
@@ -505,6 +534,8 @@ def _odd_view(header: Any) -> list[str]:
         remarks.append("a lateral view by its ViewCodeSequence; frontal ones are expected")
     elif across and across in "AP":
         remarks.append("a lateral view by its PatientOrientation; frontal ones are expected")
+    elif not view and words & LATERAL_WORDS and not (words & FRONTAL or "DECUB" in told):
+        remarks.append("a lateral view by its description; frontal ones are expected")
     elif view and view not in FRONTAL:
         remarks.append("not a frontal view by its ViewPosition")
     elif across + down not in ("", "LF"):
@@ -514,6 +545,8 @@ def _odd_view(header: Any) -> list[str]:
         )
     if part and not any(word in part for word in CHEST):
         remarks.append("not a chest by its BodyPartExamined")
+    if "LOCALIZER" in np.atleast_1d(header.get("ImageType") or ""):
+        remarks.append("a localizer by its ImageType, not a radiograph")
     if header.get("Modality") in NOT_RADIOGRAPHS:
         remarks.append(f"not a radiograph by its Modality {header.Modality}")
     return remarks

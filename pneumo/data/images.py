@@ -27,7 +27,7 @@ MIN_SIDE = 32
 MAX_BYTES = 256 * 2**20
 DARK = 32  # of 255; X-rays have more than a hundredth of their pixels above it
 FEW_LEVELS = 64  # of 256, between the darkest and the brightest hundredth of the pixels; X-rays have more
-FEW_VALUES = 16  # of a mask: labels; a smoothed one has more
+FEW_VALUES = 16  # of a mask: labels; a smoothed one has more, as an X-ray has
 WHITE = 0.25  # share of pixels; X-rays have fewer at 255
 CUT_ROWS = 16  # so many of one grey, neither dark nor bright as a border is, are not of an X-ray
 
@@ -80,7 +80,8 @@ def is_image(path: Path) -> bool:
         if not stat.S_ISREG(path.stat().st_mode):
             return False
         with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            start = file.read(132)
+        return start[128:] == b"DICM" or start.startswith(_BARE_DICOM)
     except OSError:
         return False
 
@@ -360,7 +361,8 @@ def _doubts(pixels: np.ndarray, kind: str) -> list[str]:
     if pixels.min() == pixels.max():
         return [f"a constant image: every pixel is {pixels[0, 0]}"]
     remarks = []
-    share = np.cumsum(Image.fromarray(pixels).histogram()) / pixels.size
+    histogram = Image.fromarray(pixels).histogram()
+    share = np.cumsum(histogram) / pixels.size
     low, high = np.searchsorted(share, (0.01, 0.99)).tolist()
     if high < DARK:
         remarks.append(
@@ -376,6 +378,8 @@ def _doubts(pixels: np.ndarray, kind: str) -> list[str]:
             f"of little contrast: 98 of 100 pixels are from {low} to {high} of 255. A mark far brighter than the X-ray "
             f"takes up the range, or its window, lookup table or number of bits is that of other values"
         )
+    elif (used := np.count_nonzero(histogram)) <= FEW_VALUES:
+        remarks.append(f"of {used} grey levels alone: a mask or a drawing, and not an X-ray?")
     last = int(pixels[-1, 0])
     if kind != "PNG" and DARK <= last < 256 - DARK and (pixels[-CUT_ROWS:] == last).all():
         rows = int((pixels != last).any(axis=1)[::-1].argmax())

@@ -316,7 +316,7 @@ def _write_dicom(path: Path, image: np.ndarray, *, twelve_bit: bool, inverted: b
         from pydicom.dataset import FileDataset, FileMetaDataset
         from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian
     except ImportError:
-        raise UsageError("synthetic data hold DICOM files, which need pydicom: pip install 'pneumo[dicom]'") from None
+        raise UsageError("synthetic data hold DICOM files, which need pydicom: pip install pydicom") from None
     bits = 12 if twelve_bit else 8
     stored = np.rint((1 - image if inverted else image) * (2**bits - 1)).astype(np.uint16 if twelve_bit else np.uint8)
     meta = FileMetaDataset()

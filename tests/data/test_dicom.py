@@ -373,6 +373,14 @@ def test_threads_read_the_same(tmp_path):
         ({"ImagerPixelSpacing": [0.3, 0.6], "EstimatedRadiographicMagnificationFactor": 1.5}, (0.3 / 1.5, 0.6 / 1.5)),
         ({"ImagerPixelSpacing": [0.3, 0.4], "EstimatedRadiographicMagnificationFactor": 0}, (0.3, 0.4)),
         ({"PixelSpacing": [0.1, 0.2], "EstimatedRadiographicMagnificationFactor": 1.5}, (0.1, 0.2)),
+        (
+            {f"{of}PixelSpacing": [0.3, 0.6] for of in ("", "Imager")}
+            | {"EstimatedRadiographicMagnificationFactor": 1.5},
+            (0.3 / 1.5, 0.6 / 1.5),
+        ),
+        ({"PixelSpacing": [0.3, 0.6], "ImagerPixelSpacing": [0.3, 0.6]}, (0.3, 0.6)),
+        ({"NominalScannedPixelSpacing": [0.1, 0.2]}, (0.1, 0.2)),
+        ({"NominalScannedPixelSpacing": [0.1, 0.2], "ImagerPixelSpacing": [0.3, 0.4]}, (0.3, 0.4)),
         ({"PixelSpacing": [0, 0]}, None),
         ({"PixelSpacing": ""}, None),
         ({}, None),
@@ -394,6 +402,10 @@ def coded(meaning):
         ({"ViewPosition": "LL"}, "lateral view (ViewPosition LL)"),
         ({"ViewPosition": "ANNA"}, "not a frontal view"),
         ({"ViewCodeSequence": [coded("Left Lateral")]}, "a lateral view by its ViewCodeSequence"),
+        ({"SeriesDescription": "Anna LAT"}, "a lateral view by its description"),
+        ({"ViewPosition": "", "ProtocolName": "Thorax lateral"}, "a lateral view by its description"),
+        ({"AcquisitionDeviceProcessingDescription": "PROFIL"}, "a lateral view by its description"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "a localizer by its ImageType"),
         ({"PatientOrientation": ["A", "F"]}, "a lateral view by its PatientOrientation"),
         ({"PatientOrientation": ["R", "F"]}, "turned or mirrored: its PatientOrientation says that rows go to R and"),
         ({"PatientOrientation": ["H", "L"]}, "rows go to H and columns to L, where L and F are usual"),
@@ -427,6 +439,10 @@ def test_frontal_views_do_not(read, view):
         {"BodyPartExamined": "T\u00d3RAX", "SpecificCharacterSet": "ISO_IR 100"},
         {"ViewCodeSequence": "antero-posterior"},
         {"ViewCodeSequence": "left lateral decubitus"},
+        {"SeriesDescription": "Chest PA and LAT"},
+        {"SeriesDescription": "Lateral Decubitus"},
+        {"SeriesDescription": "Platte, bilateral", "ImageType": ["ORIGINAL", "PRIMARY"]},
+        {"SeriesDescription": "LAT", "ViewPosition": "PA"},
         {"PatientOrientation": ["L", "F"]},
         {"PatientOrientation": ["L", "FP"]},
         {"PatientOrientation": ["", ""]},
@@ -455,6 +471,12 @@ def test_a_missing_preamble_is_named(refusal, start):
     assert refusal(make(ramp())[start:]).endswith(
         "a DICOM, as it seems, without its preamble of 128 bytes. Write it anew: dcmconv (DCMTK)"
     )
+
+
+@pytest.mark.parametrize(("content", "is_one"), [(make(ramp()), True), (make(ramp())[132:], True), (b"a" * 200, False)])
+def test_a_file_without_suffix_is_listed_by_its_content(tmp_path, content, is_one):
+    (tmp_path / "IM0001").write_bytes(content)
+    assert images.is_image(tmp_path / "IM0001") is is_one
 
 
 def test_pydicom_says_nothing_itself(read, caplog):
@@ -542,10 +564,48 @@ def test_missing_decoder_names_the_package(refusal, syntax):
     assert f"transfer syntax {syntax} ({name}) needs a decoder: pip install {packages}" in text
 
 
-def test_without_pydicom_the_extra_is_named(refusal, monkeypatch):
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_jpeg_2000_needs_no_other_package(read, dtype, syntax):
+    pixels, buffer = ramp(64, 64, dtype=dtype), io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG2000", no_jp2=True, irreversible=False)
+    assert np.array_equal(read(make(pixels, syntax, frame=buffer.getvalue())).pixels, read(make(pixels)).pixels)
+
+
+@pytest.mark.fault("D5", "a JPEG 2000 of other sides than the header's, of more pixels and of as many; none at all")
+def test_a_jpeg_2000_of_another_size_is_not_decoded(refusal, monkeypatch, figure):
+    monkeypatch.setattr(pydicom.pixels, "get_decoder", lambda _: Plugged())
+    for shape in ((480, 400), (40, 48)):
+        buffer = io.BytesIO()
+        Image.fromarray(ramp(*shape)).save(buffer, "JPEG2000", no_jp2=True)
+        text = refusal(make(ramp(48, 40), JPEG_2000, frame=buffer.getvalue()))
+        assert f"its header says 40 x 48 pixels, the JPEG 2000 inside {shape[1]} x {shape[0]}" in text
+    assert "no JPEG 2000 inside" in refusal(make(ramp(), JPEG_2000, frame=bytes(100)))
+    figure("3 of 3 refused before anything is decoded")
+
+
+class Plugged:
+    """A decoder that is there, and decodes nothing."""
+
+    available_plugins = ("pillow",)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16])
+def test_run_lengths_need_no_other_package(read, dtype):
+    pixels = ramp(dtype=dtype)
+    plain = make(pixels)
+    header = pydicom.dcmread(io.BytesIO(plain))
+    header.compress(pydicom.uid.RLELossless, encoding_plugin="pydicom")
+    buffer = io.BytesIO()
+    header.save_as(buffer)
+    assert header.file_meta.TransferSyntaxUID == pydicom.uid.RLELossless
+    assert np.array_equal(read(buffer.getvalue()).pixels, read(plain).pixels)
+
+
+def test_without_pydicom_it_is_named(refusal, monkeypatch):
     content = make(ramp())
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    assert "pip install 'pneumo[dicom]'" in refusal(content)
+    assert "pip install pydicom" in refusal(content)
 
 
 @pytest.mark.fault("D5", "sequences nested 16 and 17 deep")

@@ -456,6 +456,14 @@ def test_a_picture_of_few_levels_or_much_white_is_warned_of(write, low, high, sa
     assert [remark.startswith(said) for remark in found] == [True] if said else found == ()
 
 
+@pytest.mark.parametrize("levels", [2, 16, 17])
+def test_a_mask_among_x_rays_is_warned_of(write, levels):
+    values = np.linspace(0, 254, levels).astype(np.uint8)[np.arange(64 * 64) % levels].reshape(64, 64)
+    found = images.read(write(encode(Image.fromarray(values)))).warnings
+    said = [f"of {levels} grey levels alone: a mask or a drawing, and not an X-ray?"]
+    assert list(found) == (said if levels <= 16 else [])
+
+
 @pytest.mark.fault("P1", "X-rays of the challenge, where they are")
 def test_real_images_are_not_warned_of(siim, figure):
     paths = sorted(path for name in ("train", "test") for path in (siim / "gold-1024" / name).iterdir())

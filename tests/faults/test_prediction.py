@@ -717,6 +717,70 @@ def test_earlier_outputs_are_no_x_rays(predict, scans, tmp_path, capsys):
     assert f"{2 * IMAGES} masks and overlays of earlier predictions were left out" in capsys.readouterr().out
     names = {path.name for path in (scans / "run2").glob("*.png")}
     assert len(names) == 2 * IMAGES and not any(name.count("_mask") > 1 for name in names)
+    made = sorted((scans / "run1").glob("*.png"))  # as a shell names them
+    assert predict([*made, scans / "test-000.png"], tmp_path / "out") == 1
+    assert f"{2 * IMAGES} of the given files are masks or overlays of earlier predictions" in capsys.readouterr().out
+    with pytest.raises(DataError, match="none of the given files is an X-ray"):
+        predict(made, tmp_path / "none")
+    own = tmp_path / "tumour_mask.png"  # somebody's X-ray of such a name
+    shutil.copy(scans / "test-000.png", own)
+    assert predict([own], tmp_path / "out") == 1
+
+
+def test_a_file_that_could_not_be_read_is_read_again(predict, scans, tmp_path, monkeypatch):
+    """A decoder was installed meanwhile, say: neither names nor contents have changed."""
+    real, lacking = given.images.read, [True]
+
+    def read(path):
+        if lacking and path.name == "test-003.png":
+            raise DataError(f"{path}: needs a decoder")
+        return real(path)
+
+    monkeypatch.setattr(given.images, "read", read)
+    for _ in range(2):
+        with pytest.raises(DataError, match="1 of 7 files could not be predicted: .*needs a decoder"):
+            predict([scans], tmp_path / "out")
+    predict([scans / "test-002.png"], tmp_path / "earlier")
+    lacking.clear()
+    predict([scans / "test-003.png"], tmp_path / "earlier")
+    lacking.append(True)
+    with pytest.raises(DataError, match="1 of 1 files"):
+        predict([scans / "test-003.png"], tmp_path / "earlier")
+    assert len(list((tmp_path / "earlier").glob("*.png"))) == 4  # the mask is of what the file still is
+    lacking.clear()
+    assert predict([scans], tmp_path / "out") == 2  # its batch, and none of the others
+    predict([scans], tmp_path / "straight")
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "straight")
+
+
+def test_no_mask_stays_of_what_a_file_was_before(predict, scans, tmp_path):
+    a, b, out = scans / "test-000.png", scans / "test-001.png", tmp_path / "out"
+    predict([a, b], out)
+    good = a.read_bytes()
+    a.write_bytes(good[:300])
+    b.unlink()  # away for a while, perhaps
+    with pytest.raises(DataError, match="2 of 2 files could not be predicted"):
+        predict([a, b], out)
+    assert sorted(path.name for path in out.glob("*.png")) == ["test-001_mask.png", "test-001_overlay.png"]
+    a.write_bytes(good)
+    predict([a], out)
+    shutil.copy(a, a.with_suffix(".jpg"))
+    predict([a, a.with_suffix(".jpg")], out)  # both keep their suffix
+    masks = {path.name for path in out.glob("test-000*_mask.png")}
+    assert masks == {"test-000.png_mask.png", "test-000.jpg_mask.png"}
+    assert len(list(out.glob("test-000*_overlay.png"))) == 2
+
+
+def test_only_masks_below_the_folder_are_removed(predict, scans, tmp_path):
+    """Records that somebody wrote: their paths lead to another folder."""
+    a, out = scans / "test-000.png", tmp_path / "out"
+    predict([scans / "test-001.png"], tmp_path / "other")
+    predict([a], out)
+    record = json.loads((out / "predictions.jsonl").read_text())
+    for mask in ("../other/test-001_mask.png", str(tmp_path / "other" / "test-001_mask.png")):
+        (out / "predictions.jsonl").write_text(json.dumps({**record, "mask": mask}) + "\n")
+        predict([a], out)
+        assert len(list((tmp_path / "other").glob("*.png"))) == 2
 
 
 def test_a_file_whose_mask_has_another_name_now_has_one_record(predict, scans, tmp_path):

@@ -217,7 +217,7 @@ def read(path: Path) -> Any:
             raise _UnreadableError(
                 f"{path} cannot be read: {error.strerror}; it was left as it is. Mend that, then run the same command."
             ) from None
-        if code := re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|global):? (\S+)", text):
+        if code := re.search(r"[Uu]nsupported (?:class|global):? (?:GLOBAL )?(\S+)|GLOBAL (\S+)", text):
             reason = f"it asks for code ({one_line(code[1] or code[2])}), which was not run"
         else:
             reason = f"it is cut off, damaged or something else ({path.stat().st_size:,} bytes)"

@@ -1,9 +1,9 @@
 """Checkpoints times mirror to probabilities, streamed: models are loaded once, memory does not grow with the images.
 
-Imports config, engine, model, decision, measured, stages, checkpoint, errors.
+Imports config, engine, model, decision, measured, stages, checkpoint, log, errors.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pneumo import checkpoint, engine, measured, stages
+from pneumo import checkpoint, engine, log, measured, stages
 from pneumo.config import ModelConfig, Recipe
 from pneumo.decision import tables
 from pneumo.decision.rule import LEVELS, resize_quantise
 from pneumo.errors import DataError, NotFiniteError, UsageError, one_line
 from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
+
+INDIFFERENT = {"model.pretrained", "model.upsample", "train.amp", "train.compile"}  # may differ from fold to fold
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
         )
     engine.make_room(device)
     models: list[tuple[FoldedUNet, ...]] = []
-    sources, origins = {}, set()
+    sources, origins, trained = {}, set(), {}
     dtype = engine.autocast_dtype(recipe.train.amp, device)
     for fold in folds:
         folder = recipe.stage_folder(fold, stage)
@@ -78,15 +80,30 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
                     f"{path} was trained at {side} px, the recipe now says "
                     f"stage.{stage}.image_size={recipe.stage[stage].image_size}"
                 )
+            if (grid := state["settings"].get("data.annotation_size")) != recipe.data.annotation_size:
+                raise UsageError(
+                    f"{path} was trained for an annotation grid of {grid} px, the recipe now says "
+                    f"data.annotation_size={recipe.data.annotation_size}"
+                )
+            trained[fold] = {key: value for key, value in state["settings"].items() if key not in INDIFFERENT}
             networks.append(FoldedUNet(build(state, path).to(device), dtype).eval())
             sources[str(path)] = checkpoint.sha256(path)
             origins.add((state["digest"], state["split"]))
         models.append(tuple(networks))
     if len(origins) > 1:
         raise DataError(f"the folds {list(folds)} of {recipe.folder} were not trained on one split of one data set")
+    first, *others = trained
+    for fold in others:
+        if changed := _changes(trained[first], trained[fold]):
+            log.warn(f"fold {fold} of {recipe.folder} was trained otherwise than fold {first} ({'; '.join(changed)})")
     side = recipe.stage[stage].image_size
     batch_size = measured.evaluation_batch(recipe, models[0][0], side, dtype, device)
     return Ensemble(tuple(models), side, sources, dtype, recipe.predict.mirror, *origins.pop(), batch_size)
+
+
+def _changes(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    keys = sorted(first.keys() | other.keys())
+    return [f"{key}: {first.get(key)} -> {other.get(key)}" for key in keys if first.get(key) != other.get(key)]
 
 
 def build(state: dict[str, Any], path: Path) -> UNet:

@@ -191,7 +191,7 @@ def predict(
     with (
         open_journal(out / ".predict", basis, instead="another --out DIR") as journal,
         ThreadPoolExecutor(READERS) as readers,
-        ThreadPoolExecutor(os.cpu_count()) as writers,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as writers,
     ):
         if dist.is_main():
             checkpoint.clean(out.rglob("*.tmp"), RECORDS, *(f"*{suffix}" for suffix in SUFFIXES))

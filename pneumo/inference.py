@@ -55,7 +55,7 @@ def predict_test(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch
     dist.agree({**config.of_a_launch(recipe), **shared(depends_on)})
     with (
         open_journal(recipe.folder / "predict", depends_on, instead="another recipe or --set runs=DIR") as journal,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
     ):
         left = [place for place in range(len(batches)) if str(place) not in journal.parts]
         if journal.parts:

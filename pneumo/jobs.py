@@ -21,8 +21,8 @@ from pneumo.errors import OutOfMemory, PeerError, PneumoError, Stopped, UsageErr
 def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence[str]]) -> None:
     """Run a command for each fold, several at a time; what they print is shown, marked by its fold.
 
-    Each has a GPU of its own; on a CPU they share the cores. A fold that fails does not stop the others. A SIGINT,
-    SIGTERM or SIGHUP is passed on, and no further fold is started.
+    Each has a GPU of its own; on a CPU they share the cores. A fold that fails does not stop the others. A
+    signal that asks to end is passed on, and no further fold is started.
 
     Args:
         folds: in the order in which they start.
@@ -38,7 +38,7 @@ def run_folds(folds: Sequence[int], jobs: int, command: Callable[[int], Sequence
     gpus = _gpus()
     if gpus and len(gpus) < jobs:
         raise UsageError(f"{jobs} jobs want a GPU each, but {len(gpus)} are visible; use JOBS={len(gpus)} or fewer")
-    threads = max((os.cpu_count() or 1) // jobs, 1)
+    threads = max(len(os.sched_getaffinity(0)) // jobs, 1)
     free = list(reversed(gpus)) if gpus else [""] * jobs
     running: dict[int, subprocess.Popen] = {}
     failed: list[tuple[int, int]] = []

@@ -101,7 +101,7 @@ def in_threads(work: Callable[[Any], Any], items: Sequence[Any], title: str) -> 
 
     Close it where it is not read to its end, so that nothing goes on.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         try:
             yield from bar(pool.map(work, items), total=len(items), title=title)
         finally:

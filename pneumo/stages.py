@@ -43,8 +43,6 @@ def check_finished(folder: Path, command: str) -> None:
     if status["state"] != "done":
         where = f" at epoch {status['epoch']} of {status['epochs']}" if "epoch" in status else ""
         again = f"{command}, with the settings that it was started with" if where else command
-        if status["state"] == "missing" and (folder / "best.pt").exists():
-            again += " (of somebody else's run, status.json must be copied, too)"
         raise UsageError(f'{folder / "status.json"} says "{status["state"]}"{where}. Run: {again}')
 
 

@@ -33,9 +33,12 @@ def prepare() -> None:
 
 
 def endings() -> list[signal.Signals]:
-    """The signals that ask a command to end; that of a closed terminal only where it is not ignored, as by nohup."""
+    """The signals that ask a command to end; that of a closed terminal only where it is not ignored, as by nohup.
+
+    SIGUSR1 is what schedulers are mostly told to send before a job's time is up.
+    """
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
+    return [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, *([] if ignored else [signal.SIGHUP])]
 
 
 def interruptible() -> contextlib.AbstractContextManager[None]:

@@ -67,7 +67,7 @@ def train_stage(recipe: Recipe, data: Dataset, fold: int, stage: int, device: to
         UsageError: the folder is in use, belongs to other settings, or the stage before is not done.
         DataError: a checkpoint is damaged, of other data or gone.
         NotFiniteError: too many steps in a row were not finite.
-        Stopped: after SIGTERM, SIGINT or SIGHUP, with a checkpoint; or when the stage is done.
+        Stopped: after a signal that asks to end, with a checkpoint; or when the stage is done.
     """
     folder = recipe.stage_folder(fold, stage)
     dataset.check_fold(recipe, data, fold)

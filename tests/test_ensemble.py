@@ -159,6 +159,27 @@ def test_networks_that_do_not_belong_together_are_refused(repo, data, tmp_path):
     checkpoint.save({**good, "settings": {**good["settings"], "stage.3.image_size": 96}}, path)
     with pytest.raises(UsageError, match=r"was trained at 96 px, the recipe now says stage\.3\.image_size=64$"):
         ensemble.load(recipe, [1], cpu)
+    checkpoint.save(good, path)
+    other = replace(recipe, data=replace(recipe.data, annotation_size=96))
+    with pytest.raises(
+        UsageError, match=r"grid of 64 px, the recipe now says data\.annotation_size=96$"
+    ):
+        ensemble.load(other, [1], cpu)
+
+
+def test_folds_that_were_trained_otherwise_are_warned_of(repo, data, tmp_path, capsys):
+    recipe, cpu = small_run.recipe(repo, data, tmp_path), torch.device("cpu")
+    small_run.pretend_trained(recipe)
+    ensemble.load(recipe, [0, 1, 2], cpu)
+    assert "otherwise" not in capsys.readouterr().err
+    path = recipe.stage_folder(1, 3) / "best.pt"
+    state = checkpoint.load(path)
+    changed = {"stage.3.lr": 0.5, "augment.rotate": 7.0, "model.pretrained": "elsewhere.pth"}
+    checkpoint.save({**state, "settings": {**state["settings"], **changed}}, path)
+    ensemble.load(recipe, [0, 1, 2], cpu)
+    (line,) = capsys.readouterr().err.splitlines()
+    said = f"augment.rotate: {recipe.augment.rotate} -> 7.0; stage.3.lr: {recipe.stage[3].lr} -> 0.5"
+    assert line.endswith(f"{recipe.folder} was trained otherwise than fold 0 ({said})") and "fold 1 of" in line
 
 
 def test_probabilities_are_as_fine_as_float32_has_them_whatever_convolutions_compute_in():

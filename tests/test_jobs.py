@@ -180,8 +180,8 @@ def test_folds_side_by_side_are_those_one_after_the_other(tmp_path):
 
 
 def test_what_a_fold_is_started_with(monkeypatch, capsys):
-    """Its share of the cores unless the user says otherwise, lines as they are printed, and a session of its own."""
-    monkeypatch.setattr(jobs.os, "cpu_count", lambda: 7)
+    """Its share of the cores that may be used, unless the user says otherwise, lines as they are printed, a session."""
+    monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda _: set(range(7)))
     code = (
         "import os; e = os.environ; print(e['OMP_NUM_THREADS'], e['PYTHONUNBUFFERED'], os.getsid(0) == os.getpid());"
         "os.write(1, b'\\xff\\n')"

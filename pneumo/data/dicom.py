@@ -496,8 +496,8 @@ def _spacing(header: Any) -> tuple[float, float] | None:
     """Millimetres from row to row and from column to column, in the patient as far as the file tells.
 
     Source:
-        DICOM PS3.3 10.7.1.1 and 10.7.1.3: ImagerPixelSpacing is that of the detector, on which the patient is magnified;
-        a PixelSpacing that repeats it was not corrected for that. C.8.11.8.1.2: NominalScannedPixelSpacing is of films.
+        DICOM PS3.3 10.7.1.1 and 10.7.1.3: ImagerPixelSpacing is that of the detector, on which the patient is
+        magnified; a PixelSpacing that repeats it was not corrected for that. NominalScannedPixelSpacing is of films.
     """
     try:
         magnified = float(header.get("EstimatedRadiographicMagnificationFactor"))

@@ -372,6 +372,8 @@ def _encoder_weights(name: str, path: Path) -> dict[str, Tensor]:
     body = {key: shape for key, shape in shapes.items() if key not in head}
     if complaint := _mismatch(body, {key: tensor for key, tensor in state.items() if key not in head}):
         raise DataError(f"{path} does not hold the weights of {name}: {complaint}")
+    if bad := checkpoint.not_finite(state):
+        raise DataError(f"{path}: {one_line(bad)} is not finite. Download or make the weights again")
     return state
 
 

@@ -738,7 +738,7 @@ def test_a_file_that_could_not_be_read_is_read_again(predict, scans, tmp_path, m
 
     monkeypatch.setattr(given.images, "read", read)
     for _ in range(2):
-        with pytest.raises(DataError, match="1 of 7 files could not be predicted: .*needs a decoder"):
+        with pytest.raises(DataError, match=r"1 of 7 files could not be predicted: .*needs a decoder"):
             predict([scans], tmp_path / "out")
     predict([scans / "test-002.png"], tmp_path / "earlier")
     lacking.clear()

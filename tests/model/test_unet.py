@@ -329,7 +329,18 @@ def test_a_first_convolution_of_one_channel_is_explained(tmp_path):
 
 def test_a_pickled_model_is_to_be_saved_as_a_state_dict(tmp_path):
     torch.save(nn.Conv2d(1, 1, 1), tmp_path / "w.pth")
-    with pytest.raises(DataError, match=r"asks for code .* save its weights alone: torch\.save\(model\.state_dict\(\)"):
+    with pytest.raises(
+        DataError,
+        match=r"asks for code \(torch.nn\S+Conv2d\), .* save its weights alone: torch\.save\(model\.state_dict\(\)",
+    ):
+        UNet("resnet18", str(tmp_path / "w.pth"), NARROW)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    state = timm.create_model("resnet18", pretrained=False).state_dict()
+    state["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(DataError, match=r"w\.pth: layer1\.0\.conv1\.weight is not finite"):
         UNet("resnet18", str(tmp_path / "w.pth"), NARROW)
 
 

@@ -161,9 +161,7 @@ def test_networks_that_do_not_belong_together_are_refused(repo, data, tmp_path):
         ensemble.load(recipe, [1], cpu)
     checkpoint.save(good, path)
     other = replace(recipe, data=replace(recipe.data, annotation_size=96))
-    with pytest.raises(
-        UsageError, match=r"grid of 64 px, the recipe now says data\.annotation_size=96$"
-    ):
+    with pytest.raises(UsageError, match=r"grid of 64 px, the recipe now says data\.annotation_size=96$"):
         ensemble.load(other, [1], cpu)
 
 

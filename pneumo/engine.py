@@ -45,7 +45,7 @@ class LossSettings:
     focal_weight: float
     gamma: float
     smooth: float
-    compute: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
+    compute: Callable[..., Tensor] | None = None
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype:

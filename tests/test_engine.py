@@ -327,12 +327,12 @@ def test_a_compiled_gradient_is_the_plain_one():
 )
 @OF_THE_COMPILER
 def test_a_cuda_graph_computes_the_plain_gradient(dtype, compiled):
-    model, found = steps_of(engine.RecordedGradient, torch.device("cuda"), dtype, compiled)
-    plain, wanted = steps_of(None, torch.device("cuda"), dtype, compiled)
+    """Weights after six steps of half precision tell nothing: one last digit of a gradient moves them far."""
+    _, found = steps_of(engine.RecordedGradient, torch.device("cuda"), dtype, compiled)
+    _, wanted = steps_of(None, torch.device("cuda"), dtype, compiled)
     assert found[:, 1].tolist() == [1] * 6
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-3, atol=0)
     torch.testing.assert_close(found, wanted, rtol=0.05, atol=1e-3)
-    for name, tensor in plain.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0.05, atol=6e-3)  # 6 steps of at most 1e-3
 
 
 def gradient_of(

@@ -316,7 +316,7 @@ class _Run:
         blank = torch.zeros(self.settings.batch_size, 1, side, side, dtype=torch.uint8, device=self.device)
         generator = torch.Generator(self.device).manual_seed(0)
         try:
-            image, mask = augmented(blank, blank, self.recipe.augment, generator, self.transform)
+            image, mask = augmented(blank, blank.clone(), self.recipe.augment, generator, self.transform)
             with dist.sync_gradients(self.wrapped, False):
                 engine.add_gradient(self.wrapped, image, mask, 0.0, self.scaler, self.running, self.loss, self.dtype)
         except Exception as error:  # many types, of the compiler, Triton and the system

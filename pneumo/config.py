@@ -331,8 +331,8 @@ def _load(path: Path, name: str, overrides: Sequence[str]) -> Recipe:
         raise UsageError(f'"{loose[0]}" stands in no recipe. Put it under [{name}].')
     if name not in document and (kept := _kept(name, overrides)):
         if kept.resolve() == path.resolve():
-            held = " and ".join(f"[{title}]" for title in document)
-            raise UsageError(f"no recipe {name!r}, but {held}. Say --recipe so, and name the folder of the run alike")
+            held = " or ".join(f"--recipe {title}" for title in document)
+            raise UsageError(f"no recipe {name!r}. Say {held}; the folder of its run must be called alike")
         raise UsageError(f"no recipe {name!r}. A run of it kept its own: --config {kept}")
     tables = _lineage(document, name)
     if len(tables) == 1 and name != "seed":

@@ -3,7 +3,7 @@
 Imports config, engine, model, decision, measured, stages, checkpoint, log, errors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,16 +94,11 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
         raise DataError(f"the folds {list(folds)} of {recipe.folder} were not trained on one split of one data set")
     first, *others = trained
     for fold in others:
-        if changed := _changes(trained[first], trained[fold]):
+        if changed := log.changes(trained[first], trained[fold]):
             log.warn(f"fold {fold} of {recipe.folder} was trained otherwise than fold {first} ({'; '.join(changed)})")
     side = recipe.stage[stage].image_size
     batch_size = measured.evaluation_batch(recipe, models[0][0], side, dtype, device)
     return Ensemble(tuple(models), side, sources, dtype, recipe.predict.mirror, *origins.pop(), batch_size)
-
-
-def _changes(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    keys = sorted(first.keys() | other.keys())
-    return [f"{key}: {first.get(key)} -> {other.get(key)}" for key in keys if first.get(key) != other.get(key)]
 
 
 def build(state: dict[str, Any], path: Path) -> UNet:

@@ -62,11 +62,11 @@ class Journal:
                 parts |= dict(others)
             else:
                 outdated.append(path)
-                changed += _changes(first, json.loads(log.dumps(basis))) if others else []
+                changed += log.changes(first, json.loads(log.dumps(basis))) if others else []
         found = dist.gather((parts, changed))  # from here on the first process holds the lock
         self.parts: dict[str, Any] = {key: result for part, _ in found for key, result in part.items()}
-        if changes := sorted({change for _, some in found for change in some}):
-            log.warn(f"{folder} holds an unfinished prediction of another kind ({'; '.join(changes)}); it starts anew")
+        if said := sorted({change for _, some in found for change in some}):
+            log.warn(f"{folder} holds an unfinished prediction of another kind ({'; '.join(said)}); it starts anew")
         for path in outdated:
             path.unlink()
         path = folder / f"{dist.rank()}.jsonl"
@@ -127,16 +127,3 @@ def _read(path: Path) -> list[Any]:
     lines = [line.partition(b" ") for line in path.read_bytes().split(b"\n")]
     good = [crc == b"%08x" % zlib.crc32(text) for crc, _, text in lines]
     return [json.loads(line[2]) for line, whole in zip(lines, good, strict=True) if whole] if good[0] else []
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Which keys of a basis differ, with their values where these are short."""
-    changes = []
-    for key in sorted(old.keys() | new.keys()):
-        if (before := old.get(key)) != (now := new.get(key)):
-            if isinstance(before, dict) and isinstance(now, dict):
-                changes += [f"{key}.{change}" for change in _changes(before, now)]
-            else:
-                change = f"{key}: {before} -> {now}"
-                changes.append(change if len(change) < 100 else key)
-    return changes

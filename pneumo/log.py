@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -197,3 +197,16 @@ def read_status(folder: Path) -> dict[str, Any]:
     except DataError as error:
         warn(f"{error}. It counts as missing; training the stage again mends it.")
     return {"state": "missing"}
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Which keys differ, and how: "key: before -> now", dotted where nested; the key alone where values are long."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        if (before := old.get(key)) != (now := new.get(key)):
+            if isinstance(before, Mapping) and isinstance(now, Mapping):
+                found += [f"{key}.{change}" for change in changes(before, now)]
+            else:
+                change = f"{key}: {before} -> {now}"
+                found.append(change if len(change) < 100 else key)
+    return found

@@ -435,3 +435,13 @@ def test_of_several_overrides_the_last_one_counts_and_is_named(repo):
     assert config.load(repo / "configs.toml", "seed", ["seed=1", "seed=2"]).seed == 2
     with pytest.raises(UsageError, match=r"--set seed=-2: seed must be"):
         config.load(repo / "configs.toml", "seed", ["seed=-1", "seed=-2"])
+
+
+def test_a_kept_recipe_of_another_name_than_its_folder_is_told(repo, tmp_path):
+    path = tmp_path / "renamed" / "fold0" / "stage3" / "config.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text(config.dumps(config.load(repo / "configs.toml", "demo")))
+    with pytest.raises(
+        UsageError, match=r"no recipe 'renamed'\. Say --recipe demo; the folder of its run must be called"
+    ):
+        config.load(path, "renamed", [f"runs={tmp_path}"])

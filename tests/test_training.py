@@ -411,6 +411,22 @@ def test_a_network_that_cannot_be_compiled_trains_without_unless_the_recipe_insi
     assert differing(*(checkpoint.load(path / "last.pt") for path in (folder, straight.stage_folder(0, 1)))) == []
 
 
+def test_what_is_tried_is_what_is_trained(straight, monkeypatch):
+    """A compiler that sees image and mask to be one tensor makes a form of its own, which no step would use."""
+    real, seen = training.augmented, []
+
+    def augmented(image, mask, *more):
+        seen.append(image is not mask and image.data_ptr() != mask.data_ptr())
+        return real(image, mask, *more)
+
+    monkeypatch.setattr(training, "augmented", augmented)
+    run = training._Run(straight, dataset.load(straight), 1, 1, CPU)
+    run._build(None)
+    run._choose_way()
+    run._rehearse()
+    assert seen == [True]
+
+
 def test_trying_a_step_changes_nothing(straight):
     run = training._Run(straight, dataset.load(straight), 1, 1, CPU)
     run._build(None)

@@ -29,7 +29,7 @@ def main(options: argparse.Namespace) -> None:
             f"--stage {options.stage}: {recipe.name} trains from stage {recipe.own_stages[0]} on, which starts from "
             f"{origin}; nothing would use this one"
         )
-    unet.check_name(recipe.model.encoder)
+    unet.check_encoder(recipe.model.encoder)
     with dist.launch(recipe.train.timeout_seconds) as device:
         training.train_stage(recipe, dataset.load(recipe), options.fold, options.stage, device)
 

@@ -103,7 +103,7 @@ def cv(options: argparse.Namespace) -> None:
     from pneumo.model import unet
 
     recipe = cli.load_recipe(options)
-    unet.check_name(recipe.model.encoder)
+    unet.check_encoder(recipe.model.encoder)
     chosen = ensemble.parse_folds(options.folds, recipe.folds.count)
     if options.jobs > 1:
         if dist.is_launched():

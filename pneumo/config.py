@@ -27,6 +27,7 @@ _MOST = 120  # letters of overrides in a command that is suggested
 _MORE = "..."  # stands for more
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")  # of a recipe: it becomes a folder's
+_INDIFFERENT = {"model.pretrained", "model.upsample", "train.amp", "train.compile"}  # to networks that work together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -422,15 +423,23 @@ def of_a_launch(recipe: Recipe) -> dict[str, Any]:
 def stage_settings(recipe: Recipe, stage: int) -> dict[str, Any]:
     """All that decides the weights of a stage, flat, by dotted key: what a resumed run must agree with.
 
-    How folds were made is not in it: who is in which fold is compared by itself.
+    How folds were made is not in it: who is in which fold is compared by itself. Nor are an encoder's weights where
+    the stage begins with those of another one.
     """
     table = asdict(recipe)
     parts = {key: table[key] for key in ("seed", "model", "augment", "rule")}
     del parts["model"]["checkpointing"]  # changes memory and time alone
+    if recipe.stage[stage].start != "encoder":
+        del parts["model"]["pretrained"]
     parts["data"] = {"annotation_size": recipe.data.annotation_size}
     parts["train"] = {key: table["train"][key] for key in ("amp", "compile", "ema", "keep_best")}
     parts["stage"] = {str(stage): table["stage"][stage]}
     return dict(_flatten(parts, ""))
+
+
+def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `stage_settings` those in which networks should agree that work together, in a chain or an ensemble."""
+    return {key: value for key, value in settings.items() if key not in _INDIFFERENT}
 
 
 def _flatten(table: Mapping[str, Any], where: str) -> Any:

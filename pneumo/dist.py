@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +156,7 @@ def agree(facts: Mapping[str, Any]) -> None:
     """
     if world() == 1:
         return
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
-    facts = {**facts, "torch": str(torch.__version__), "the code of pneumo": code.hexdigest()}
+    facts = {**facts, "torch": str(torch.__version__), "the code of pneumo": code_hash()}
     everyone = gather({name: str(value) for name, value in facts.items()})
     for number, other in enumerate(everyone):
         names = sorted(name for name in facts | other if other.get(name) != everyone[0].get(name))
@@ -168,6 +167,13 @@ def agree(facts: Mapping[str, Any]) -> None:
                 f"the processes of this launch do not work on the same: process {number} differs from process 0 in "
                 f"{', '.join(shown)}{more}. Start all by the same command, with the same code, recipe and data"
             )
+
+
+@cache
+def code_hash() -> str:
+    """A hash of this package's source, 64 hex digits: what a run was computed with, beside the versions of others."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def reason(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 Imports config, engine, model, decision, measured, stages, checkpoint, log, errors.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,15 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pneumo import checkpoint, engine, log, measured, stages
+from pneumo import checkpoint, config, engine, log, measured, stages
 from pneumo.config import ModelConfig, Recipe
 from pneumo.decision import tables
 from pneumo.decision.rule import LEVELS, resize_quantise
 from pneumo.errors import DataError, NotFiniteError, UsageError, one_line
 from pneumo.model.folded import FoldedUNet
 from pneumo.model.unet import UNet
-
-INDIFFERENT = {"model.pretrained", "model.upsample", "train.amp", "train.compile"}  # may differ from fold to fold
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ class Ensemble:
         data: hash of the images and annotations that they were trained on.
         split: hash of the folds.
         batch_size: images that `predict` is given at a time.
+        settings: what the first fold was trained under, as far as it is `pneumo.config.essential`.
     """
 
     models: tuple[tuple[nn.Module, ...], ...]
@@ -46,6 +45,7 @@ class Ensemble:
     data: str
     split: str
     batch_size: int
+    settings: dict[str, Any]
 
 
 def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble:
@@ -85,20 +85,30 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
                     f"{path} was trained for an annotation grid of {grid} px, the recipe now says "
                     f"data.annotation_size={recipe.data.annotation_size}"
                 )
-            trained[fold] = {key: value for key, value in state["settings"].items() if key not in INDIFFERENT}
+            trained[fold] = config.essential(state["settings"])
             networks.append(FoldedUNet(build(state, path).to(device), dtype).eval())
             sources[str(path)] = checkpoint.sha256(path)
             origins.add((state["digest"], state["split"]))
         models.append(tuple(networks))
     if len(origins) > 1:
         raise DataError(f"the folds {list(folds)} of {recipe.folder} were not trained on one split of one data set")
+    warn_of_differences(recipe.folder, trained)
+    side = recipe.stage[stage].image_size
+    batch_size = measured.evaluation_batch(recipe, models[0][0], side, dtype, device)
+    mirror, settings = recipe.predict.mirror, trained[folds[0]]
+    return Ensemble(tuple(models), side, sources, dtype, mirror, *origins.pop(), batch_size, settings)
+
+
+def warn_of_differences(folder: Path, trained: Mapping[int, dict[str, Any]]) -> None:
+    """Tell which folds of a run were trained under other settings than its first: their networks answer as one.
+
+    Args:
+        trained: by fold, `Ensemble.settings`.
+    """
     first, *others = trained
     for fold in others:
         if changed := log.changes(trained[first], trained[fold]):
-            log.warn(f"fold {fold} of {recipe.folder} was trained otherwise than fold {first} ({'; '.join(changed)})")
-    side = recipe.stage[stage].image_size
-    batch_size = measured.evaluation_batch(recipe, models[0][0], side, dtype, device)
-    return Ensemble(tuple(models), side, sources, dtype, recipe.predict.mirror, *origins.pop(), batch_size)
+            log.warn(f"fold {fold} of {folder} was trained otherwise than fold {first} ({'; '.join(changed)})")
 
 
 def build(state: dict[str, Any], path: Path) -> UNet:

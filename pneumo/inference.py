@@ -143,7 +143,12 @@ def basis(recipe: Recipe, models: Ensemble, ruling: Ruling, device: torch.device
         "rule_source": ruling.source,
         "trust": None if ruling.trust is None else asdict(ruling.trust),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads",
-        "versions": {"torch": str(torch.__version__), "numpy": np.__version__, "pillow": PIL.__version__},
+        "versions": {
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+            "code": dist.code_hash(),
+        },
     }
 
 

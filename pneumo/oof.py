@@ -30,7 +30,7 @@ from pneumo.decision.tables import Tables
 from pneumo.decision.tune import Grid
 from pneumo.errors import DataError, UsageError, one_line
 
-FORMAT = 4
+FORMAT = 5
 ARRAYS = {  # type and shape: N images, T levels, C components
     "levels": ("int64", "T"),
     "histogram": ("int32", "NL"),
@@ -48,6 +48,7 @@ ORIGIN = {  # of what a file tells, that is read again
     "image_size": int,
     "annotation_size": int,
     "levels": list,
+    "settings": dict,
 }
 
 
@@ -62,6 +63,7 @@ class OutOfFold:
         groups: (N,) int64, cases that are resampled together; see `pneumo.decision.metrics.groups_of`.
         tables: of the N cases.
         sources: sha256 of each checkpoint that predicted.
+        encoder: of the networks.
     """
 
     image_ids: tuple[str, ...]
@@ -70,6 +72,7 @@ class OutOfFold:
     groups: np.ndarray
     tables: Tables
     sources: dict[str, str]
+    encoder: str
 
 
 def path_of(recipe: Recipe, fold: int) -> Path:
@@ -128,6 +131,7 @@ def write(
             "data": models.data,
             "split": models.split,
             "levels": [level(threshold) for threshold in grid(recipe).thresholds],
+            "settings": models.settings,
         }
         if (data.digest, data.split) != (models.data, models.split):
             raise DataError(f"{', '.join(models.sources)}: {_of_other_data(recipe)}")
@@ -253,7 +257,7 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
     folds, command = predicted_folds(recipe), _command(recipe)
     levels = {level(threshold) for threshold in grid(recipe).thresholds}
     row_of = {case.image_id: row for row, case in enumerate(data.cases)}
-    parts, rows, sources, origins = [], [], {}, []
+    parts, rows, sources, origins, trained = [], [], {}, [], {}
     for fold in folds:
         path = path_of(recipe, fold)
         origin, image_ids, table = _read(path, command)
@@ -284,9 +288,11 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
         parts.append(table)
         rows += [row_of[image_id] for image_id in image_ids]
         sources |= origin["checkpoints"]
+        trained[fold] = origin["settings"]
         origins.append({key: origin[key] for key in ("mirror", "image_size", "annotation_size", "levels")})
     if any(origin != origins[0] for origin in origins):
         raise DataError(f"{recipe.folder}: the folds' predictions were made with different settings. {again}")
+    ensemble.warn_of_differences(recipe.folder, trained)
     order = np.array(rows)
     return OutOfFold(
         image_ids=tuple(data.cases[row].image_id for row in rows),
@@ -295,6 +301,7 @@ def load(recipe: Recipe, data: Dataset) -> OutOfFold:
         groups=metrics.groups_of([data.groups[row] for row in rows]),
         tables=tables.join(parts),
         sources=sources,
+        encoder=" and ".join(sorted({settings["model.encoder"] for settings in trained.values()})),
     )
 
 
@@ -347,6 +354,8 @@ def _checked(text: str, ids: Any, arrays: Mapping[str, np.ndarray]) -> tuple[dic
         raise ValueError(f"its origin has no {wrong[0]}")
     if not all(re.fullmatch("[0-9a-f]{64}", str(digest)) for digest in origin["checkpoints"].values()):
         raise ValueError("its checkpoints have no hashes")
+    if not isinstance(origin["settings"].get("model.encoder"), str):
+        raise ValueError("its settings name no encoder")
     if not isinstance(ids, list) or not all(isinstance(image_id, str) for image_id in ids) or len(set(ids)) < len(ids):
         raise ValueError("image_ids are not different names")
     found = Tables(*(arrays[name] for name in ARRAYS))

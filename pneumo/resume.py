@@ -29,6 +29,8 @@ from pneumo.errors import (
     one_line,
 )
 
+_FILE = "file of sha256 "  # begins what settings say of pretrained weights from a file
+
 
 @dataclass
 class Position:
@@ -99,7 +101,7 @@ class StageFolder:
     Attributes:
         path: of the folder.
         saved: the position that last.pt holds; None while there is none.
-        start: fingerprint of the weights of the stage before that this one began with; "" of the encoder's.
+        start: fingerprint of the whole network's weights that this stage began with; "" where it had the encoder's.
     """
 
     def __init__(self, recipe: Recipe, data: Dataset, fold: int, stage: int, dtype: torch.dtype) -> None:
@@ -108,8 +110,10 @@ class StageFolder:
         self.start = ""
         self._recipe, self._fold, self._stage = recipe, fold, stage
         self._before = recipe.start_folder(fold, stage)
+        given = recipe.model.pretrained
+        self._given = Path(given) if isinstance(given, str) else None
         self._identity = {
-            "settings": config.stage_settings(recipe, stage),
+            "settings": _settings(recipe, stage),
             "digest": data.digest,
             "split": data.split,
             "fold": fold,
@@ -194,14 +198,29 @@ class StageFolder:
         return True
 
     def load_start(self) -> dict[str, Any] | None:
-        """The best checkpoint of the stage before; None if this stage starts from the encoder.
+        """The checkpoint that this stage begins with; None if it begins with an encoder alone.
+
+        It is the best one of the stage before; where there is none, one of this program that `model.pretrained` names.
 
         Raises:
-            UsageError: the stage before is not done.
-            DataError: its checkpoint is damaged, or of other data.
+            UsageError: the stage before is not done; or the network is another than the recipe's.
+            DataError: the checkpoint is damaged, of other data, or has seen what this fold validates with.
         """
-        if self._before is None:
+        state, path = (self._load_other(), self._given) if self._before is None else self._load_before()
+        if state is None:
             return None
+        for key in ("model.encoder", "model.decoder_channels"):
+            theirs, mine = state["settings"].get(key), self._identity["settings"][key]
+            if theirs != mine:
+                raise UsageError(
+                    f"Stage {self._stage} of fold {self._fold} starts from {path}, whose {key} is {theirs}, not "
+                    f"{mine}, and whose weights do not fit. Set that, or start from another"
+                )
+        self.start = checkpoint.fingerprint(state["model"])
+        return state
+
+    def _load_before(self) -> tuple[dict[str, Any], Path]:
+        """The best checkpoint of the stage before, and its path."""
         name, number = self._before.parent.parent.name, int(self._before.name.removeprefix("stage"))
         try:
             state = stages.load_best(
@@ -215,20 +234,38 @@ class StageFolder:
             raise UsageError(
                 f"Stage {self._stage} of fold {self._fold} starts from stage {number} of {name}, but {error}"
             ) from None
-        for key in ("model.encoder", "model.decoder_channels"):
-            theirs, mine = state["settings"].get(key), self._identity["settings"][key]
-            if theirs != mine:
-                raise UsageError(
-                    f"Stage {self._stage} of fold {self._fold} starts from {self._before / 'best.pt'}, whose {key} is "
-                    f"{theirs}, not {mine}, and whose weights do not fit. Set that, or train stage {number} anew"
+        path = self._before / "best.pt"
+        if name == self._recipe.name:  # another recipe differs on purpose
+            now = config.essential(_settings(self._recipe, number))
+            if changed := log.changes(config.essential(state["settings"]), now):
+                log.warn(
+                    f"stage {self._stage} of fold {self._fold} starts from {path}, which was trained under other "
+                    f"settings than the recipe's of now ({'; '.join(changed)})"
                 )
-        self.start = checkpoint.fingerprint(state["model"])
+        return state, path
+
+    def _load_other(self) -> dict[str, Any] | None:
+        """The checkpoint of a stage that `model.pretrained` names; None if it names none, or other weights."""
+        path = self._given
+        if path is None or path.suffix == ".safetensors" or not stages.is_checkpoint(path):
+            return None
+        state = stages.load_weights(path, digest=None, split=None, fold=None)
+        its, own = ((of["digest"], of["split"], of["fold"]) for of in (state, self._identity))
+        if its[0] == own[0] and its != own:
+            raise DataError(
+                f"model.pretrained: {path} was trained on these images, of another fold or split than fold "
+                f"{self._fold}: it knows what that is validated with. Name the checkpoint of the same fold, or one of "
+                f"other images"
+            )
         return state
 
     def _check_same(self, saved: Mapping[str, Any], path: Path) -> None:
         """Refuse to go on with a run under other settings, other data or another number of processes."""
-        mine = {**self._identity["settings"], **self._launch}
         theirs = {**saved["settings"], **{key: saved[key] for key in self._launch}}
+        origin = theirs.get("model.pretrained")
+        if self._given is not None and not self._given.is_file() and str(origin).startswith(_FILE):
+            self._identity["settings"]["model.pretrained"] = origin  # the file has done its part, and may be gone
+        mine = {**self._identity["settings"], **self._launch}
         epochs = f"stage.{self._stage}.epochs"
         if self._recipe.stage[self._stage].schedule == "plateau" and theirs[epochs] < mine[epochs]:
             self._check_nothing_follows(mine[epochs])
@@ -302,7 +339,8 @@ class StageFolder:
         Raises:
             WriteError: as of `save`.
         """
-        self._write({**self._identity, "start": self.start, "model": weights, "record": record}, self.path / name)
+        more = {"start": self.start, "versions": _versions(), "record": record}
+        self._write({**self._identity, **more, "model": weights}, self.path / name)
 
     def prune(self, position: Position) -> None:
         """Remove kept epochs that others have overtaken, before the next is kept: the disk need not hold more."""
@@ -349,5 +387,19 @@ class StageFolder:
         return True
 
 
+def _settings(recipe: Recipe, stage: int) -> dict[str, Any]:
+    """What decides the weights of a stage, a file of pretrained ones by its content: it may be moved, not replaced."""
+    settings = config.stage_settings(recipe, stage)
+    path = settings.get("model.pretrained")
+    if isinstance(path, str) and Path(path).is_file():
+        settings["model.pretrained"] = f"{_FILE}{checkpoint.sha256(Path(path))[:16]}"
+    return settings
+
+
 def _versions() -> dict[str, str]:
-    return {"torch": str(torch.__version__), "timm": str(timm.__version__), "numpy": str(np.__version__)}
+    return {
+        "torch": str(torch.__version__),
+        "timm": str(timm.__version__),
+        "numpy": str(np.__version__),
+        "code": dist.code_hash()[:12],
+    }

@@ -46,12 +46,20 @@ def check_finished(folder: Path, command: str) -> None:
         raise UsageError(f'{folder / "status.json"} says "{status["state"]}"{where}. Run: {again}')
 
 
-def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int) -> dict[str, Any]:
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a good checkpoint of a stage, and not weights of another program."""
+    try:
+        return {"settings", "digest", "split", "fold", "model"} <= checkpoint.load(path).keys()
+    except DataError:
+        return False
+
+
+def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int | None) -> dict[str, Any]:
     """Read a checkpoint to predict or to start from, and refuse one that saw other data.
 
     Args:
         digest, split: hashes of data and split it must have been trained on; None where nothing is to be compared.
-        fold: it must have been trained for.
+        fold: it must have been trained for; None: any.
 
     Raises:
         DataError: damaged, or trained on other data, another split or another fold.

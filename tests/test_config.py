@@ -363,6 +363,9 @@ def test_settings_of_a_stage_leave_out_what_changes_no_weight(repo):
     ):
         other = config.load(repo / "configs.toml", "seed", [telling])
         assert config.stage_settings(other, 2) != config.stage_settings(base, 2), telling
+    random = config.load(repo / "configs.toml", "seed", ["model.pretrained=false"])
+    for stage, same in ((1, False), (2, True)):  # which begins with the weights of the first
+        assert (config.stage_settings(random, stage) == config.stage_settings(base, stage)) is same
 
 
 @pytest.mark.parametrize(

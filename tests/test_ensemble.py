@@ -31,7 +31,7 @@ class LeftRight(nn.Module):
 
 
 def made(*models: nn.Module, mirror: bool) -> Ensemble:
-    return Ensemble(tuple((model,) for model in models), 8, {}, torch.float32, mirror, "data", "split", 8)
+    return Ensemble(tuple((model,) for model in models), 8, {}, torch.float32, mirror, "data", "split", 8, {})
 
 
 def image() -> torch.Tensor:
@@ -80,10 +80,10 @@ def test_expected_dice_is_the_mean_of_what_each_fold_alone_would_say():
     """Of the average of networks that disagree it would be another, lower as a rule: outlines are blurred."""
     networks = (LeftRight(-3.0), LeftRight(-1.0), LeftRight(3.0))
     alone = [ensemble.predict(made(network, mirror=False), image(), 8, "abc") for network in networks]
-    folds = Ensemble(((networks[0],), networks[1:]), 8, {}, torch.float32, False, "data", "split", 8)
+    folds = Ensemble(((networks[0],), networks[1:]), 8, {}, torch.float32, False, "data", "split", 8, {})
     found = ensemble.predict(folds, image(), 8, "abc")
     pair = ensemble.predict(
-        Ensemble((networks[1:],), 8, {}, torch.float32, False, "data", "split", 8), image(), 8, "abc"
+        Ensemble((networks[1:],), 8, {}, torch.float32, False, "data", "split", 8, {}), image(), 8, "abc"
     )
     assert found.histograms.shape == (3, 2, 256)
     np.testing.assert_array_equal(found.histograms, np.concatenate([alone[0].histograms, pair.histograms], axis=1))
@@ -172,7 +172,7 @@ def test_folds_that_were_trained_otherwise_are_warned_of(repo, data, tmp_path, c
     assert "otherwise" not in capsys.readouterr().err
     path = recipe.stage_folder(1, 3) / "best.pt"
     state = checkpoint.load(path)
-    changed = {"stage.3.lr": 0.5, "augment.rotate": 7.0, "model.pretrained": "elsewhere.pth"}
+    changed = {"stage.3.lr": 0.5, "augment.rotate": 7.0, "model.pretrained": "file of sha256 0"}
     checkpoint.save({**state, "settings": {**state["settings"], **changed}}, path)
     ensemble.load(recipe, [0, 1, 2], cpu)
     (line,) = capsys.readouterr().err.splitlines()

@@ -391,6 +391,21 @@ def test_folds_that_were_predicted_otherwise_are_not_mixed(recipe):
         oof.load(recipe, data)
 
 
+def test_folds_that_were_trained_otherwise_are_warned_of(recipe, capsys):
+    data = small_run.pretend_trained(recipe)
+    oof.write(recipe, data, CPU)
+    assert oof.load(recipe, data).encoder == recipe.model.encoder
+    assert "otherwise" not in capsys.readouterr().err
+    path = recipe.stage_folder(1, 3) / "best.pt"
+    state = checkpoint.load(path)
+    checkpoint.save({**state, "settings": {**state["settings"], "stage.3.lr": 0.5, "train.amp": "bf16"}}, path)
+    oof.write(recipe, data, CPU)
+    assert capsys.readouterr().err == ""  # each fold is predicted by itself
+    oof.load(recipe, data)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"fold 1 of {recipe.folder} was trained otherwise than fold 0 (stage.3.lr: 0.001 -> 0.5)")
+
+
 def test_predictions_made_in_other_batches_or_numbers_are_made_anew(recipe, capsys):
     data = small_run.pretend_trained(recipe)
     oof.write(recipe, data, CPU)
@@ -430,6 +445,7 @@ def test_more_strange_contents(recipe):
         ({"histogram": histogram + 1}, "histogram holds what no"),
         ({"true_histogram": histogram + 1}, "true_histogram holds what no"),
         ({"agreement": agreement + 1.5}, "agreement holds what no"),
+        ({"origin": {"settings": {}}}, "its settings name no encoder"),
     ):
         path.write_bytes(good)
         change(path, **changed)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_run
+import timm
 import torch
 from small_run import differing
 
@@ -968,6 +969,97 @@ def test_another_decoder_than_the_stage_before_had_is_named(repo, root, tmp_path
     other = small_run.recipe(repo, root, tmp_path, "model.decoder_channels=[8, 8, 8, 8, 4]")
     with pytest.raises(UsageError, match=r"whose model\.decoder_channels is \[8, 8, 8, 4, 4\], not \[8, 8, 8, 8, 4\]"):
         train(other, stage=2)
+
+
+def test_a_stage_that_starts_from_one_of_other_settings_says_so(repo, root, tmp_path, copied, capsys, monkeypatch):
+    monkeypatch.setattr(training._Run, "_train_epoch", lambda *_: 1 / 0)
+    more = ("stage.1.lr=1e-2", "augment.flip=0.25", "model.upsample=plain", "stage.2.epochs=1")
+    for given, said in (
+        ((), None),
+        (more, f"augment.flip: {copied[0].augment.flip} -> 0.25; stage.1.lr: 0.001 -> 0.01)"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(ZeroDivisionError):
+            train(small_run.recipe(repo, root, tmp_path, *given), stage=2)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "other settings than" in line]
+        assert len(lines) == (said is not None) and all(line.endswith(f"now ({said}") for line in lines)
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Lets training end before its first step, and gives the weights that it would have begun with."""
+    seen = {}
+    monkeypatch.setattr(training._Run, "_train_epoch", lambda self, *_: seen.update(self.model.state_dict()) or 1 / 0)
+    return seen
+
+
+def test_a_run_can_start_from_a_network_trained_on_other_images(repo, root, tmp_path, copied, begun):
+    """Decoder, head and all."""
+    _, folder = copied
+    best = checkpoint.load(folder / "best.pt")
+    given = tmp_path / "trained.pt"
+    checkpoint.save({**best, "digest": "of others", "split": "another", "fold": 1}, given)
+    mine = small_run.recipe(repo, root, tmp_path / "mine", f"model.pretrained={given}")
+    with pytest.raises(ZeroDivisionError):
+        train(mine)
+    assert best["model"].keys() == begun.keys()
+    assert all(torch.equal(weights, begun[name]) for name, weights in best["model"].items())
+    other = small_run.recipe(
+        repo, root, tmp_path / "other", f"model.pretrained={given}", "model.decoder_channels=[8, 8, 8, 8, 4]"
+    )
+    with pytest.raises(UsageError, match=r"trained\.pt, whose model\.decoder_channels is \[8, 8, 8, 4, 4\], not"):
+        train(other)
+
+
+def test_a_run_does_not_start_from_a_network_that_knows_what_it_validates_with(repo, root, tmp_path, copied, begun):
+    recipe, folder = copied
+    given, best = tmp_path / "trained.pt", checkpoint.load(folder / "best.pt")
+    mine = small_run.recipe(repo, root, tmp_path / "mine", f"model.pretrained={given}")
+    mine.folder.mkdir(parents=True)
+    shutil.copy(recipe.folder / "folds.csv", mine.folder)
+    for change in ({"fold": 1}, {"split": "another"}):
+        checkpoint.save({**best, **change}, given)
+        with pytest.raises(DataError, match="trained on these images, of another fold or split than fold 0: it knows"):
+            train(mine)
+    checkpoint.save(best, given)
+    with pytest.raises(ZeroDivisionError):
+        train(mine)
+    assert begun.keys() == best["model"].keys()
+
+
+def test_pretrained_weights_may_be_moved_or_deleted_but_not_replaced(repo, root, tmp_path, capsys):
+    encoder = timm.create_model("test_resnet", pretrained=False)
+    first, moved = tmp_path / "a.pth", tmp_path / "b.pth"
+
+    def run(path, epochs):
+        more = (f"model.pretrained={path}", f"stage.1.epochs={epochs}", "stage.1.schedule=plateau")
+        return train(small_run.recipe(repo, root, tmp_path / "runs", *more))
+
+    torch.save(encoder.state_dict(), first)
+    folder = run(first, 1)
+    first.rename(moved)
+    run(moved, 2)
+    said = checkpoint.load(folder / "last.pt")["settings"]["model.pretrained"]
+    assert said == f"file of sha256 {checkpoint.sha256(moved)[:16]}"
+    moved.unlink()
+    run(moved, 3)
+    assert checkpoint.load(folder / "last.pt")["settings"]["model.pretrained"] == said
+    torch.save(timm.create_model("test_resnet", pretrained=False).state_dict(), moved)
+    with pytest.raises(UsageError, match=rf"\(model\.pretrained: {said} -> file of sha256 (?!{said[-16:]})\w{{16}}\)"):
+        run(moved, 4)
+    with pytest.raises(UsageError, match=rf"\(model\.pretrained: {said} -> True\)"):
+        run("true", 4)
+
+
+def test_a_run_that_goes_on_with_other_code_is_told(copied, capsys, monkeypatch):
+    recipe, folder = copied
+    assert checkpoint.load(folder / "best.pt")["versions"] == checkpoint.load(folder / "last.pt")["versions"]
+    capsys.readouterr()
+    train(recipe)
+    assert "made with" not in capsys.readouterr().err
+    monkeypatch.setattr(training.dist, "code_hash", lambda: "0123456789")
+    train(recipe)
+    assert re.search(r"last\.pt: made with code \w{12} -> 0123456789; the last digits", capsys.readouterr().err)
 
 
 def test_a_stage_whose_images_changed_their_folds_is_refused(copied):

@@ -8,7 +8,7 @@ import difflib
 import logging
 import socket
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -105,11 +105,6 @@ class UNet(nn.Module):
         self.checkpointing = checkpointing
         self.encoder = _create_encoder(encoder, pretrained)
         channels = self.encoder.feature_info.channels()
-        if self.encoder.feature_info.reduction() != [2, 4, 8, 16, 32]:
-            raise UsageError(
-                f"model.encoder: {encoder} has features at {self.encoder.feature_info.reduction()}; "
-                f"the decoder needs [2, 4, 8, 16, 32], as resnet34 has"
-            )
         _check_levels(self.encoder, encoder)
         if checkpointing:
             try:
@@ -294,21 +289,32 @@ def _mismatch(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]
     return text
 
 
-def check_name(encoder: str) -> None:
-    """Refuse the name of an encoder that timm does not know.
+def check_encoder(encoder: str) -> None:
+    """Refuse the name of an encoder that timm does not know, or whose features are not those of five levels.
+
+    Takes a moment, so that it can be asked before anything is done for nothing; `UNet` looks closer.
 
     Raises:
-        UsageError: names those that are near.
+        UsageError: names encoders whose names are near, or what does not fit.
     """
     if not timm.is_model(encoder):
         near = difflib.get_close_matches(encoder.lower(), timm.list_models())
         meant = f" Did you mean {' or '.join(near)}?" if near else ""
         raise UsageError(f"model.encoder: timm knows no {encoder!r}.{meant}")
+    try:
+        with torch.device("meta"):  # no weights, no time
+            reduction = timm.create_model(encoder, features_only=True).feature_info.reduction()
+    except Exception as error:  # timm raises many types
+        raise UsageError(f"model.encoder: timm cannot make features of {encoder}: {one_line(error)[:160]}") from None
+    if reduction != [2, 4, 8, 16, 32]:
+        raise UsageError(
+            f"model.encoder: {encoder} has features at {reduction}; the decoder needs [2, 4, 8, 16, 32], as of resnet34"
+        )
 
 
 def _create_encoder(name: str, pretrained: bool | str) -> nn.Module:
     """timm's feature extractor of that name, with weights."""
-    check_name(name)
+    check_encoder(name)
     overlay: dict[str, Any] | None = None
     if isinstance(pretrained, str):
         state = _encoder_weights(name, Path(pretrained))
@@ -322,7 +328,7 @@ def _create_encoder(name: str, pretrained: bool | str) -> nn.Module:
         )
     except Exception as error:  # offline, hub and timm raise many types, some without a message
         if not pretrained:
-            raise UsageError(f"model.encoder: timm cannot make features of {name}: {error}") from None
+            raise
         raise UsageError(_no_weights(name, one_line(error)[:160] or type(error).__name__)) from None
     encoder.pretrained_cfg.pop("state_dict", None)  # timm keeps a copy
     return encoder
@@ -362,12 +368,12 @@ def _no_weights(name: str, reason: str) -> str:
 
 
 def _encoder_weights(name: str, path: Path) -> dict[str, Tensor]:
-    """The weights in a file that holds exactly this encoder, but for a classifier's head and what is of smp."""
-    state = _encoder_of_smp(read_weights(path))
+    """The weights in a file that holds exactly this encoder, but for a classifier's head and what is around it."""
     features = timm.create_model(name, features_only=True, pretrained=False)
     with torch.device("meta"):
         whole = timm.create_model(name, pretrained=False)
     shapes = {key: tuple(tensor.shape) for key, tensor in whole.state_dict().items()}
+    state = _without_prefix(_encoder_of_smp(read_weights(path)), shapes)
     head = _head_keys(whole, features)
     body = {key: shape for key, shape in shapes.items() if key not in head}
     if complaint := _mismatch(body, {key: tensor for key, tensor in state.items() if key not in head}):
@@ -386,6 +392,20 @@ def _encoder_of_smp(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if any(key.startswith(f"{prefix}model.") for key in state):  # smp's own wrapper of timm's encoders
         prefix += "model."
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def _without_prefix(state: dict[str, Tensor], known: Iterable[str]) -> dict[str, Tensor]:
+    """Weights by the names they had before a module was put around all of them, as "module." or "encoder."."""
+    names = list(known)
+    while state:
+        first, dot, _ = next(iter(state)).partition(".")
+        prefix = first + dot
+        if not dot or any(name.startswith(prefix) for name in names):
+            break
+        if not all(key.startswith(prefix) for key in state):
+            break
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return state
 
 
 def _head_keys(whole: nn.Module, features: nn.Module) -> set[str]:

@@ -82,7 +82,7 @@ def write(recipe: Recipe, beside: Sequence[Recipe] = ()) -> None:
     note = " (SYNTHETIC X-rays)" if (Path(recipe.data.root) / MARK_FILE).exists() else ""
     content = page.Content(
         title=f"{recipe.name}{note}",
-        origin=words.origin(recipe, data),
+        origin=words.origin(recipe, data, recipe.model.encoder),
         audit=dataset.audit(recipe, data.cases, data.folds, packed),
         figures=[("Training", _training_figures(recipe, data, logs, note, folder))],
     )
@@ -180,6 +180,7 @@ def _add_out_of_fold(
     log.write_json(folder / "report.json", numbers)
     content = replace(
         content,
+        origin=words.origin(recipe, data, found.encoder),
         warnings=warnings,
         summary=words.summary(recipe, data, shown, scores[shown.name], tuned, note),
         results=words.result_rows(ways, scores, gains, tuned_gains),

@@ -66,12 +66,12 @@ def summary(
     return tuple(sentences)
 
 
-def origin(recipe: Recipe, data: Dataset) -> str:
+def origin(recipe: Recipe, data: Dataset, encoder: str) -> str:
     """When, on what and by which networks."""
     sides = ", ".join(str(recipe.stage[number].image_size) for number in range(1, recipe.stages + 1))
     return (
         f"Report of {date.today().isoformat()}. Data: {Path(recipe.data.root).absolute().name}, {len(data.cases):,} "
-        f"training images. Encoder: {recipe.model.encoder}. Image sizes of the stages: {sides} px."
+        f"training images. Encoder: {encoder}. Image sizes of the stages: {sides} px."
     )
 
 

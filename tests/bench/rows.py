@@ -428,7 +428,7 @@ def folds(count: int, setup: Setup, dtype: torch.dtype, side: int) -> Ensemble:
     """Our networks as a prediction has them, of so many folds, each with its own memory."""
     model = FoldedUNet(UNet().to(setup.device).eval(), dtype)
     models = tuple((copy.deepcopy(model),) for _ in range(count))
-    return Ensemble(models, side, {}, dtype, True, "", "", 16)
+    return Ensemble(models, side, {}, dtype, True, "", "", 16, {})
 
 
 def prediction(setup: Setup, side: int, batch: int, dtype: torch.dtype, target: str) -> Row:

@@ -223,7 +223,7 @@ def test_an_image_that_overflows_is_no_empty_mask(monkeypatch, figure):
         model.blocks[1].conv2[1].weight.mul_(2e5)
     folded = FoldedUNet(model, torch.float16).to(DEVICE)
     assert all(tensor.isfinite().all() for tensor in folded.state_dict().values())
-    network = Ensemble(((folded,),), 64, {}, torch.float16, True, "", "", 1)
+    network = Ensemble(((folded,),), 64, {}, torch.float16, True, "", "", 1, {})
     image = torch.randint(256, (1, 1, 64, 64), dtype=torch.uint8, device=DEVICE)
     with pytest.raises(NotFiniteError, match="probabilities of a are not numbers"):
         ensemble.predict(network, image, 64, ["a"])

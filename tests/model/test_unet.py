@@ -298,6 +298,26 @@ def test_encoder_weights_from_a_local_file(tmp_path):
             assert torch.equal(tensor, whole.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("prefix", ["module.", "encoder.", "module.backbone."])
+def test_what_a_module_around_an_encoder_puts_before_its_names_is_left_out(tmp_path, prefix):
+    whole = timm.create_model("resnet18", pretrained=False)
+    state = {f"{prefix}{key}": tensor for key, tensor in whole.state_dict().items() if not key.startswith("fc.")}
+    torch.save(state, tmp_path / "w.pth")
+    model = UNet("resnet18", str(tmp_path / "w.pth"), NARROW)
+    assert torch.equal(model.encoder.layer4[1].conv2.weight, whole.layer4[1].conv2.weight)
+    state.pop(f"{prefix}layer1.0.bn1.weight")
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(DataError, match=r"resnet18: 1 missing, as layer1\.0\.bn1\.weight$"):
+        UNet("resnet18", str(tmp_path / "w.pth"), NARROW)
+
+
+def test_a_prefix_that_is_an_encoders_own_stays():
+    state = {"stages.a": torch.zeros(1), "stages.b": torch.zeros(1)}
+    assert unet._without_prefix(state, ["stages.a", "stages.b", "head.c"]) is state
+    assert list(unet._without_prefix(state, ["a", "b"])) == ["a", "b"]
+    assert unet._without_prefix({}, ["a"]) == {}
+
+
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model.", "net."])
 def test_training_starts_from_the_encoder_of_an_smp_unet(resnet, tmp_path, prefix):
     state = smp_state(resnet)

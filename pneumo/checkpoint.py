@@ -37,8 +37,11 @@ FORMAT = 1
 INSTEAD = "another place, as with --set runs=DIR or --out DIR"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, largest file
 
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # of flock, where a file system does not do it
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of fsync, where it does not do it for a folder
 _NOT_ITS_FAULT = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _held: dict[Path, IO[str]] = {}  # lock files of the folders that this process is the writer of
+_told: set[int] = set()  # file systems without locks that were spoken of
 _TEMPORARY = re.compile(r"(?s)(.+)\.([1-9][0-9]*)\.tmp")  # a name of `temporary`
 
 
@@ -93,11 +96,7 @@ def write_atomic(path: Path, content: bytes, *, keep: Path | None = None) -> Non
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(unfinished, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -113,6 +112,18 @@ def write_atomic(path: Path, content: bytes, *, keep: Path | None = None) -> Non
             f"Cannot save {path}: {megabytes(len(content))} needed, {megabytes(free)} free on {place}"
             f"{'' if free < len(content) else f' ({error.strerror})'}. What was there is intact."
         ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in it durable, where the file system can."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(opened)
 
 
 def refusal(path: Path | str, error: OSError, instead: str = INSTEAD) -> WriteError:
@@ -307,12 +318,15 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, *, instead: str = "another recipe or --set runs=DIR") -> Iterator[None]:
+def lock(
+    folder: Path, say: Callable[[str], object], *, instead: str = "another recipe or --set runs=DIR"
+) -> Iterator[None]:
     """Hold a run folder against a second writer; released when the process ends, however it ends.
 
-    What an earlier writer left half-written is removed.
+    What an earlier writer left half-written is removed. On a file system without locks nothing is held.
 
     Args:
+        say: is told of such a file system.
         instead: what else a second one could choose, for the error.
 
     Raises:
@@ -320,13 +334,11 @@ def lock(folder: Path, *, instead: str = "another recipe or --set runs=DIR") -> 
         WriteError: the folder cannot be made, or nothing can be written or locked in it.
     """
     with _open_lock(folder / "lock", instead) as file, contextlib.ExitStack() as stack:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{folder} is in use by {_holder(file)}. Stop it, or choose {instead}.") from None
-        except OSError as error:  # a file system without locks
-            raise refusal(folder, error, instead) from error
         with writing(folder, instead=instead):
+            try:
+                _take(file, fcntl.LOCK_NB, say)
+            except BlockingIOError:
+                raise UsageError(f"{folder} is in use by {_holder(file)}. Stop it, or choose {instead}.") from None
             _sign(file)
         _held[folder] = file
         stack.callback(_held.pop, folder)
@@ -357,10 +369,10 @@ def check_held(folder: Path) -> None:
 def wait_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
     """Hold a lock file while the processes that want it as well wait their turn.
 
-    On a file system that is read-only nobody has to wait, and nothing is held.
+    On a file system that is read-only nobody has to wait, and nothing is held; nor on one without locks.
 
     Args:
-        say: is told, once, whom a wait is for that takes longer than a moment.
+        say: is told, once, whom a wait is for that takes longer than a moment; and of a file system without locks.
 
     Raises:
         WriteError: it cannot be made or locked.
@@ -372,18 +384,37 @@ def wait_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
         with writing(path):
             for _ in range(40):
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _take(file, fcntl.LOCK_NB, say)
                     break
                 except BlockingIOError:
                     time.sleep(0.05)
             else:
                 say(f"{path}: waiting for {_holder(file)}, which holds it")
-                fcntl.flock(file, fcntl.LOCK_EX)
+                _take(file, 0, say)
         with contextlib.suppress(OSError):  # on a full disk nothing may be left to do
             _sign(file)
         yield
         with contextlib.suppress(OSError):
             os.truncate(file.fileno(), 0)
+
+
+def _take(file: IO[str], how: int, say: Callable[[str], object]) -> None:
+    """Lock a file for this process alone; where the file system has no locks, as some of clusters, go on without.
+
+    Args:
+        how: LOCK_NB not to wait, else 0.
+
+    Raises:
+        BlockingIOError: another process has it, and `how` says not to wait.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | how)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        if (place := os.fstat(file.fileno()).st_dev) not in _told:
+            _told.add(place)
+            say(f"{file.name}: the file system has no locks ({error.strerror}): see that no second run writes there")
 
 
 def is_read_only(folder: Path) -> bool:

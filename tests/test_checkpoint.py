@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def test_only_what_a_dead_process_left_is_removed(tmp_path):
     (tmp_path / f"notes.{dead.pid}.tmp").mkdir()
     checkpoint.clean(tmp_path.iterdir(), "best.*")
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == gone | kept
-    with checkpoint.lock(tmp_path):
+    with checkpoint.lock(tmp_path, print):
         assert {path.name for path in tmp_path.iterdir()} == {*kept, f"notes.{dead.pid}.tmp", "lock"}
     unburied.wait()
 
@@ -125,17 +126,17 @@ def test_only_what_a_dead_process_left_is_removed(tmp_path):
 def test_a_second_writer_is_refused_by_the_firsts_number(tmp_path):
     hold = (
         "import sys, time; from pathlib import Path; from pneumo import checkpoint\n"
-        f"with checkpoint.lock(Path({str(tmp_path)!r})):\n    print('held', flush=True); time.sleep(60)"
+        f"with checkpoint.lock(Path({str(tmp_path)!r}), print):\n    print('held', flush=True); time.sleep(60)"
     )
     first = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match=f"in use by process {first.pid} "), checkpoint.lock(tmp_path):
+        with pytest.raises(UsageError, match=f"in use by process {first.pid} "), checkpoint.lock(tmp_path, print):
             pass
     finally:
         first.kill()
         first.communicate()
-    with checkpoint.lock(tmp_path):  # killed, it holds nothing
+    with checkpoint.lock(tmp_path, print):  # killed, it holds nothing
         pass
 
 
@@ -160,7 +161,7 @@ def test_a_wait_tells_whom_it_is_for(tmp_path, seconds):
 @pytest.mark.parametrize("how", ["removed", "lock removed", "replaced"])
 def test_a_folder_that_is_gone_is_not_written_to(tmp_path, how):
     folder = tmp_path / "run"
-    with checkpoint.lock(folder):
+    with checkpoint.lock(folder, print):
         checkpoint.write_atomic(folder / "status.json", b"")
         (folder / "lock").unlink()
         if how != "lock removed":
@@ -176,9 +177,45 @@ def test_a_folder_that_is_gone_is_not_written_to(tmp_path, how):
 
 def test_a_lock_that_cannot_be_made_says_so(tmp_path):
     too_long = tmp_path / ("x" * 300) / "lock"
-    for held in (checkpoint.lock(too_long), checkpoint.wait_lock(too_long, print)):
+    for held in (checkpoint.lock(too_long, print), checkpoint.wait_lock(too_long, print)):
         with pytest.raises(WriteError, match=r"Cannot write .*/lock: File name too long. Choose another"), held:
             pass
+
+
+def test_a_file_system_without_locks_is_told_of_once_and_used(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", flock)
+    monkeypatch.setattr(checkpoint, "_told", set())
+    said: list[str] = []
+    with checkpoint.lock(tmp_path / "run", said.append), checkpoint.wait_lock(tmp_path / "lock", said.append):
+        checkpoint.write_atomic(tmp_path / "run" / "last.pt", b"")
+    (line,) = said
+    assert re.fullmatch(
+        r".*run/lock: the file system has no locks \(Function not implemented\): see that .* there", line
+    )
+    monkeypatch.setattr(checkpoint.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O")))
+    for held in (checkpoint.lock(tmp_path / "run", print), checkpoint.wait_lock(tmp_path / "lock", print)):
+        with pytest.raises(WriteError, match=r"Cannot write .*: I/O"), held:
+            pass
+
+
+def test_a_folder_that_cannot_be_synced_is_no_trouble_unless_the_disk_is(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def synced(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", synced)
+    code = errno.EINVAL
+    checkpoint.write_atomic(tmp_path / "a", b"x")
+    assert (tmp_path / "a").read_bytes() == b"x"
+    code = errno.EIO
+    with pytest.raises(WriteError, match="Input/output error"):
+        checkpoint.write_atomic(tmp_path / "a", b"y")
 
 
 def test_what_is_written_is_on_the_disk_before_it_has_its_name_and_so_is_the_name(tmp_path, monkeypatch):

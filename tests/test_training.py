@@ -1080,7 +1080,7 @@ def test_a_stage_does_not_start_from_another_folds(repo, root, tmp_path, copied)
 def test_a_folder_that_was_replaced_loses_no_kept_epoch(copied):
     recipe, folder = copied
     files = StageFolder(recipe, dataset.load(recipe), 0, 1, torch.float32)
-    with checkpoint.lock(folder):
+    with checkpoint.lock(folder, print):
         (folder / "lock").unlink()
         (folder / "epoch7.pt").touch()
         with pytest.raises(FolderGoneError):

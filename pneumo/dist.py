@@ -72,13 +72,7 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
         _end_with_parent(int(os.environ[JOB]))
     if torch.cuda.is_available():
         local = _number("LOCAL_RANK", 0, default=0)
-        here = _number("LOCAL_WORLD_SIZE", 1, default=local + 1)
-        if here > torch.cuda.device_count():
-            raise UsageError(
-                f"{here} processes on this host, but {torch.cuda.device_count()} GPUs are visible; start at most that "
-                f"many (GPUS= or --nproc_per_node=)"
-            )
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", _gpu(local, _number("LOCAL_WORLD_SIZE", 1, default=local + 1)))
         torch.cuda.set_device(device)
     processes = _number("WORLD_SIZE", 1, default=1)
     if processes > 1 or dist.is_torchelastic_launched():
@@ -106,6 +100,8 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
         ) from error
     _watch = _Watch(timeout_seconds)
     try:
+        if device.type == "cuda":
+            _check_gpus(gather(str(torch.cuda.get_device_properties(device).uuid)))
         yield device
         wait_for_main()
         _watch.leave_together()
@@ -126,6 +122,43 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
             raise PeerError(message) from error
         raise
     dist.destroy_process_group()
+
+
+def _gpu(local: int, here: int) -> int:
+    """The number of this process's GPU among those that it sees.
+
+    A scheduler may show each process one of its own, as by srun --gpus-per-task=1; which one is found out later.
+
+    Args:
+        local, here: its place among the processes of this host, and their number.
+
+    Raises:
+        UsageError: fewer GPUs than processes.
+    """
+    visible = torch.cuda.device_count()
+    if here > visible > 1:
+        raise UsageError(_shared(here, visible))
+    return 0 if visible == 1 else local
+
+
+def _check_gpus(used: Sequence[str]) -> None:
+    """Refuse processes that would share a GPU.
+
+    Args:
+        used: the id of each one's.
+
+    Raises:
+        UsageError: two are the same.
+    """
+    if len(set(used)) < len(used):
+        raise UsageError(_shared(max(map(used.count, used)), 1))
+
+
+def _shared(processes: int, gpus: int) -> str:
+    return (
+        f"{processes} processes on this host, but {gpus} GPU{'s are' if gpus > 1 else ' is'} visible to them; start at "
+        f"most that many (GPUS= or --nproc_per_node=)"
+    )
 
 
 def wait_for_main() -> None:
@@ -212,8 +245,8 @@ def is_main() -> bool:
 
 
 def is_launched() -> bool:
-    """Whether this process was started by torchrun, or by something that sets its variables; asked before `launch`."""
-    return "WORLD_SIZE" in os.environ
+    """Whether this process is one of several of a launch; asked before `launch`."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def another_says_it() -> bool:

@@ -11,7 +11,7 @@ import small_run
 import torch
 from test_commands import run
 
-from pneumo import checkpoint, jobs
+from pneumo import checkpoint, dist, jobs
 from pneumo.errors import PneumoError, Stopped, UsageError
 
 GPUS = jobs._gpus
@@ -116,6 +116,42 @@ def test_gpus_as_they_are_named(monkeypatch, named, count, gpus):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     assert GPUS() == gpus
+
+
+@pytest.mark.parametrize(
+    ("local", "here", "visible", "gpu"),
+    [
+        (0, 1, 1, 0),
+        (1, 2, 2, 1),
+        (3, 4, 8, 3),
+        (3, 4, 1, 0),  # a scheduler shows each process its own
+        (1, 3, 2, None),
+    ],
+)
+def test_which_gpu_a_process_of_a_launch_takes(monkeypatch, local, here, visible, gpu):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    if gpu is None:
+        with pytest.raises(
+            UsageError, match=r"^3 processes on this host, but 2 GPUs are visible to them; start at most"
+        ):
+            dist._gpu(local, here)
+    else:
+        assert dist._gpu(local, here) == gpu
+
+
+@pytest.mark.parametrize(("size", "launched"), [(None, False), ("1", False), ("2", True)])
+def test_one_process_alone_is_no_launch(monkeypatch, size, launched):
+    """Schedulers set WORLD_SIZE=1, too; then folds may well run side by side."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    assert dist.is_launched() is launched
+
+
+def test_processes_that_would_share_a_gpu_are_refused():
+    dist._check_gpus(["a", "b", "c", "d"])
+    with pytest.raises(UsageError, match=r"^2 processes on this host, but 1 GPU is visible to them"):
+        dist._check_gpus(["a", "b", "a"])
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])

@@ -24,14 +24,16 @@ def main(options: argparse.Namespace) -> None:
     folds = ensemble.parse_folds(options.folds, recipe.folds.count)
     if options.files and options.out is None:
         raise UsageError("say where the masks of the given files go: --out DIR")
+    if options.probs and not options.files:
+        raise UsageError("--probs is for given files, and no file is given")
     if options.out is not None and not options.files:
         raise UsageError("--out is for the masks of given files, and no file is given")
     with dist.launch(recipe.train.timeout_seconds) as device:
         models = ensemble.load(recipe, folds, device)
         ruling = tuning.ruling_for(recipe, models, options.rule)
         if options.files:
-            files = given.find(options.files, options.out)
-            given.predict(recipe, models, ruling, files, options.out, device)
+            files = given.find(options.files, options.out, probs=options.probs)
+            given.predict(recipe, models, ruling, files, options.out, device, probs=options.probs)
         else:
             inference.predict_test(recipe, models, ruling, device)
 
@@ -42,6 +44,7 @@ if __name__ == "__main__":
         "files", nargs="*", type=Path, help="X-rays (PNG, JPEG, DICOM) or folders; none: the data's test images"
     )
     parser.add_argument("--out", type=Path, help="folder for the masks of given files")
+    parser.add_argument("--probs", action="store_true", help="write each file's probabilities as well, as a grey PNG")
     parser.add_argument("--folds", default="all", help="all (default), or some as 0,1")
     parser.add_argument(
         "--rule", default="auto", help="auto (default): the tuned rule.toml if there is one | recipe | a rule file"

@@ -37,7 +37,7 @@ from pneumo.kernels.runs import runs_to_mask
 from pneumo.tuning import Ruling
 
 CONTOUR = (255, 64, 64)
-SUFFIXES = ("_mask.png", "_overlay.png")  # of the outputs of a given file
+SUFFIXES = ("_mask.png", "_overlay.png", "_probs.png")  # of the outputs of a given file, the last if it is asked for
 RECORDS = "predictions.jsonl"
 READERS = 2  # batches that are read ahead, each by a thread
 SHOWN = 20  # remarks about files that are printed
@@ -62,17 +62,20 @@ class Given:
     name: str
 
 
-def find(arguments: Sequence[Path], out: Path) -> list[Given]:
+def find(arguments: Sequence[Path], out: Path, *, probs: bool = False) -> list[Given]:
     """The files that a command line names, and those in the folders that it names.
 
     Outputs of a file are called as it is, without suffix; those of a folder's files lie in the same folders below `out`
-    as they do in it. Files of one folder that differ in their suffix alone keep it. Masks and overlays of earlier
-    predictions are passed over, and in folders hidden files, what is no image, and what lies in `out`.
+    as they do in it. Files of one folder that differ in their suffix alone keep it. What earlier predictions wrote is
+    passed over, and in folders hidden files, what is no image, and what lies in `out`.
+
+    Args:
+        probs: pictures of probabilities will be among the outputs.
 
     Raises:
         UsageError: two files would have the same outputs, or an output would overwrite one of the files or anything
             else that no prediction has written.
-        DataError: a folder has no image, or cannot be read; or there are only masks and overlays.
+        DataError: a folder has no image, or cannot be read; or there is only what earlier predictions wrote.
     """
     given: dict[str, Given] = {}
     place, own = out.resolve(), 0
@@ -93,7 +96,7 @@ def find(arguments: Sequence[Path], out: Path) -> list[Given]:
         made = {path for path in found if path.name.endswith(SUFFIXES) and _is_made(path)}
         if made:
             found = [path for path in found if path not in made]
-            log.say(f"{argument}: {len(made):,} masks and overlays of earlier predictions were left out")
+            log.say(f"{argument}: {len(made):,} pictures of earlier predictions were left out")
         kinds = sorted({path.suffix.lower() for path in others} & PICTURES)
         convert = f". Those in {', '.join(kinds)} can be read if they are saved as PNG" if kinds else ""
         if not found:
@@ -105,7 +108,7 @@ def find(arguments: Sequence[Path], out: Path) -> list[Given]:
             name = str(path.relative_to(argument).parent / cases.name_of(path))
             given.setdefault(os.path.abspath(path), Given(path, name))
     if own:
-        log.say(f"{own:,} of the given files are masks or overlays of earlier predictions and were left out")
+        log.say(f"{own:,} of the given files are pictures of earlier predictions and were left out")
     if not given:
         raise DataError("none of the given files is an X-ray")
     found = _told_apart(list(given.values()))
@@ -120,7 +123,7 @@ def find(arguments: Sequence[Path], out: Path) -> list[Given]:
         )
     inputs = {one.path.resolve() for one in found}
     for one in found:
-        for suffix in SUFFIXES:
+        for suffix in SUFFIXES if probs else SUFFIXES[:-1]:
             target = out / (one.name + suffix)
             if target.resolve() in inputs:
                 raise UsageError(f"{target} is one of the given files. Choose another folder: --out DIR")
@@ -158,7 +161,14 @@ def _told_apart(given: Sequence[Given]) -> list[Given]:
 
 
 def predict(
-    recipe: Recipe, models: Ensemble, ruling: Ruling, given: Sequence[Given], out: Path, device: torch.device
+    recipe: Recipe,
+    models: Ensemble,
+    ruling: Ruling,
+    given: Sequence[Given],
+    out: Path,
+    device: torch.device,
+    *,
+    probs: bool = False,
 ) -> None:
     """Write <name>_mask.png, <name>_overlay.png and a line of predictions.jsonl for each file.
 
@@ -177,6 +187,8 @@ def predict(
 
     Args:
         given: from `find`.
+        probs: write <name>_probs.png as well, of the file's size, 8 bits: where v is not 0, the probability lies
+            between v / 256 and (v + 1) / 256, and a threshold of t takes the pixels of 256 t and more.
 
     Raises:
         DataError: some files cannot be read, or have too long a name; the others have been written.
@@ -186,7 +198,7 @@ def predict(
     """
     count = models.batch_size
     batches = [given[start : start + count] for start in range(0, len(given), count)]
-    basis = inference.basis(recipe, models, ruling, device)
+    basis = {**inference.basis(recipe, models, ruling, device), "probs": probs}
     dist.agree({**config.of_a_launch(recipe), **inference.shared(basis), "files": [str(file.path) for file in given]})
     with (
         open_journal(out / ".predict", basis, instead="another --out DIR") as journal,
@@ -235,7 +247,7 @@ def predict(
                         _write_records(others, out)
                         forgotten = True
                     tasks = [
-                        writers.submit(_write_file, *one, of, ruling, origin, models.image_size, out)
+                        writers.submit(_write_file, *one, of, ruling, origin, models.image_size, out, probs)
                         for one, *of in zip(found.scans, *predicted, strict=True)
                     ]
                 pending.append((found.key, found.failed, tasks))
@@ -414,7 +426,7 @@ def _others(given: Sequence[Given], out: Path) -> tuple[list[dict[str, Any]], di
 
 
 def _remove(masks: Iterable[str], out: Path) -> None:
-    """Remove masks, named as in the records, and their overlays, as far as a prediction wrote them."""
+    """Remove masks, named as in the records, and what is beside them, as far as a prediction wrote it."""
     for mask in masks:
         if Path(mask).is_absolute() or ".." in Path(mask).parts:
             continue  # records may come from anywhere
@@ -475,8 +487,9 @@ def _write_file(
     origin: dict[str, Any],
     image_size: int,
     out: Path,
+    probs: bool,
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Write mask and overlay of one file; return its record, and the outputs' lengths in bytes by name.
+    """Write the outputs of one file; return its record, and the outputs' lengths in bytes by name.
 
     Args:
         of: of the file, the parts of `ensemble.Prediction`.
@@ -486,13 +499,18 @@ def _write_file(
     height, width = scan.pixels.shape
     mask = _on_image(_mask(of[0], ruling), scan.pixels)
     area = int(mask.sum())
-    pictures = (Image.fromarray(mask.astype(np.uint8) * 255), overlay(scan.pixels, mask))
+    pictures = [Image.fromarray(mask.astype(np.uint8) * 255), overlay(scan.pixels, mask)]
     names = [given.name + suffix for suffix in SUFFIXES]
+    if probs:
+        pictures.append(Image.fromarray(_on_image(of[0], scan.pixels)))
+    elif _is_made(out / names[-1]):
+        (out / names[-1]).unlink()  # of an earlier prediction, perhaps by other networks
     record = {
         "file": str(given.path),
         "path_hash": _path_hash(given.path),
         "sha256": digest,
         "mask": names[0],
+        **({"probs": names[-1]} if probs else {}),
         **inference.describe(*of, ruling),
         "pneumothorax": area > 0,  # in the file's own pixels, as its mask
         "area_pixels": area,
@@ -503,7 +521,9 @@ def _write_file(
         **origin,
         "warnings": [*scan.warnings, *_odd_shape(scan, image_size), *_odd_size(scan)],
     }
-    return record, {name: _write_png(picture, out / name) for name, picture in zip(names, pictures, strict=True)}
+    return record, {
+        name: _write_png(picture, out / name) for name, picture in zip(names[: len(pictures)], pictures, strict=True)
+    }
 
 
 def _odd_shape(scan: Scan, image_size: int) -> list[str]:

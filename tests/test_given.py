@@ -17,7 +17,7 @@ from PIL import Image
 from pneumo import config, ensemble, given
 from pneumo.data import images
 from pneumo.decision.rule import LEVELS, Rule
-from pneumo.errors import DataError
+from pneumo.errors import DataError, UsageError
 from pneumo.tuning import Ruling
 
 CPU = torch.device("cpu")
@@ -129,6 +129,36 @@ def test_a_chest_that_is_no_adults_by_its_spacing_is_warned_of(spacing, said):
 def test_strips_and_thumbnails_are_warned_of(shape, said):
     found = given._odd_shape(images.Scan(np.zeros(shape, np.uint8), None, ()), 128)
     assert len(found) == len(said) and all(map(str.startswith, found, said))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (90, 151)])
+def test_probabilities_are_written_if_they_are_asked_for(trained, tmp_path, shape):
+    pixels, out = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), tmp_path / "out"
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    files = given.find([tmp_path / "a.png"], out)
+    given.predict(*trained, files, out, CPU, probs=True)
+    levels = np.asarray(Image.open(out / "a_probs.png"))
+    probs, mask = given.segment(*trained, pixels)
+    assert levels.dtype == np.uint8 and levels.shape == shape
+    assert np.array_equal(np.where(levels, (levels + 0.5) / 256, 0).astype(np.float32), probs)
+    assert (levels[mask] >= 256 * trained[2].rule.threshold).all()
+    assert json.loads((out / "predictions.jsonl").read_text())["probs"] == "a_probs.png"
+    assert given.find([tmp_path], out) == given.find([tmp_path / "a.png"], out)
+    assert given.find([tmp_path], tmp_path / "other") == [given.Given(tmp_path / "a.png", "a")]
+    given.predict(*trained, files, out, CPU)
+    assert not (out / "a_probs.png").exists()  # it would be that of the networks before
+    assert "probs" not in json.loads((out / "predictions.jsonl").read_text())
+
+
+def test_a_picture_of_probabilities_that_no_prediction_wrote_stays(trained, tmp_path):
+    pixels, out = np.zeros((64, 64), np.uint8), tmp_path / "out"
+    out.mkdir()
+    for path in (tmp_path / "a.png", out / "a_probs.png"):
+        Image.fromarray(pixels).save(path)
+    with pytest.raises(UsageError, match=r"a_probs\.png is there, and no prediction has written it, so it is not"):
+        given.find([tmp_path / "a.png"], out, probs=True)
+    given.predict(*trained, given.find([tmp_path / "a.png"], out), out, CPU)
+    assert np.array_equal(np.asarray(Image.open(out / "a_probs.png")), pixels)
 
 
 def test_a_record_says_what_made_its_mask(trained, tmp_path):

@@ -714,12 +714,12 @@ def test_what_no_prediction_wrote_is_not_overwritten(predict, scans, tmp_path, f
 def test_earlier_outputs_are_no_x_rays(predict, scans, tmp_path, capsys):
     predict([scans], scans / "run1")
     assert predict([scans], scans / "run2") == IMAGES
-    assert f"{2 * IMAGES} masks and overlays of earlier predictions were left out" in capsys.readouterr().out
+    assert f"{2 * IMAGES} pictures of earlier predictions were left out" in capsys.readouterr().out
     names = {path.name for path in (scans / "run2").glob("*.png")}
     assert len(names) == 2 * IMAGES and not any(name.count("_mask") > 1 for name in names)
     made = sorted((scans / "run1").glob("*.png"))  # as a shell names them
     assert predict([*made, scans / "test-000.png"], tmp_path / "out") == 1
-    assert f"{2 * IMAGES} of the given files are masks or overlays of earlier predictions" in capsys.readouterr().out
+    assert f"{2 * IMAGES} of the given files are pictures of earlier predictions" in capsys.readouterr().out
     with pytest.raises(DataError, match="none of the given files is an X-ray"):
         predict(made, tmp_path / "none")
     own = tmp_path / "tumour_mask.png"  # somebody's X-ray of such a name

@@ -57,6 +57,10 @@ class DataError(PneumoError):
     exit_code = 3
 
 
+class NoImageError(DataError):
+    """A good file of a kind that holds no image, as a report."""
+
+
 class NotFiniteError(PneumoError):
     """A loss, weight or probability that is not a number."""
 

@@ -30,7 +30,7 @@ from pneumo.data.pack import pack_image
 from pneumo.data.problems import counted, raise_fatal
 from pneumo.decision.rule import PROBABILITY, decide
 from pneumo.ensemble import Ensemble
-from pneumo.errors import DataError, UsageError
+from pneumo.errors import DataError, NoImageError, UsageError
 from pneumo.inference import BEHIND
 from pneumo.journal import Journal, open_journal
 from pneumo.kernels.runs import runs_to_mask
@@ -173,7 +173,7 @@ def predict(
     """Write <name>_mask.png, <name>_overlay.png and a line of predictions.jsonl for each file.
 
     Of a file that cannot be read the line has the error, and no mask is made; one of what the file was before, and is
-    no longer, goes.
+    no longer, goes. Objects of a study that are no images, as reports, are no trouble beside others that are.
 
     Masks have the size of the file's own image. An image that is not square is padded to one for the network, and
     nothing is found in the padding; the rule's areas are pixels of the annotation grid over that square.
@@ -260,13 +260,17 @@ def predict(
         done = [part for some in dist.gather(done) for part in some]
         kept = sum(dist.gather(kept))
         failed = [record for part in done for record in part["failed"]]
-        complaints = sorted(record["error"] for record in failed)
+        records = [record for part in done for record in part["records"]]
+        left_out = sorted(record["error"] for record in failed if records and "no_image" in record)
+        complaints = sorted(record["error"] for record in failed if not records or "no_image" not in record)
         if dist.is_main():
-            records = [record for part in done for record in part["records"]]
             missing = (planned.keys() - {record["mask"] for record in records}) & earlier.keys()
             now = {mask: _content(planned[mask]) for mask in missing}  # of a file that is away for a while, no hash
             _remove([mask for mask in missing if SHA256.fullmatch(now[mask]) and now[mask] != earlier[mask]], out)
             _report(records, [*others, *failed], out, kept, inference.by_what(models, ruling))
+            if left_out:
+                files = counted(len(left_out), "file holds no image and was", "files hold no image and were")
+                log.say(f"{files} left out, as {left_out[0]}")
             _warn_of(complaints if len(complaints) > 1 else (), out)
             if not complaints:  # else the good files need not be done again when the bad ones are mended
                 journal.finish()
@@ -338,7 +342,8 @@ def _read(batch: Sequence[Given], image_size: int, journal: Journal, out: Path) 
             scan = images.read(one.path)
             _check_names(one, out)
         except DataError as error:
-            failed.append({"file": str(one.path), "path_hash": _path_hash(one.path), "error": str(error)})
+            record = {"file": str(one.path), "path_hash": _path_hash(one.path), "error": str(error)}
+            failed.append({**record, **({"no_image": True} if isinstance(error, NoImageError) else {})})
             continue
         scans.append((one, scan, digest))
         squares.append(pack_image(scan.pixels, image_size))

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pneumo.errors import DataError
+from pneumo.errors import DataError, NoImageError
 
 MAX_DEPTH = 16  # of nested sequences
 MAX_ELEMENTS = 100_000  # a radiograph has hundreds
@@ -89,7 +89,8 @@ def outline(data: bytes) -> Outline:
     gets of a truncated file, recurse, and inflate.
 
     Raises:
-        DataError: truncated, damaged, nested too deeply, deflated, or an object without an image.
+        NoImageError: it is of a kind without an image.
+        DataError: truncated, damaged, nested too deeply, deflated, or without pixels.
     """
     found, start = _meta(data)
     syntax = _text(found.get(_SYNTAX))
@@ -266,7 +267,7 @@ def _cut_off(data: bytes, tag: int, position: int, length: int) -> DataError:
 def _refuse_other_objects(uid: str) -> None:
     for prefix, name in NOT_IMAGES.items():
         if f"{uid}.".startswith(prefix):
-            raise DataError(f"{name}, not an image")
+            raise NoImageError(f"{name}, not an image")
 
 
 def _text(value: bytes | None) -> str:
@@ -282,7 +283,7 @@ def _check_header(header: Any) -> None:
     """Refuse by name what is not one grey image."""
     modality = str(header.get("Modality") or "")
     if modality in NOT_IMAGE_MODALITIES:
-        raise DataError(f"{NOT_IMAGE_MODALITIES[modality]}, not an image")
+        raise NoImageError(f"{NOT_IMAGE_MODALITIES[modality]}, not an image")
     frames, samples = int(header.get("NumberOfFrames") or 1), int(header.get("SamplesPerPixel") or 1)
     if frames != 1:
         raise DataError(f"{frames:,} frames; a radiograph has one")

@@ -289,7 +289,7 @@ def _naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise type(error)(f"{path}: {error}") from None
     except MemoryError:
         raise OutOfMemory(f"{path}: not enough memory to decode it. Close other programs.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

@@ -1,4 +1,4 @@
-"""UNet: a decoder written out over any timm encoder with five feature levels.
+"""UNet: a decoder written out over any timm encoder with features at 1/4 to 1/32 of the image, or 1/2 as well.
 
 The model takes grey images in [0, 1]; the encoder's own normalization belongs to it. Imports kernels,
 checkpoint, errors.
@@ -30,6 +30,7 @@ from pneumo.kernels.upconv import upsampled_conv, upsampled_conv_ref
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a timm model on the hub, in timm's order
 HUB_SECONDS = 3.0  # for the hub to answer
 OTHERWISE = "train from random weights with --set model.pretrained=false"
+LEVELS = [2, 4, 8, 16, 32]  # by how much the features are coarser than the image; the first may be missing
 
 
 class DecoderBlock(nn.Module):
@@ -82,7 +83,8 @@ class UNet(nn.Module):
     """UNet over a timm encoder.
 
     Args:
-        encoder: a timm model name with features at 1/2, 1/4, ..., 1/32 of the input.
+        encoder: a timm model name with features at 1/2, 1/4, ..., 1/32 of the input; the first may be missing, and
+            then the block of that resolution has no skip.
         pretrained: True for timm's weights, a path to a local file of the encoder's weights or of a whole smp.Unet,
             False for random ones.
         decoder_channels: of the five decoder blocks, coarsest first; the last has no skip.
@@ -90,7 +92,7 @@ class UNet(nn.Module):
             statistics stay right, as `engine.RunningStatistics` lets a pass write its own ones, twice the same.
 
     Raises:
-        UsageError: no such encoder, one without five such levels, or weights that cannot be had.
+        UsageError: no such encoder, one without such levels, or weights that cannot be had.
         DataError: the file of weights does not hold exactly this encoder.
     """
 
@@ -105,6 +107,7 @@ class UNet(nn.Module):
         self.checkpointing = checkpointing
         self.encoder = _create_encoder(encoder, pretrained)
         channels = self.encoder.feature_info.channels()
+        channels = [0] * (len(LEVELS) - len(channels)) + channels
         _check_levels(self.encoder, encoder)
         if checkpointing:
             try:
@@ -160,8 +163,8 @@ class UNet(nn.Module):
         return shapes
 
 
-def features(net: nn.Module, image: Tensor, *, relu: bool = False) -> list[Tensor]:
-    """What the encoder of a UNet, or of its folded form, makes of a grey image; finest first.
+def features(net: nn.Module, image: Tensor, *, relu: bool = False) -> list[Tensor | None]:
+    """What the encoder of a UNet, or of its folded form, makes of a grey image; finest first, None if it has none.
 
     Args:
         relu: let its first convolution end with one.
@@ -175,8 +178,11 @@ def features(net: nn.Module, image: Tensor, *, relu: bool = False) -> list[Tenso
             f"images must be (B, 1, H, W) float in [0, 1], H and W multiples of 32, got {(batch, *shape)} {image.dtype}"
         )
     if net.stem is None:
-        return net.encoder((image - net.mean) / net.std)  # grey to the encoder's three channels
-    return net.encoder(thin_conv.grey_conv(image, net.encoder.get_submodule(net.stem), net.mean, net.std, relu=relu))
+        found = net.encoder((image - net.mean) / net.std)  # grey to the encoder's three channels
+    else:
+        stem = net.encoder.get_submodule(net.stem)
+        found = net.encoder(thin_conv.grey_conv(image, stem, net.mean, net.std, relu=relu))
+    return [None] * (len(LEVELS) - len(found)) + found
 
 
 def _check_levels(encoder: nn.Module, name: str) -> None:
@@ -195,10 +201,11 @@ def _check_levels(encoder: nn.Module, name: str) -> None:
             f"one for images of any size, as resnet34"
         ) from None
     encoder.train(training)
-    if sides != [32, 16, 8, 4, 2]:
+    wanted = [64 // level for level in LEVELS]
+    if sides not in (wanted, wanted[1:]):
         raise UsageError(
-            f"model.encoder: {name} makes features of {sides} px of an image of 64; the decoder needs "
-            f"[32, 16, 8, 4, 2], as of resnet34"
+            f"model.encoder: {name} makes features of {sides} px of an image of 64; the decoder needs {wanted}, as of "
+            f"resnet34, or all but the first"
         )
 
 
@@ -250,6 +257,7 @@ def load_smp(model: UNet, state: Mapping[str, Tensor]) -> None:
         DataError: names the first keys that are missing, left over or of another shape.
     """
     parts = {
+        "encoder.model.": "encoder.",  # smp's own wrapper of timm's encoders
         "encoder.": "encoder.",
         "decoder.blocks.": "blocks.",
         "segmentation_head.0.": "head.",
@@ -290,7 +298,7 @@ def _mismatch(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]
 
 
 def check_encoder(encoder: str) -> None:
-    """Refuse the name of an encoder that timm does not know, or whose features are not those of five levels.
+    """Refuse the name of an encoder that timm does not know, or whose features are of other levels.
 
     Takes a moment, so that it can be asked before anything is done for nothing; `UNet` looks closer.
 
@@ -306,9 +314,10 @@ def check_encoder(encoder: str) -> None:
             reduction = timm.create_model(encoder, features_only=True).feature_info.reduction()
     except Exception as error:  # timm raises many types
         raise UsageError(f"model.encoder: timm cannot make features of {encoder}: {one_line(error)[:160]}") from None
-    if reduction != [2, 4, 8, 16, 32]:
+    if reduction not in (LEVELS, LEVELS[1:]):
         raise UsageError(
-            f"model.encoder: {encoder} has features at {reduction}; the decoder needs [2, 4, 8, 16, 32], as of resnet34"
+            f"model.encoder: {encoder} has features at {reduction}; the decoder needs {LEVELS}, as of resnet34, or all "
+            f"but the first"
         )
 
 
@@ -374,6 +383,8 @@ def _encoder_weights(name: str, path: Path) -> dict[str, Tensor]:
         whole = timm.create_model(name, pretrained=False)
     shapes = {key: tuple(tensor.shape) for key, tensor in whole.state_dict().items()}
     state = _without_prefix(_encoder_of_smp(read_weights(path)), shapes)
+    names = {_flat(key): key for key in shapes}  # a feature list's weights are called otherwise
+    state = {names.get(_flat(key), key): tensor for key, tensor in state.items()}
     head = _head_keys(whole, features)
     body = {key: shape for key, shape in shapes.items() if key not in head}
     if complaint := _mismatch(body, {key: tensor for key, tensor in state.items() if key not in head}):
@@ -410,8 +421,13 @@ def _without_prefix(state: dict[str, Tensor], known: Iterable[str]) -> dict[str,
 
 def _head_keys(whole: nn.Module, features: nn.Module) -> set[str]:
     """Keys of a timm model that its feature extractor has no use for."""
-    used = {key.replace("_", ".") for key in features.state_dict()}  # feature lists flatten "stages.0" to "stages_0"
-    return {key for key in whole.state_dict() if key.replace("_", ".") not in used}
+    used = set(map(_flat, features.state_dict()))
+    return {key for key in whole.state_dict() if _flat(key) not in used}
+
+
+def _flat(key: str) -> str:
+    """What names of weights have in common in timm's models and their feature lists, where stages.0 is stages_0."""
+    return key.replace("_", ".")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

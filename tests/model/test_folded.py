@@ -23,7 +23,8 @@ def trained(encoder: str, seed: int = 0) -> UNet:
 
 
 @pytest.mark.parametrize(
-    "encoder", ["resnet18", "seresnet18", "resnetblur18", "mobilenetv3_small_050", "tf_efficientnet_lite0"]
+    "encoder",
+    ["resnet18", "seresnet18", "resnetblur18", "mobilenetv3_small_050", "tf_efficientnet_lite0", "test_convnext"],
 )
 def test_the_logits_stay_the_same(encoder):
     model = trained(encoder).double()

@@ -90,9 +90,12 @@ def test_normalization_is_the_encoders_own(resnet):
     assert "mean" in lite.state_dict()  # a checkpoint carries it
 
 
-@pytest.mark.parametrize("encoder", ["resnet18", "mobilenetv3_small_050", "tf_efficientnet_lite0"])
-def test_any_encoder_with_five_levels(encoder):
+@pytest.mark.parametrize("encoder", ["resnet18", "mobilenetv3_small_050", "tf_efficientnet_lite0", "test_convnext"])
+def test_any_encoder_with_features_from_a_half_or_a_quarter_on(encoder):
     model = UNet(encoder, decoder_channels=NARROW)
+    assert [block.conv1[0].in_channels > block.below for block in model.blocks] == [
+        *(True, True, True, encoder != "test_convnext", False)
+    ]
     logits = model(torch.rand(2, 1, 64, 64))
     assert logits.shape == (2, 1, 64, 64)
     logits.mean().backward()
@@ -335,6 +338,32 @@ def test_the_encoder_of_an_smp_unet_over_timm(tmp_path):
     torch.save({**state, "segmentation_head.0.bias": torch.zeros(1)}, tmp_path / "smp.pth")
     model = UNet("resnet18", str(tmp_path / "smp.pth"), NARROW)
     assert torch.equal(model.encoder.layer4[1].conv2.weight, whole.layer4[1].conv2.weight)
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "test_convnext"])
+def test_the_library_itself_gives_the_same_logits_with_encoders_of_timm(encoder, tmp_path):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    torch.manual_seed(0)
+    theirs, mine = smp.Unet(f"tu-{encoder}", encoder_weights=None).eval(), UNet(encoder).eval()
+    for buffer in theirs.buffers():  # running statistics that are none of them the first
+        if buffer.is_floating_point():
+            nn.init.uniform_(buffer, 0.5, 1.5)
+    unet.load_smp(mine, theirs.state_dict())
+    image = torch.rand(2, 1, 64, 96)
+    with torch.inference_mode():
+        wanted = theirs((image.expand(-1, 3, -1, -1) - mine.mean) / mine.std)
+        torch.testing.assert_close(mine(image), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    torch.save(theirs.state_dict(), tmp_path / "smp.pth")
+    for key, tensor in UNet(encoder, str(tmp_path / "smp.pth"), NARROW).encoder.state_dict().items():
+        assert torch.equal(tensor, mine.encoder.state_dict()[key]), key
+
+
+def test_weights_of_a_whole_model_whose_features_have_other_names(tmp_path):
+    whole = timm.create_model("test_convnext", pretrained=False)
+    torch.save(whole.state_dict(), tmp_path / "w.pth")
+    model = UNet("test_convnext", str(tmp_path / "w.pth"), NARROW)
+    assert torch.equal(model.encoder.stages_3.downsample[1].weight, whole.stages[3].downsample[1].weight)
+    assert torch.equal(model.encoder.stem_0.weight, whole.stem[0].weight)
 
 
 def test_a_first_convolution_of_one_channel_is_explained(tmp_path):

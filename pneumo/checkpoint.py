@@ -41,7 +41,6 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # of flock, where a fil
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of fsync, where it does not do it for a folder
 _NOT_ITS_FAULT = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _held: dict[Path, IO[str]] = {}  # lock files of the folders that this process is the writer of
-_told: set[int] = set()  # file systems without locks that were spoken of
 _TEMPORARY = re.compile(r"(?s)(.+)\.([1-9][0-9]*)\.tmp")  # a name of `temporary`
 
 
@@ -318,25 +317,22 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(
-    folder: Path, say: Callable[[str], object], *, instead: str = "another recipe or --set runs=DIR"
-) -> Iterator[None]:
+def lock(folder: Path, *, instead: str = "another recipe or --set runs=DIR") -> Iterator[None]:
     """Hold a run folder against a second writer; released when the process ends, however it ends.
 
-    What an earlier writer left half-written is removed. On a file system without locks nothing is held.
+    What an earlier writer left half-written is removed.
 
     Args:
-        say: is told of such a file system.
         instead: what else a second one could choose, for the error.
 
     Raises:
         UsageError: another process holds it; names that process.
-        WriteError: the folder cannot be made, or nothing can be written or locked in it.
+        WriteError: the folder cannot be made, or nothing can be written in it, or its file system has no locks.
     """
     with _open_lock(folder / "lock", instead) as file, contextlib.ExitStack() as stack:
         with writing(folder, instead=instead):
             try:
-                _take(file, fcntl.LOCK_NB, say)
+                _take(file, fcntl.LOCK_NB, instead)
             except BlockingIOError:
                 raise UsageError(f"{folder} is in use by {_holder(file)}. Stop it, or choose {instead}.") from None
             _sign(file)
@@ -369,13 +365,13 @@ def check_held(folder: Path) -> None:
 def wait_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
     """Hold a lock file while the processes that want it as well wait their turn.
 
-    On a file system that is read-only nobody has to wait, and nothing is held; nor on one without locks.
+    On a file system that is read-only nobody has to wait, and nothing is held.
 
     Args:
-        say: is told, once, whom a wait is for that takes longer than a moment; and of a file system without locks.
+        say: is told, once, whom a wait is for that takes longer than a moment.
 
     Raises:
-        WriteError: it cannot be made or locked.
+        WriteError: it cannot be made, or its file system has no locks.
     """
     if is_read_only(path.parent):
         yield
@@ -384,13 +380,13 @@ def wait_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
         with writing(path):
             for _ in range(40):
                 try:
-                    _take(file, fcntl.LOCK_NB, say)
+                    _take(file, fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
                     time.sleep(0.05)
             else:
                 say(f"{path}: waiting for {_holder(file)}, which holds it")
-                _take(file, 0, say)
+                _take(file, 0)
         with contextlib.suppress(OSError):  # on a full disk nothing may be left to do
             _sign(file)
         yield
@@ -398,23 +394,26 @@ def wait_lock(path: Path, say: Callable[[str], object]) -> Iterator[None]:
             os.truncate(file.fileno(), 0)
 
 
-def _take(file: IO[str], how: int, say: Callable[[str], object]) -> None:
-    """Lock a file for this process alone; where the file system has no locks, as some of clusters, go on without.
+def _take(file: IO[str], how: int, instead: str = INSTEAD) -> None:
+    """Lock a file for this process alone.
 
     Args:
         how: LOCK_NB not to wait, else 0.
+        instead: what could be chosen in place of the file's folder.
 
     Raises:
         BlockingIOError: another process has it, and `how` says not to wait.
+        WriteError: its file system has no locks, as some of clusters; processes would write at the same time.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | how)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        if (place := os.fstat(file.fileno()).st_dev) not in _told:
-            _told.add(place)
-            say(f"{file.name}: the file system has no locks ({error.strerror}): see that no second run writes there")
+        raise WriteError(
+            f"Cannot lock {file.name}: {error.strerror}. Its file system has no locks, which keep processes from "
+            f"writing at the same time. Mount it with them (Lustre: -o flock), or choose {instead}."
+        ) from error
 
 
 def is_read_only(folder: Path) -> bool:

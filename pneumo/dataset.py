@@ -34,6 +34,7 @@ class Dataset:
         groups: N names of what belongs together: images of a patient, and near-duplicates, also where folds.csv is the
             user's own; None for an image on its own.
         digest: hash of all images and annotations.
+        hashes: (N,) int64, of each image's file, as `Pack.hashes`.
         split: hash of who is in which fold.
     """
 
@@ -41,6 +42,7 @@ class Dataset:
     folds: np.ndarray
     groups: tuple[str | None, ...]
     digest: str
+    hashes: np.ndarray
     split: str
 
     @property
@@ -139,7 +141,7 @@ def load(recipe: Recipe) -> Dataset:
                 f"that one is trained on and the other validated with: {some(parted)}. {_redo(recipe)}"
             )
     groups = folds.join_groups([case.patient for case in found], together)
-    return Dataset(tuple(found), fold_of, tuple(groups), packed.digest, fingerprint)
+    return Dataset(tuple(found), fold_of, tuple(groups), packed.digest, packed.hashes, fingerprint)
 
 
 def _redo(recipe: Recipe) -> str:

@@ -68,6 +68,7 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
     """
     global _store, _watch
     device = torch.device("cpu")
+    code_hash()  # of now: the source may be edited while it runs
     if JOB in os.environ:
         _end_with_parent(int(os.environ[JOB]))
     if torch.cuda.is_available():
@@ -100,8 +101,7 @@ def launch(timeout_seconds: float) -> Iterator[torch.device]:
         ) from error
     _watch = _Watch(timeout_seconds)
     try:
-        if device.type == "cuda":
-            _check_gpus(gather(str(torch.cuda.get_device_properties(device).uuid)))
+        _check_gpus(gather(str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""))
         yield device
         wait_for_main()
         _watch.leave_together()
@@ -145,13 +145,13 @@ def _check_gpus(used: Sequence[str]) -> None:
     """Refuse processes that would share a GPU.
 
     Args:
-        used: the id of each one's.
+        used: the id of each one's; "" where it has none.
 
     Raises:
         UsageError: two are the same.
     """
-    if len(set(used)) < len(used):
-        raise UsageError(_shared(max(map(used.count, used)), 1))
+    if used and (most := max(used.count(gpu) if gpu else 1 for gpu in used)) > 1:
+        raise UsageError(_shared(most, 1))
 
 
 def _shared(processes: int, gpus: int) -> str:
@@ -205,7 +205,8 @@ def agree(facts: Mapping[str, Any]) -> None:
 @cache
 def code_hash() -> str:
     """A hash of this package's source, 64 hex digits: what a run was computed with, beside the versions of others."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    found = Path(__file__).parent.rglob("*.py")
+    sources = sorted(path for path in found if not path.name.startswith(".") and path.is_file())  # an editor's are none
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pneumo import checkpoint, config, engine, log, measured, stages
+from pneumo import checkpoint, engine, log, measured, stages
 from pneumo.config import ModelConfig, Recipe
 from pneumo.decision import tables
 from pneumo.decision.rule import LEVELS, resize_quantise
@@ -85,7 +85,7 @@ def load(recipe: Recipe, folds: Sequence[int], device: torch.device) -> Ensemble
                     f"{path} was trained for an annotation grid of {grid} px, the recipe now says "
                     f"data.annotation_size={recipe.data.annotation_size}"
                 )
-            trained[fold] = config.essential(state["settings"])
+            trained[fold] = stages.trained_under(folder, stage, state)
             networks.append(FoldedUNet(build(state, path).to(device), dtype).eval())
             sources[str(path)] = checkpoint.sha256(path)
             origins.add((state["digest"], state["split"]))

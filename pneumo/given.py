@@ -269,7 +269,7 @@ def predict(
             _remove([mask for mask in missing if SHA256.fullmatch(now[mask]) and now[mask] != earlier[mask]], out)
             _report(records, [*others, *failed], out, kept, inference.by_what(models, ruling))
             if left_out:
-                files = counted(len(left_out), "file holds no image and was", "files hold no image and were")
+                files = counted(len(left_out), "file is no image and was", "files are no images and were")
                 log.say(f"{files} left out, as {left_out[0]}")
             _warn_of(complaints if len(complaints) > 1 else (), out)
             if not complaints:  # else the good files need not be done again when the bad ones are mended
@@ -332,7 +332,7 @@ def _read(batch: Sequence[Given], image_size: int, journal: Journal, out: Path) 
     # a file that could not be read may be readable now: a decoder was installed, a disk is there again
     if (
         part is not None
-        and not part["failed"]
+        and all("no_image" in record for record in part["failed"])
         and all(_length(out / name) == length for name, length in part["sizes"].items())
     ):
         return _Read(key, len(batch), part)

@@ -32,7 +32,7 @@ def open_journal(folder: Path, basis: dict[str, Any], *, instead: str) -> Iterat
         UsageError: another prediction holds the folder.
         WriteError: no space or no permission.
     """
-    with checkpoint.lock(folder, log.warn, instead=instead) if dist.is_main() else contextlib.nullcontext():
+    with checkpoint.lock(folder, instead=instead) if dist.is_main() else contextlib.nullcontext():
         journal = Journal(folder, basis)
         try:
             yield journal

@@ -3,8 +3,9 @@
 Imports stages, dataset, config, checkpoint, dist, log, errors.
 """
 
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,16 @@ class StageFolder:
         path: of the folder.
         saved: the position that last.pt holds; None while there is none.
         start: fingerprint of the whole network's weights that this stage began with; "" where it had the encoder's.
+        seen: hashes of all images that its weights were trained on, here and before, as `Dataset.hashes`.
     """
 
     def __init__(self, recipe: Recipe, data: Dataset, fold: int, stage: int, dtype: torch.dtype) -> None:
         self.path = recipe.stage_folder(fold, stage)
         self.saved: Position | None = None
         self.start = ""
+        inside = data.folds == fold
+        self.seen = torch.from_numpy(np.unique(data.hashes[~inside]))
+        self._held_out = {int(data.hashes[row]): data.cases[row].image_id for row in np.flatnonzero(inside)}
         self._recipe, self._fold, self._stage = recipe, fold, stage
         self._before = recipe.start_folder(fold, stage)
         given = recipe.model.pretrained
@@ -139,6 +144,8 @@ class StageFolder:
         if state is not None:
             with of_this_run(self.path):
                 self.saved, self.start = Position(**state["position"]), state["start"]
+                if _are_hashes(state.get("seen")):
+                    self.seen = state["seen"]
         return state
 
     def _judge(self, state: dict[str, Any], path: Path, complaints: list[str]) -> None:
@@ -162,9 +169,9 @@ class StageFolder:
                 f"anew."
             )
         if changed := [
-            f"{name} {state['versions'].get(name)} -> {now}"
+            f"{name} {state['versions'][name]} -> {now}"
             for name, now in _versions().items()
-            if state["versions"].get(name) != now
+            if not done and state["versions"].get(name, now) != now
         ]:
             log.warn(f"{path}: made with {', '.join(changed)}; the last digits may differ")
 
@@ -217,6 +224,8 @@ class StageFolder:
                     f"{mine}, and whose weights do not fit. Set that, or start from another"
                 )
         self.start = checkpoint.fingerprint(state["model"])
+        if _are_hashes(state.get("seen")):
+            self.seen = torch.cat([self.seen, state["seen"]]).unique()
         return state
 
     def _load_before(self) -> tuple[dict[str, Any], Path]:
@@ -236,8 +245,8 @@ class StageFolder:
             ) from None
         path = self._before / "best.pt"
         if name == self._recipe.name:  # another recipe differs on purpose
-            now = config.essential(_settings(self._recipe, number))
-            if changed := log.changes(config.essential(state["settings"]), now):
+            now = config.essential(config.stage_settings(self._recipe, number))
+            if changed := log.changes(stages.trained_under(self._before, number, state), now):
                 log.warn(
                     f"stage {self._stage} of fold {self._fold} starts from {path}, which was trained under other "
                     f"settings than the recipe's of now ({'; '.join(changed)})"
@@ -249,22 +258,25 @@ class StageFolder:
         path = self._given
         if path is None or path.suffix == ".safetensors" or not stages.is_checkpoint(path):
             return None
-        state = stages.load_weights(path, digest=None, split=None, fold=None)
-        its, own = ((of["digest"], of["split"], of["fold"]) for of in (state, self._identity))
-        if its[0] == own[0] and its != own:
+        other = "Name other weights, or none: --set model.pretrained=false"
+        state = stages.load_weights(path, digest=None, split=None, fold=None, again=other)
+        if not _are_hashes(state.get("seen")):
             raise DataError(
-                f"model.pretrained: {path} was trained on these images, of another fold or split than fold "
-                f"{self._fold}: it knows what that is validated with. Name the checkpoint of the same fold, or one of "
-                f"other images"
+                f"model.pretrained: {path} does not say which images it was trained on, as those of earlier versions. "
+                f"{other}"
+            )
+        if known := [self._held_out[image] for image in state["seen"].tolist() if image in self._held_out]:
+            raise DataError(
+                f"model.pretrained: {path} was trained on {len(known):,} of the {len(self._held_out):,} images that "
+                f"fold {self._fold} is validated with, as {min(known)}. Take the checkpoint of the same fold, and for "
+                f"all images that it knows, the folds that it was trained with, in {self._recipe.folder / 'folds.csv'}"
             )
         return state
 
     def _check_same(self, saved: Mapping[str, Any], path: Path) -> None:
         """Refuse to go on with a run under other settings, other data or another number of processes."""
         theirs = {**saved["settings"], **{key: saved[key] for key in self._launch}}
-        origin = theirs.get("model.pretrained")
-        if self._given is not None and not self._given.is_file() and str(origin).startswith(_FILE):
-            self._identity["settings"]["model.pretrained"] = origin  # the file has done its part, and may be gone
+        self._settle_pretrained(theirs)
         mine = {**self._identity["settings"], **self._launch}
         epochs = f"stage.{self._stage}.epochs"
         if self._recipe.stage[self._stage].schedule == "plateau" and theirs[epochs] < mine[epochs]:
@@ -289,6 +301,16 @@ class StageFolder:
                 f"{path} was made with other settings ({'; '.join(changed)}). Go back to them, choose another "
                 f"folder (--set runs=DIR), or {anew}."
             )
+
+    def _settle_pretrained(self, theirs: dict[str, Any]) -> None:
+        """Let pretrained weights be the same that are: their file may be gone once it has done its part."""
+        key, mine = "model.pretrained", self._identity["settings"]
+        if key not in mine:  # of an earlier version, which said it of every stage
+            theirs.pop(key, None)
+        elif theirs.get(key) == self._recipe.model.pretrained:  # likewise, the path of a file
+            theirs[key] = mine[key]
+        elif str(theirs.get(key)).startswith(_FILE) and isinstance(mine[key], str) and not mine[key].startswith(_FILE):
+            mine[key] = theirs[key]
 
     def _check_nothing_follows(self, epochs: int) -> None:
         """Refuse more epochs for a stage whose weights another one has begun with: that one could not go on."""
@@ -326,7 +348,7 @@ class StageFolder:
         Raises:
             WriteError: says which checkpoint is intact.
         """
-        more = {"start": self.start, "position": asdict(position), **self._launch, "versions": _versions()}
+        more = {"position": asdict(position), **self._launch, **self._origin()}
         self._write({**self._identity, **more, **state}, self.path / "last.pt", keep=self.path / "prev.pt")
         self.saved = Position(**more["position"])
 
@@ -339,8 +361,11 @@ class StageFolder:
         Raises:
             WriteError: as of `save`.
         """
-        more = {"start": self.start, "versions": _versions(), "record": record}
-        self._write({**self._identity, **more, "model": weights}, self.path / name)
+        self._write({**self._identity, **self._origin(), "record": record, "model": weights}, self.path / name)
+
+    def _origin(self) -> dict[str, Any]:
+        """Where weights come from, for those who go on from them."""
+        return {"start": self.start, "seen": self.seen, "versions": _versions()}
 
     def prune(self, position: Position) -> None:
         """Remove kept epochs that others have overtaken, before the next is kept: the disk need not hold more."""
@@ -391,9 +416,14 @@ def _settings(recipe: Recipe, stage: int) -> dict[str, Any]:
     """What decides the weights of a stage, a file of pretrained ones by its content: it may be moved, not replaced."""
     settings = config.stage_settings(recipe, stage)
     path = settings.get("model.pretrained")
-    if isinstance(path, str) and Path(path).is_file():
-        settings["model.pretrained"] = f"{_FILE}{checkpoint.sha256(Path(path))[:16]}"
+    if isinstance(path, str) and os.path.isfile(path):
+        with suppress(OSError):  # who needs it will say that it cannot be read
+            settings["model.pretrained"] = f"{_FILE}{checkpoint.sha256(Path(path))[:16]}"
     return settings
+
+
+def _are_hashes(found: Any) -> bool:
+    return isinstance(found, Tensor) and found.dtype == torch.int64 and found.dim() == 1
 
 
 def _versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pneumo import checkpoint, log
+from pneumo import checkpoint, config, log
 from pneumo.config import Recipe
 from pneumo.errors import DataError, NotFiniteError, UsageError, one_line
 
@@ -54,18 +54,31 @@ def is_checkpoint(path: Path) -> bool:
         return False
 
 
-def load_weights(path: Path, *, digest: str | None, split: str | None, fold: int | None) -> dict[str, Any]:
+def trained_under(folder: Path, stage: int, state: dict[str, Any]) -> dict[str, Any]:
+    """What decided the weights of a finished stage's checkpoint, as far as it is `config.essential`.
+
+    The epochs are those that the stage has had since, as if it had had them from the start.
+    """
+    key = f"stage.{stage}.epochs"
+    epochs = log.read_status(folder).get("epochs", state["settings"].get(key))
+    return config.essential({**state["settings"], key: epochs})
+
+
+def load_weights(
+    path: Path, *, digest: str | None, split: str | None, fold: int | None, again: str = ""
+) -> dict[str, Any]:
     """Read a checkpoint to predict or to start from, and refuse one that saw other data.
 
     Args:
         digest, split: hashes of data and split it must have been trained on; None where nothing is to be compared.
         fold: it must have been trained for; None: any.
+        again: what to do about a bad one, for the error; "": train that stage again.
 
     Raises:
         DataError: damaged, or trained on other data, another split or another fold.
         NotFiniteError: a weight is NaN or infinite.
     """
-    again = way_out(path)
+    again = again or way_out(path)
     if not path.exists():
         raise DataError(f"{path}: no such file. {again}")
     state = checkpoint.load(path)

@@ -75,7 +75,7 @@ def train_stage(recipe: Recipe, data: Dataset, fold: int, stage: int, device: to
         log.warn(f"fold {fold} holds no image with pneumothorax: its best epoch is chosen by negatives alone")
     engine.make_room(device)
     if dist.is_main():
-        with checkpoint.lock(folder, log.warn), _signals.caught(), _true_status(folder):
+        with checkpoint.lock(folder), _signals.caught(), _true_status(folder):
             _Run(recipe, data, fold, stage, device).train()
     else:
         with _signals.caught():

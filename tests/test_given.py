@@ -161,7 +161,7 @@ def test_a_picture_of_probabilities_that_no_prediction_wrote_stays(trained, tmp_
     assert np.array_equal(np.asarray(Image.open(out / "a_probs.png")), pixels)
 
 
-def test_reports_beside_x_rays_are_left_out(trained, tmp_path, capsys):
+def test_reports_beside_x_rays_are_left_out(trained, tmp_path, capsys, monkeypatch):
     """As a folder of a study has them."""
     pydicom, out = pytest.importorskip("pydicom"), tmp_path / "out"
     report = pydicom.Dataset()
@@ -175,13 +175,18 @@ def test_reports_beside_x_rays_are_left_out(trained, tmp_path, capsys):
     Image.fromarray(np.full((64, 64), 90, np.uint8)).save(tmp_path / "a.png")
     given.predict(*trained, given.find([tmp_path], out), out, CPU)
     said = capsys.readouterr().out
-    assert f"1 file holds no image and was left out, as {tmp_path / 'dose.dcm'}: a structured report" in said
+    assert f"1 file is no image and was left out, as {tmp_path / 'dose.dcm'}: a structured report" in said
     image, other = map(json.loads, (out / "predictions.jsonl").read_text().splitlines())
     assert image["mask"] == "a_mask.png" and "no_image" not in image
     assert other["no_image"] is True and other["error"].endswith("a structured report, not an image")
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(DataError, match=r"1 of 3 files could not be predicted: .*bad\.png"):
-        given.predict(*trained, given.find([tmp_path], out), out, CPU)
+    recipe, models, ruling = trained
+    read, seen = images.read, []
+    monkeypatch.setattr(images, "read", lambda path: seen.append(path.name) or read(path))
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"1 of 3 files could not be predicted: .*bad\.png"):
+            given.predict(recipe, replace(models, batch_size=1), ruling, given.find([tmp_path], out), out, CPU)
+    assert sorted(seen) == ["a.png", "bad.png", "bad.png", "dose.dcm"]  # the report is known for one
 
 
 def test_a_record_says_what_made_its_mask(trained, tmp_path):

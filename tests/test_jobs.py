@@ -149,7 +149,8 @@ def test_one_process_alone_is_no_launch(monkeypatch, size, launched):
 
 
 def test_processes_that_would_share_a_gpu_are_refused():
-    dist._check_gpus(["a", "b", "c", "d"])
+    for fine in (["a", "b", "c", "d"], ["", "", "a"], []):
+        dist._check_gpus(fine)
     with pytest.raises(UsageError, match=r"^2 processes on this host, but 1 GPU is visible to them"):
         dist._check_gpus(["a", "b", "a"])
 

@@ -125,7 +125,7 @@ def test_a_checkpoint_that_is_no_state_of_a_run_is_named(copied, figure):
     good = checkpoint.load(folder / "last.pt")
     good["position"]["epoch"] = 2  # one more to train
     # of use to others than a resumed run, or not used, or to be had without
-    parts = good.keys() - {"format", "fold", "stage", "average"}
+    parts = good.keys() - {"format", "fold", "stage", "average", "seen"}
     spoiled = [{key: value for key, value in good.items() if key != part} for part in sorted(parts)]
     spoiled.append({**good, "position": {**good["position"], "spoons": 3}})
     spoiled.append({**good, "model": {**good["model"], "head.bias": torch.zeros(2)}})
@@ -974,6 +974,9 @@ def test_another_decoder_than_the_stage_before_had_is_named(repo, root, tmp_path
 def test_a_stage_that_starts_from_one_of_other_settings_says_so(repo, root, tmp_path, copied, capsys, monkeypatch):
     monkeypatch.setattr(training._Run, "_train_epoch", lambda *_: 1 / 0)
     more = ("stage.1.lr=1e-2", "augment.flip=0.25", "model.upsample=plain", "stage.2.epochs=1")
+    longer = checkpoint.load(copied[1] / "best.pt")  # as of a stage that got more epochs, of which none was better
+    longer["settings"]["stage.1.epochs"] = 1
+    checkpoint.save(longer, copied[1] / "best.pt")
     for given, said in (
         ((), None),
         (more, f"augment.flip: {copied[0].augment.flip} -> 0.25; stage.1.lr: 0.001 -> 0.01)"),
@@ -994,37 +997,98 @@ def begun(monkeypatch):
 
 
 def test_a_run_can_start_from_a_network_trained_on_other_images(repo, root, tmp_path, copied, begun):
-    """Decoder, head and all."""
+    """Decoder, head and all; what it has seen, the next one has seen as well."""
     _, folder = copied
     best = checkpoint.load(folder / "best.pt")
-    given = tmp_path / "trained.pt"
-    checkpoint.save({**best, "digest": "of others", "split": "another", "fold": 1}, given)
-    mine = small_run.recipe(repo, root, tmp_path / "mine", f"model.pretrained={given}")
+    given, others = tmp_path / "trained.pt", torch.tensor([-5, 7])
+    checkpoint.save({**best, "digest": "of others", "split": "another", "fold": 1, "seen": others}, given)
+    more = (f"model.pretrained={given}", "stage.1.epochs=1")
+    mine = small_run.recipe(repo, root, tmp_path / "mine", *more)
     with pytest.raises(ZeroDivisionError):
         train(mine)
     assert best["model"].keys() == begun.keys()
     assert all(torch.equal(weights, begun[name]) for name, weights in best["model"].items())
-    other = small_run.recipe(
-        repo, root, tmp_path / "other", f"model.pretrained={given}", "model.decoder_channels=[8, 8, 8, 8, 4]"
-    )
+    other = small_run.recipe(repo, root, tmp_path / "other", *more, "model.decoder_channels=[8, 8, 8, 8, 4]")
     with pytest.raises(UsageError, match=r"trained\.pt, whose model\.decoder_channels is \[8, 8, 8, 4, 4\], not"):
         train(other)
+    files = StageFolder(mine, dataset.load(mine), 0, 1, torch.float32)
+    own = set(files.seen.tolist())
+    files.load_start()
+    assert set(files.seen.tolist()) == own | {-5, 7}
+
+
+def test_a_checkpoint_says_which_files_it_was_trained_on(copied):
+    recipe, folder = copied
+    data = dataset.load(recipe)
+    wanted = sorted(
+        int.from_bytes(bytes.fromhex(checkpoint.sha256(case.path)[:16]), signed=True)
+        for case, fold in zip(data.cases, data.folds, strict=True)
+        if fold != 0
+    )
+    for name in ("best.pt", "last.pt"):
+        assert checkpoint.load(folder / name)["seen"].tolist() == wanted
 
 
 def test_a_run_does_not_start_from_a_network_that_knows_what_it_validates_with(repo, root, tmp_path, copied, begun):
+    """Whatever else has changed: its annotations, their grid, or the images around."""
     recipe, folder = copied
     given, best = tmp_path / "trained.pt", checkpoint.load(folder / "best.pt")
-    mine = small_run.recipe(repo, root, tmp_path / "mine", f"model.pretrained={given}")
+    mine = small_run.recipe(repo, root, tmp_path / "mine", f"model.pretrained={given}", "data.annotation_size=96")
     mine.folder.mkdir(parents=True)
     shutil.copy(recipe.folder / "folds.csv", mine.folder)
-    for change in ({"fold": 1}, {"split": "another"}):
-        checkpoint.save({**best, **change}, given)
-        with pytest.raises(DataError, match="trained on these images, of another fold or split than fold 0: it knows"):
+    data = dataset.load(mine)
+    held_out = np.flatnonzero(data.folds == 0)
+    first = min(data.cases[row].image_id for row in held_out[:2])
+    for seen, message in (
+        (
+            torch.from_numpy(data.hashes[held_out[:2]]),
+            rf"trained on 2 of the 6 images that fold 0 .*, as {first}\. Take",
+        ),
+        (None, "does not say which images it was trained on, as those of earlier versions"),
+    ):
+        checkpoint.save({**best, "digest": "of others", "seen": seen}, given)
+        with pytest.raises(DataError, match=message):
             train(mine)
     checkpoint.save(best, given)
     with pytest.raises(ZeroDivisionError):
         train(mine)
     assert begun.keys() == best["model"].keys()
+
+
+def test_a_run_of_an_earlier_version_goes_on(repo, root, tmp_path, copied):
+    """Which named pretrained weights by their path, and in every stage."""
+    _, folder = copied
+    given = tmp_path / "w.pth"
+    torch.save(timm.create_model("test_resnet", pretrained=False).state_dict(), given)
+    recipe = small_run.recipe(repo, root, tmp_path, f"model.pretrained={given}", "stage.2.epochs=1")
+    state = checkpoint.load(folder / "last.pt")
+    state["settings"]["model.pretrained"] = str(given)
+    del state["seen"], state["versions"]["code"]
+    checkpoint.save(state, folder / "last.pt")
+    train(recipe)
+    train(recipe, stage=2)
+    second = recipe.stage_folder(0, 2)
+    state = checkpoint.load(second / "last.pt")
+    state["settings"]["model.pretrained"] = str(given)
+    checkpoint.save(state, second / "last.pt")
+    train(small_run.recipe(repo, root, tmp_path, f"model.pretrained={given}", "stage.2.epochs=2"), stage=2)
+    assert log.read_status(second)["epochs"] == 2
+
+
+def test_a_pretrained_file_that_cannot_be_read_stops_no_stage_that_has_begun(repo, root, tmp_path, copied, monkeypatch):
+    _, folder = copied
+    given = tmp_path / "w.pth"
+    torch.save(timm.create_model("test_resnet", pretrained=False).state_dict(), given)
+    state = checkpoint.load(folder / "last.pt")
+    state["settings"]["model.pretrained"] = f"file of sha256 {checkpoint.sha256(given)[:16]}"
+    checkpoint.save(state, folder / "last.pt")
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "sha256", refused)
+    train(small_run.recipe(repo, root, tmp_path, f"model.pretrained={given}"))
+    train(small_run.recipe(repo, root, tmp_path, f"model.pretrained={given}", "stage.2.epochs=1"), stage=2)
 
 
 def test_pretrained_weights_may_be_moved_or_deleted_but_not_replaced(repo, root, tmp_path, capsys):
@@ -1051,7 +1115,7 @@ def test_pretrained_weights_may_be_moved_or_deleted_but_not_replaced(repo, root,
         run("true", 4)
 
 
-def test_a_run_that_goes_on_with_other_code_is_told(copied, capsys, monkeypatch):
+def test_a_run_that_goes_on_with_other_code_is_told(repo, root, tmp_path, copied, capsys, monkeypatch):
     recipe, folder = copied
     assert checkpoint.load(folder / "best.pt")["versions"] == checkpoint.load(folder / "last.pt")["versions"]
     capsys.readouterr()
@@ -1059,6 +1123,8 @@ def test_a_run_that_goes_on_with_other_code_is_told(copied, capsys, monkeypatch)
     assert "made with" not in capsys.readouterr().err
     monkeypatch.setattr(training.dist, "code_hash", lambda: "0123456789")
     train(recipe)
+    assert "made with" not in capsys.readouterr().err  # as nobody goes on with it
+    train(small_run.recipe(repo, root, tmp_path, "stage.1.epochs=3"))
     assert re.search(r"last\.pt: made with code \w{12} -> 0123456789; the last digits", capsys.readouterr().err)
 
 
@@ -1080,7 +1146,7 @@ def test_a_stage_does_not_start_from_another_folds(repo, root, tmp_path, copied)
 def test_a_folder_that_was_replaced_loses_no_kept_epoch(copied):
     recipe, folder = copied
     files = StageFolder(recipe, dataset.load(recipe), 0, 1, torch.float32)
-    with checkpoint.lock(folder, print):
+    with checkpoint.lock(folder):
         (folder / "lock").unlink()
         (folder / "epoch7.pt").touch()
         with pytest.raises(FolderGoneError):

@@ -45,14 +45,16 @@ PLUGINS = {  # transfer syntax: name, pydicom's plugin, packages
     "1.2.840.10008.1.2.4.203": ("high-throughput JPEG 2000", "pylibjpeg", "pylibjpeg pylibjpeg-openjpeg"),
     "1.2.840.10008.1.2.5": ("RLE", "pydicom", "pydicom"),
 }
-NOT_IMAGES = {  # SOP classes, by the start of their UID
+NOT_IMAGES = {  # SOP classes of what lies beside images, by the start of their UID
     "1.2.840.10008.1.3.10.": "a DICOMDIR, an index of other files",
     "1.2.840.10008.5.1.4.1.1.11.": "a presentation state",
     "1.2.840.10008.5.1.4.1.1.66.": "a segmentation or registration",
     "1.2.840.10008.5.1.4.1.1.88.": "a structured report",
     "1.2.840.10008.5.1.4.1.1.104.": "an encapsulated document",
-    "1.2.840.10008.5.1.4.1.1.481.": "a radiotherapy object",
+    "1.2.840.10008.5.1.4.1.1.9.": "a waveform",
+    "1.2.840.10008.5.1.4.38.": "a hanging protocol",
 }
+RADIOTHERAPY = "1.2.840.10008.5.1.4.1.1.481."  # images among them, but of no kind for which networks are here
 NOT_IMAGE_MODALITIES = {"SR": "a structured report", "SEG": "a segmentation", "PR": "a presentation state"}
 LATERAL = {"LL", "RL", "LAT", "LATERAL"}
 LATERAL_WORDS = {"LAT", "LATERAL", "PROFIL"}
@@ -268,6 +270,8 @@ def _refuse_other_objects(uid: str) -> None:
     for prefix, name in NOT_IMAGES.items():
         if f"{uid}.".startswith(prefix):
             raise NoImageError(f"{name}, not an image")
+    if f"{uid}.".startswith(RADIOTHERAPY):
+        raise DataError("a radiotherapy object, not a radiograph")
 
 
 def _text(value: bytes | None) -> str:

@@ -41,6 +41,7 @@ class Pack:
         masks: (N, S, S // 8) uint8, memory-mapped; 8 pixels of a row a byte, the leftmost in the highest bit.
         shapes: (N, 2) int32, height and width of each file's picture.
         digest: hash of the files and annotations it was made from, the same for every side.
+        hashes: (N,) int64, the first 8 bytes of each file's sha256.
     """
 
     image_ids: tuple[str, ...]
@@ -48,6 +49,7 @@ class Pack:
     masks: np.ndarray
     shapes: np.ndarray
     digest: str
+    hashes: np.ndarray
 
     @property
     def side(self) -> int:
@@ -121,6 +123,7 @@ def open_pack(
         np.load(place / "masks.npy", mmap_mode="r"),
         np.load(place / "shapes.npy"),
         digest,
+        np.array([int(hashes[str(case.path)][:16], 16) for case in cases], dtype=np.uint64).view(np.int64),
     )
 
 

@@ -6,6 +6,7 @@ checkpoint, errors.
 
 import difflib
 import logging
+import os
 import socket
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +31,7 @@ from pneumo.kernels.upconv import upsampled_conv, upsampled_conv_ref
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a timm model on the hub, in timm's order
 HUB_SECONDS = 3.0  # for the hub to answer
 OTHERWISE = "train from random weights with --set model.pretrained=false"
+_AROUND = 8  # modules around an encoder, at most
 LEVELS = [2, 4, 8, 16, 32]  # by how much the features are coarser than the image; the first may be missing
 
 
@@ -408,7 +410,9 @@ def _encoder_of_smp(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _without_prefix(state: dict[str, Tensor], known: Iterable[str]) -> dict[str, Tensor]:
     """Weights by the names they had before a module was put around all of them, as "module." or "encoder."."""
     names = list(known)
-    while state:
+    for _ in range(_AROUND):
+        if not state:
+            break
         first, dot, _ = next(iter(state)).partition(".")
         prefix = first + dot
         if not dot or any(name.startswith(prefix) for name in names):
@@ -440,7 +444,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         UsageError: no such file.
         DataError: not a file of weights.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"model.pretrained: no file {path}. Put the encoder's weights there, or {OTHERWISE}.")
     if path.suffix == ".safetensors":
         try:

@@ -277,11 +277,11 @@ def test_a_submission_is_of_the_images_that_there_are(trained, tmp_path, capsys,
 def test_two_predictions_into_one_folder(trained, predict, scans, tmp_path, figure):
     recipe, models, ruling = trained
     mine = rf"in use by process {os.getpid()} .* choose another --out DIR"
-    with checkpoint.lock(tmp_path / "out" / ".predict", print), pytest.raises(UsageError, match=mine) as caught:
+    with checkpoint.lock(tmp_path / "out" / ".predict"), pytest.raises(UsageError, match=mine) as caught:
         predict([scans], tmp_path / "out")
     assert caught.value.exit_code == 2
     assert outputs(tmp_path / "out") == {}
-    with checkpoint.lock(recipe.folder / "predict", print), pytest.raises(UsageError, match="choose another recipe"):
+    with checkpoint.lock(recipe.folder / "predict"), pytest.raises(UsageError, match="choose another recipe"):
         inference.predict_test(recipe, models, ruling, CPU)
     figure("2 of 2 refused with the process's number, exit 2")
 

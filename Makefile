@@ -11,6 +11,7 @@ GPUS ?= 1
 JOBS ?= 1
 WORKERS ?= 3
 SET ?=
+CONFIG ?=
 FOLDS ?= all
 
 GOALS := help setup demo test test-oldest test-slow faults soak bench lint format recipe verify pack folds phantom train cv oof tune submit score check-submission report clean
@@ -18,7 +19,7 @@ NO_GOAL := $(filter-out $(GOALS) .venv/% .oldest/%,$(MAKECMDGOALS))
 ifneq (,$(NO_GOAL))
 $(error no target $(firstword $(NO_GOAL)); there are $(GOALS))
 endif
-VARIABLES := RECIPE FOLD STAGE GPUS JOBS WORKERS FOLDS SET PYTHON SUBMISSION TRUTH SAMPLE BESIDE BENCH
+VARIABLES := RECIPE CONFIG FOLD STAGE GPUS JOBS WORKERS FOLDS SET PYTHON SUBMISSION TRUTH SAMPLE BESIDE BENCH
 typed = $(foreach name,$(1),$(if $(findstring command line,$(origin $(name))),$(name)))
 UNKNOWN := $(filter-out $(VARIABLES) CUDA_% HF_% MKL_% NCCL_% OMP_% PYTEST_% PYTHON% TORCH% TRITON_%,$(call typed,$(.VARIABLES)))
 ifneq (,$(UNKNOWN))
@@ -30,19 +31,19 @@ OF_test-slow := WORKERS
 OF_test-oldest := WORKERS
 OF_bench := BENCH
 OF_demo := SET
-OF_recipe := RECIPE SET
-OF_verify := RECIPE SET
-OF_pack := RECIPE SET
-OF_folds := RECIPE SET
-OF_phantom := RECIPE SET
-OF_tune := RECIPE SET
-OF_train := RECIPE SET FOLD STAGE GPUS
-OF_cv := RECIPE SET FOLDS GPUS JOBS
-OF_oof := RECIPE SET GPUS
-OF_submit := RECIPE SET FOLDS GPUS
-OF_score := RECIPE SET SUBMISSION TRUTH
-OF_check-submission := RECIPE SET SUBMISSION TRUTH SAMPLE
-OF_report := RECIPE SET BESIDE
+OF_recipe := RECIPE CONFIG SET
+OF_verify := RECIPE CONFIG SET
+OF_pack := RECIPE CONFIG SET
+OF_folds := RECIPE CONFIG SET
+OF_phantom := RECIPE CONFIG SET
+OF_tune := RECIPE CONFIG SET
+OF_train := RECIPE CONFIG SET FOLD STAGE GPUS
+OF_cv := RECIPE CONFIG SET FOLDS GPUS JOBS
+OF_oof := RECIPE CONFIG SET GPUS
+OF_submit := RECIPE CONFIG SET FOLDS GPUS
+OF_score := RECIPE CONFIG SET SUBMISSION TRUTH
+OF_check-submission := RECIPE CONFIG SET SUBMISSION TRUTH SAMPLE
+OF_report := RECIPE CONFIG SET BESIDE
 TAKEN := $(if $(filter-out help clean test-oldest,$(MAKECMDGOALS)),PYTHON) $(foreach goal,$(MAKECMDGOALS),$(OF_$(goal)))
 UNUSED := $(filter-out $(TAKEN),$(call typed,$(VARIABLES)))
 ifneq (,$(UNUSED))
@@ -65,7 +66,7 @@ READY := .venv/installed
 RIVALS := .venv/rivals
 endif
 
-OPTIONS = --recipe $(RECIPE) $(if $(SET),--set $(SET))
+OPTIONS = $(if $(CONFIG),--config $(CONFIG)) --recipe $(RECIPE) $(if $(SET),--set $(SET))
 # pytest-benchmark, where it is installed, does not bear other processes
 AT_ONCE = $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile -p no:benchmark)
 LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc_per_node=$(GPUS))
@@ -75,7 +76,7 @@ LAUNCH = $(PYTHON) $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --stand
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
-	@echo; echo '  variables: RECIPE=seed FOLD=0 STAGE=1 GPUS=1 JOBS=1 WORKERS=3 FOLDS=all SET="stage.2.epochs=1 data.root=/data/siim" PYTHON=python3'
+	@echo; echo '  variables: RECIPE=seed CONFIG=mine.toml FOLD=0 STAGE=1 GPUS=1 JOBS=1 WORKERS=3 FOLDS=all SET="stage.2.epochs=1 data.root=/data/siim" PYTHON=python3'
 
 setup: $(READY)  ## install everything into .venv
 

@@ -60,7 +60,9 @@ def load_recipe(options: argparse.Namespace) -> Recipe:
     """The recipe that the options name."""
     local = Path("configs.toml")
     path = options.config or (local if local.exists() else CONFIGS)
-    return config.load(path, options.recipe, [item for group in options.set for item in group])
+    recipe = config.load(path, options.recipe, [item for group in options.set for item in group])
+    object.__setattr__(recipe, "file", str(options.config or ""))
+    return recipe
 
 
 def run(

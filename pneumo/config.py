@@ -26,8 +26,10 @@ _SHOWN = 5  # keys in a message
 _MOST = 120  # letters of overrides in a command that is suggested
 _MORE = "..."  # stands for more
 
+BY_FOLD = "file by fold"  # begins what is said of pretrained weights that each fold has its own of
+
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")  # of a recipe: it becomes a folder's
-_INDIFFERENT = {"model.pretrained", "model.upsample", "train.amp", "train.compile"}  # to networks that work together
+_INDIFFERENT = {"model.upsample", "train.amp", "train.compile"}  # to networks that work together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,9 +202,11 @@ class Recipe:
 
     Attributes:
         typed: the overrides as they were given, for commands that are suggested; no part of what is run or compared.
+        file: that the recipe is from, likewise; "" where commands find it themselves.
     """
 
     typed: ClassVar[tuple[str, ...]] = ()
+    file: ClassVar[str] = ""
     name: str
     seed: Annotated[int, NotNegative]
     runs: str
@@ -243,7 +247,13 @@ class Recipe:
         """The same but for `predict.weights`."""
         other = replace(self, predict=replace(self.predict, weights=weights))
         object.__setattr__(other, "typed", (*self.typed, f"predict.weights={weights}"))
+        object.__setattr__(other, "file", self.file)
         return other
+
+    def pretrained(self, fold: int) -> bool | str:
+        """`model.pretrained` for a fold, whose number stands in a path for {fold}."""
+        given = self.model.pretrained
+        return given.replace("{fold}", str(fold)) if isinstance(given, str) else given
 
     @property
     def own_stages(self) -> list[int]:
@@ -267,13 +277,15 @@ class Recipe:
         words = " ".join([*typed, *overrides])
         plain = len(words.split()) == 1 and "'" not in words and words != _MORE
         setting = "" if not words else f" SET={words}" if plain else f' SET="{words}"'
-        return f"make {target}" + ("" if name == "seed" else f" RECIPE={name}") + setting
+        quoted = shlex.quote(self.file)
+        file = "" if not self.file else f" CONFIG={quoted}" if quoted == self.file else f' CONFIG="{quoted}"'
+        return f"make {target}" + ("" if name == "seed" else f" RECIPE={name}") + file + setting
 
     def program(self, command: str) -> str:
         """As `command`, for options that the Makefile does not pass: python -m pneumo folds --recipe demo."""
-        return " ".join(
-            [f"python -m pneumo {command} --recipe {self.name}", *(["--set"] * bool(self.typed)), *_brief(self.typed)]
-        )
+        file = ["--config", shlex.quote(self.file)] if self.file else []
+        overrides = ["--set", *_brief(self.typed)] if self.typed else []
+        return " ".join(["python -m pneumo", command, *file, "--recipe", self.name, *overrides])
 
     def stage_folder(self, fold: int, stage: int) -> Path:
         """The run folder of one stage of one fold: holds last.pt, best.pt, log.jsonl, ..."""
@@ -438,8 +450,11 @@ def stage_settings(recipe: Recipe, stage: int) -> dict[str, Any]:
 
 
 def essential(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `stage_settings` those in which networks should agree that work together, in a chain or an ensemble."""
-    return {key: value for key, value in settings.items() if key not in _INDIFFERENT}
+    """Of a stage's settings those in which networks should agree that work together, in a chain or an ensemble."""
+    found = {key: value for key, value in settings.items() if key not in _INDIFFERENT}
+    if str(found.get("model.pretrained")).startswith(BY_FOLD):
+        found["model.pretrained"] = BY_FOLD
+    return found
 
 
 def _flatten(table: Mapping[str, Any], where: str) -> Any:

@@ -57,8 +57,8 @@ class DataError(PneumoError):
     exit_code = 3
 
 
-class NoImageError(DataError):
-    """A good file of a kind that holds no image, as a report."""
+class NoRadiographError(DataError):
+    """A good file of a study that is no radiograph, as a report."""
 
 
 class NotFiniteError(PneumoError):

@@ -30,7 +30,7 @@ from pneumo.data.pack import pack_image
 from pneumo.data.problems import counted, raise_fatal
 from pneumo.decision.rule import PROBABILITY, decide
 from pneumo.ensemble import Ensemble
-from pneumo.errors import DataError, NoImageError, UsageError
+from pneumo.errors import DataError, NoRadiographError, UsageError
 from pneumo.inference import BEHIND
 from pneumo.journal import Journal, open_journal
 from pneumo.kernels.runs import runs_to_mask
@@ -193,8 +193,8 @@ def predict(
     Raises:
         DataError: some files cannot be read, or have too long a name; the others have been written.
         NotFiniteError: a network's probability is not a number.
-        UsageError: another prediction into this folder is running, or it holds a mask of another file that would be
-            overwritten.
+        UsageError: another prediction into this folder is running, or it holds a mask of another file, or records of
+            another program, that would be overwritten.
     """
     count = models.batch_size
     batches = [given[start : start + count] for start in range(0, len(given), count)]
@@ -261,15 +261,15 @@ def predict(
         kept = sum(dist.gather(kept))
         failed = [record for part in done for record in part["failed"]]
         records = [record for part in done for record in part["records"]]
-        left_out = sorted(record["error"] for record in failed if records and "no_image" in record)
-        complaints = sorted(record["error"] for record in failed if not records or "no_image" not in record)
+        left_out = sorted(record["error"] for record in failed if records and "no_radiograph" in record)
+        complaints = sorted(record["error"] for record in failed if not records or "no_radiograph" not in record)
         if dist.is_main():
             missing = (planned.keys() - {record["mask"] for record in records}) & earlier.keys()
             now = {mask: _content(planned[mask]) for mask in missing}  # of a file that is away for a while, no hash
             _remove([mask for mask in missing if SHA256.fullmatch(now[mask]) and now[mask] != earlier[mask]], out)
             _report(records, [*others, *failed], out, kept, inference.by_what(models, ruling))
             if left_out:
-                files = counted(len(left_out), "file is no image and was", "files are no images and were")
+                files = counted(len(left_out), "file is no radiograph and was", "files are no radiographs and were")
                 log.say(f"{files} left out, as {left_out[0]}")
             _warn_of(complaints if len(complaints) > 1 else (), out)
             if not complaints:  # else the good files need not be done again when the bad ones are mended
@@ -332,7 +332,7 @@ def _read(batch: Sequence[Given], image_size: int, journal: Journal, out: Path) 
     # a file that could not be read may be readable now: a decoder was installed, a disk is there again
     if (
         part is not None
-        and all("no_image" in record for record in part["failed"])
+        and all("no_radiograph" in record for record in part["failed"])
         and all(_length(out / name) == length for name, length in part["sizes"].items())
     ):
         return _Read(key, len(batch), part)
@@ -343,7 +343,7 @@ def _read(batch: Sequence[Given], image_size: int, journal: Journal, out: Path) 
             _check_names(one, out)
         except DataError as error:
             record = {"file": str(one.path), "path_hash": _path_hash(one.path), "error": str(error)}
-            failed.append({**record, **({"no_image": True} if isinstance(error, NoImageError) else {})})
+            failed.append({**record, **({"no_radiograph": True} if isinstance(error, NoRadiographError) else {})})
             continue
         scans.append((one, scan, digest))
         squares.append(pack_image(scan.pixels, image_size))
@@ -399,12 +399,17 @@ def _others(given: Sequence[Given], out: Path) -> tuple[list[dict[str, Any]], di
     these files were.
 
     Raises:
-        UsageError: a mask is about to be overwritten by that of another file.
+        UsageError: a mask is about to be overwritten by that of another file, or the records are somebody else's.
     """
     try:
         lines = (out / RECORDS).read_bytes().splitlines()
     except OSError:  # none yet
         return [], {}
+    if lines and not any(map(_is_record, lines)):
+        raise UsageError(
+            f"{out / RECORDS} is there, and no prediction has written it, so it is not overwritten. Move it, or choose "
+            f"another folder: --out DIR"
+        )
     paths = {one.name + SUFFIXES[0]: one.path for one in given}
     hashes = {_path_hash(one.path) for one in given}
     left, earlier = [], {}
@@ -428,6 +433,15 @@ def _others(given: Sequence[Given], out: Path) -> tuple[list[dict[str, Any]], di
         elif path_hash in hashes and mask and there:
             earlier[mask] = digest
     return left, earlier
+
+
+def _is_record(line: bytes) -> bool:
+    """Whether a line of predictions.jsonl is one that a prediction wrote."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "file" in found and ("mask" in found or "error" in found)
 
 
 def _remove(masks: Iterable[str], out: Path) -> None:

@@ -220,8 +220,8 @@ def _write_fold(
     checkpoint.write_atomic(path, content.getvalue())
     score = tables.dice(whole, Rule.of(recipe.rule)).mean()
     log.say(
-        f"{path}: {len(whole)} images, {len(content.getvalue()) / 1e6:.1f} MB; Dice {score:.4f} "
-        f"(all empty {(~whole.positive).mean():.4f})"
+        f"{path}: {len(whole)} images, {len(content.getvalue()) / 1e6:.1f} MB; Dice"
+        f"{', with the mirror image,' if models.mirror else ''} {score:.4f} (all empty {(~whole.positive).mean():.4f})"
     )
 
 

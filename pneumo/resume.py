@@ -4,6 +4,7 @@ Imports stages, dataset, config, checkpoint, dist, log, errors.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -30,7 +31,7 @@ from pneumo.errors import (
     one_line,
 )
 
-_FILE = "file of sha256 "  # begins what settings say of pretrained weights from a file
+_KNOWN = re.compile("file( by fold)? of sha256 [0-9a-f]{16}")  # what settings say of pretrained weights from a file
 
 
 @dataclass
@@ -104,21 +105,24 @@ class StageFolder:
         saved: the position that last.pt holds; None while there is none.
         start: fingerprint of the whole network's weights that this stage began with; "" where it had the encoder's.
         seen: hashes of all images that its weights were trained on, here and before, as `Dataset.hashes`.
+        before: what decided the weights that it began with, besides its own settings.
+        begins: with which weights, in words.
     """
 
     def __init__(self, recipe: Recipe, data: Dataset, fold: int, stage: int, dtype: torch.dtype) -> None:
         self.path = recipe.stage_folder(fold, stage)
         self.saved: Position | None = None
-        self.start = ""
+        self.start, self.begins = "", ""
+        self.before: dict[str, Any] = {}
         inside = data.folds == fold
         self.seen = torch.from_numpy(np.unique(data.hashes[~inside]))
         self._held_out = {int(data.hashes[row]): data.cases[row].image_id for row in np.flatnonzero(inside)}
         self._recipe, self._fold, self._stage = recipe, fold, stage
         self._before = recipe.start_folder(fold, stage)
-        given = recipe.model.pretrained
+        given = recipe.pretrained(fold)
         self._given = Path(given) if isinstance(given, str) else None
         self._identity = {
-            "settings": _settings(recipe, stage),
+            "settings": _settings(recipe, fold, stage),
             "digest": data.digest,
             "split": data.split,
             "fold": fold,
@@ -144,8 +148,7 @@ class StageFolder:
         if state is not None:
             with of_this_run(self.path):
                 self.saved, self.start = Position(**state["position"]), state["start"]
-                if _are_hashes(state.get("seen")):
-                    self.seen = state["seen"]
+                self.seen, self.before = state.get("seen", self.seen), state.get("before", self.before)
         return state
 
     def _judge(self, state: dict[str, Any], path: Path, complaints: list[str]) -> None:
@@ -208,6 +211,7 @@ class StageFolder:
         """The checkpoint that this stage begins with; None if it begins with an encoder alone.
 
         It is the best one of the stage before; where there is none, one of this program that `model.pretrained` names.
+        `begins` tells.
 
         Raises:
             UsageError: the stage before is not done; or the network is another than the recipe's.
@@ -215,7 +219,11 @@ class StageFolder:
         """
         state, path = (self._load_other(), self._given) if self._before is None else self._load_before()
         if state is None:
+            named = "timm's weights" if self._recipe.model.pretrained else "random weights"
+            encoder = f"{named if path is None else path} for the encoder"
+            self.begins = named if named == "random weights" else f"{encoder}, random ones for the decoder"
             return None
+        self.begins = f"the whole network of {path}"
         for key in ("model.encoder", "model.decoder_channels"):
             theirs, mine = state["settings"].get(key), self._identity["settings"][key]
             if theirs != mine:
@@ -244,9 +252,13 @@ class StageFolder:
                 f"Stage {self._stage} of fold {self._fold} starts from stage {number} of {name}, but {error}"
             ) from None
         path = self._before / "best.pt"
+        theirs, own = stages.trained_under(self._before, number, state), self._identity["settings"]
+        self.before = {key: value for key, value in theirs.items() if key not in own}
         if name == self._recipe.name:  # another recipe differs on purpose
-            now = config.essential(config.stage_settings(self._recipe, number))
-            if changed := log.changes(stages.trained_under(self._before, number, state), now):
+            now = config.essential(_settings(self._recipe, self._fold, number))
+            if isinstance(now.get("model.pretrained"), str) and not _is_known(now["model.pretrained"]):
+                del now["model.pretrained"]  # its file is gone, as it may be
+            if changed := log.changes({key: theirs[key] for key in now if key in theirs}, now):
                 log.warn(
                     f"stage {self._stage} of fold {self._fold} starts from {path}, which was trained under other "
                     f"settings than the recipe's of now ({'; '.join(changed)})"
@@ -282,8 +294,10 @@ class StageFolder:
         if self._recipe.stage[self._stage].schedule == "plateau" and theirs[epochs] < mine[epochs]:
             self._check_nothing_follows(mine[epochs])
             theirs[epochs] = mine[epochs]  # as if it had had them from the start
+        schedule = self._recipe.stage[self._stage].schedule
+        why = {} if schedule == "plateau" else {epochs: f", on which a {schedule} schedule depends from its start"}
         changed = [
-            f"{key}: {theirs.get(key)} -> {mine.get(key)}"
+            f"{key}: {theirs.get(key)} -> {mine.get(key)}{why.get(key, '')}"
             for key in sorted(mine.keys() | theirs.keys())
             if mine.get(key) != theirs.get(key)
         ]
@@ -309,7 +323,7 @@ class StageFolder:
             theirs.pop(key, None)
         elif theirs.get(key) == self._recipe.model.pretrained:  # likewise, the path of a file
             theirs[key] = mine[key]
-        elif str(theirs.get(key)).startswith(_FILE) and isinstance(mine[key], str) and not mine[key].startswith(_FILE):
+        elif _is_known(theirs.get(key)) and isinstance(mine[key], str) and not _is_known(mine[key]):
             mine[key] = theirs[key]
 
     def _check_nothing_follows(self, epochs: int) -> None:
@@ -365,7 +379,7 @@ class StageFolder:
 
     def _origin(self) -> dict[str, Any]:
         """Where weights come from, for those who go on from them."""
-        return {"start": self.start, "seen": self.seen, "versions": _versions()}
+        return {"start": self.start, "seen": self.seen, "before": self.before, "versions": _versions()}
 
     def prune(self, position: Position) -> None:
         """Remove kept epochs that others have overtaken, before the next is kept: the disk need not hold more."""
@@ -412,14 +426,19 @@ class StageFolder:
         return True
 
 
-def _settings(recipe: Recipe, stage: int) -> dict[str, Any]:
+def _settings(recipe: Recipe, fold: int, stage: int) -> dict[str, Any]:
     """What decides the weights of a stage, a file of pretrained ones by its content: it may be moved, not replaced."""
-    settings = config.stage_settings(recipe, stage)
-    path = settings.get("model.pretrained")
-    if isinstance(path, str) and os.path.isfile(path):
+    settings, path = config.stage_settings(recipe, stage), recipe.pretrained(fold)
+    if "model.pretrained" in settings and isinstance(path, str) and os.path.isfile(path):
+        kind = "file" if path == recipe.model.pretrained else config.BY_FOLD
         with suppress(OSError):  # who needs it will say that it cannot be read
-            settings["model.pretrained"] = f"{_FILE}{checkpoint.sha256(Path(path))[:16]}"
+            settings["model.pretrained"] = f"{kind} of sha256 {checkpoint.sha256(Path(path))[:16]}"
     return settings
+
+
+def _is_known(pretrained: Any) -> bool:
+    """Whether a setting tells the content of a file of weights, and not where it is."""
+    return isinstance(pretrained, str) and _KNOWN.fullmatch(pretrained) is not None
 
 
 def _are_hashes(found: Any) -> bool:

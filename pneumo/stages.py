@@ -55,13 +55,15 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def trained_under(folder: Path, stage: int, state: dict[str, Any]) -> dict[str, Any]:
-    """What decided the weights of a finished stage's checkpoint, as far as it is `config.essential`.
+    """What decided the weights of a finished stage's checkpoint, in it and before, as far as it is `config.essential`.
 
     The epochs are those that the stage has had since, as if it had had them from the start.
     """
-    key = f"stage.{stage}.epochs"
-    epochs = log.read_status(folder).get("epochs", state["settings"].get(key))
-    return config.essential({**state["settings"], key: epochs})
+    key, before = f"stage.{stage}.epochs", state.get("before")
+    settings = {**(before if isinstance(before, dict) else {}), **state["settings"]}
+    settings[key] = log.read_status(folder).get("epochs", settings.get(key))
+    plain = (bool, int, float, str, list, type(None))
+    return config.essential({str(name): value for name, value in settings.items() if isinstance(value, plain)})
 
 
 def load_weights(

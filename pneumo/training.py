@@ -225,13 +225,15 @@ class _Run:
             torch.manual_seed(feeds.key(self.recipe.seed, self.fold, "model"))
             model = UNet(
                 self.recipe.model.encoder,
-                False if known else self.recipe.model.pretrained,
+                False if known else self.recipe.pretrained(self.fold),
                 self.recipe.model.decoder_channels,
                 self.recipe.model.checkpointing,
             )
         if known:
             with of_this_run(self.folder):
                 model.load_state_dict((saved or begin)["model"])
+        if saved is None:
+            log.say(f"fold {self.fold} stage {self.stage} begins with {self.files.begins}")
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.merged = (
             measured.merged_blocks(self.recipe, self.stage, self.model, self.dtype, self.device)

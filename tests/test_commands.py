@@ -296,15 +296,24 @@ def dry_make(repo, *words: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_takes_another_file_of_recipes(repo):
+    done = dry_make(repo, "cv", "RECIPE=mine", "CONFIG='my own.toml'")
+    assert done.stdout.rstrip().endswith("-m pneumo cv --folds all --jobs 1 --config 'my own.toml' --recipe mine")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["cv", "FOLD=1"], "FOLD= has no meaning for make cv, which takes PYTHON RECIPE SET FOLDS GPUS JOBS"),
+        (["cv", "FOLD=1"], "FOLD= has no meaning for make cv, which takes PYTHON RECIPE CONFIG SET FOLDS GPUS JOBS"),
         (["submit", "FOLD=1"], "FOLD= has no meaning for make submit"),
-        (["train", "FOLDS=1"], "FOLDS= has no meaning for make train, which takes PYTHON RECIPE SET FOLD STAGE GPUS"),
+        (
+            ["train", "FOLDS=1"],
+            "FOLDS= has no meaning for make train, which takes PYTHON RECIPE CONFIG SET FOLD STAGE GPUS",
+        ),
         (["oof", "FOLDS=0"], "FOLDS= has no meaning for make oof"),
         (["demo", "RECIPE=seed"], "RECIPE= has no meaning for make demo, which takes PYTHON SET"),
-        (["train", "RECIPES=demo"], "no variable RECIPES; there are RECIPE FOLD"),
+        (["train", "RECIPES=demo"], "no variable RECIPES; there are RECIPE CONFIG"),
         (["train", "recipe=demo"], "no variable recipe;"),
         (["verfy", "RECIPE=demo"], "no target verfy; there are help setup demo test"),
         (["cv", "SET=seed=1", "runs=elsewhere"], 'several overrides are quoted, as SET="runs=DIR seed=1"'),

@@ -1,10 +1,11 @@
 import re
 import tomllib
+from argparse import Namespace
 from dataclasses import asdict, replace
 
 import pytest
 
-from pneumo import config
+from pneumo import cli, config
 from pneumo.errors import UsageError, printable
 
 
@@ -386,6 +387,18 @@ def test_a_suggested_command_has_what_was_typed(repo, tmp_path, name, typed, tar
     assert "typed" not in config.dumps(recipe)
     with pytest.raises(UsageError, match="unknown key"):
         config.load(repo / "configs.toml", name, ["typed=1"])
+
+
+def test_a_suggested_command_has_the_file_that_was_named(repo, tmp_path):
+    path = tmp_path / "my own.toml"
+    path.write_text((repo / "configs.toml").read_text())
+    options = Namespace(config=path, recipe="demo", set=[["seed=1"]])
+    recipe = cli.load_recipe(options).with_weights("ema")
+    assert recipe.command("cv") == f"""make cv RECIPE=demo CONFIG="'{path}'" SET="seed=1 predict.weights=ema\""""
+    assert recipe.program("folds").startswith(f"python -m pneumo folds --config '{path}' --recipe demo --set seed=1")
+    assert str(path) not in config.dumps(recipe)
+    plain = cli.load_recipe(Namespace(config=None, recipe="demo", set=[]))
+    assert plain.command("cv") == "make cv RECIPE=demo"
 
 
 def test_a_suggested_command_beside_the_makefile(repo):

@@ -172,11 +172,15 @@ def test_folds_that_were_trained_otherwise_are_warned_of(repo, data, tmp_path, c
     assert "otherwise" not in capsys.readouterr().err
     path = recipe.stage_folder(1, 3) / "best.pt"
     state = checkpoint.load(path)
-    changed = {"stage.3.lr": 0.5, "augment.rotate": 7.0, "model.pretrained": "file of sha256 0"}
-    checkpoint.save({**state, "settings": {**state["settings"], **changed}}, path)
+    changed = {"stage.3.lr": 0.5, "augment.rotate": 7.0, "train.amp": "fp16"}
+    before = {"stage.1.lr": 0.1, "model.pretrained": False}
+    checkpoint.save({**state, "settings": {**state["settings"], **changed}, "before": before}, path)
     ensemble.load(recipe, [0, 1, 2], cpu)
     (line,) = capsys.readouterr().err.splitlines()
-    said = f"augment.rotate: {recipe.augment.rotate} -> 7.0; stage.3.lr: {recipe.stage[3].lr} -> 0.5"
+    said = (
+        f"augment.rotate: {recipe.augment.rotate} -> 7.0; model.pretrained: None -> False; "
+        f"stage.1.lr: None -> 0.1; stage.3.lr: {recipe.stage[3].lr} -> 0.5"
+    )
     assert line.endswith(f"{recipe.folder} was trained otherwise than fold 0 ({said})") and "fold 1 of" in line
 
 

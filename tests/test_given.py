@@ -175,10 +175,10 @@ def test_reports_beside_x_rays_are_left_out(trained, tmp_path, capsys, monkeypat
     Image.fromarray(np.full((64, 64), 90, np.uint8)).save(tmp_path / "a.png")
     given.predict(*trained, given.find([tmp_path], out), out, CPU)
     said = capsys.readouterr().out
-    assert f"1 file is no image and was left out, as {tmp_path / 'dose.dcm'}: a structured report" in said
+    assert f"1 file is no radiograph and was left out, as {tmp_path / 'dose.dcm'}: a structured report" in said
     image, other = map(json.loads, (out / "predictions.jsonl").read_text().splitlines())
-    assert image["mask"] == "a_mask.png" and "no_image" not in image
-    assert other["no_image"] is True and other["error"].endswith("a structured report, not an image")
+    assert image["mask"] == "a_mask.png" and "no_radiograph" not in image
+    assert other["no_radiograph"] is True and other["error"].endswith("a structured report, not an image")
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     recipe, models, ruling = trained
     read, seen = images.read, []
@@ -187,6 +187,19 @@ def test_reports_beside_x_rays_are_left_out(trained, tmp_path, capsys, monkeypat
         with pytest.raises(DataError, match=r"1 of 3 files could not be predicted: .*bad\.png"):
             given.predict(recipe, replace(models, batch_size=1), ruling, given.find([tmp_path], out), out, CPU)
     assert sorted(seen) == ["a.png", "bad.png", "bad.png", "dose.dcm"]  # the report is known for one
+
+
+@pytest.mark.parametrize("content", ['{"my": "labels"}', "case a: left apex", "[1, 2]", '{"file": "a.png"}'])
+def test_records_of_another_program_stay(trained, tmp_path, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "predictions.jsonl").write_text(content + "\n")
+    Image.fromarray(np.full((64, 64), 90, np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(
+        UsageError, match=r"predictions\.jsonl is there, and no prediction has written it, so it is not"
+    ):
+        given.predict(*trained, given.find([tmp_path / "a.png"], out), out, CPU)
+    assert (out / "predictions.jsonl").read_text() == content + "\n" and not (out / "a_mask.png").exists()
 
 
 def test_a_record_says_what_made_its_mask(trained, tmp_path):

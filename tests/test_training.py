@@ -20,7 +20,7 @@ import torch
 from small_run import differing
 
 from pneumo import __main__ as commands
-from pneumo import checkpoint, dataset, engine, log, oof, start, training
+from pneumo import checkpoint, config, dataset, engine, log, oof, stages, start, training
 from pneumo.data import feed as feeds
 from pneumo.data.feed import Feed
 from pneumo.decision.rule import Rule
@@ -101,7 +101,7 @@ def test_a_stage_that_finds_nothing_says_so(repo, root, tmp_path, capsys, monkey
     said = capsys.readouterr().err
     assert wanted + f"the validation loss was lowest in epoch {lowest}. What may help: more epochs" in said
     real = training._record
-    for number, (stages, found, spared, dice, wanted) in enumerate(
+    for number, (count, found, spared, dice, wanted) in enumerate(
         (
             (1, 0.1, 1.0, 0.7, None),
             (1, 0.1, 1.0, 0.3, "finds too much; .*a higher rule.min_area"),
@@ -114,7 +114,7 @@ def test_a_stage_that_finds_nothing_says_so(repo, root, tmp_path, capsys, monkey
     ):
         values = {"dice": dice, "dice_positive": found, "true_negative_rate": spared}
         monkeypatch.setattr(training, "_record", lambda *of, values=values: {**real(*of), **values})
-        train(small_run.recipe(repo, root, tmp_path / str(number), f"stages={stages}", "stage.1.epochs=1"))
+        train(small_run.recipe(repo, root, tmp_path / str(number), f"stages={count}", "stage.1.epochs=1"))
         said = capsys.readouterr().err
         assert ("no epoch is better" in said) == (wanted is not None) and re.search(wanted or "", said)
 
@@ -125,7 +125,7 @@ def test_a_checkpoint_that_is_no_state_of_a_run_is_named(copied, figure):
     good = checkpoint.load(folder / "last.pt")
     good["position"]["epoch"] = 2  # one more to train
     # of use to others than a resumed run, or not used, or to be had without
-    parts = good.keys() - {"format", "fold", "stage", "average", "seen"}
+    parts = good.keys() - {"format", "fold", "stage", "average", "seen", "before"}
     spoiled = [{key: value for key, value in good.items() if key != part} for part in sorted(parts)]
     spoiled.append({**good, "position": {**good["position"], "spoons": 3}})
     spoiled.append({**good, "model": {**good["model"], "head.bias": torch.zeros(2)}})
@@ -1014,7 +1014,71 @@ def test_a_run_can_start_from_a_network_trained_on_other_images(repo, root, tmp_
     files = StageFolder(mine, dataset.load(mine), 0, 1, torch.float32)
     own = set(files.seen.tolist())
     files.load_start()
-    assert set(files.seen.tolist()) == own | {-5, 7}
+    assert set(files.seen.tolist()) == own | {-5, 7} and files.begins == f"the whole network of {given}"
+
+
+def test_each_fold_can_start_from_a_network_of_its_own(repo, root, tmp_path, copied, begun):
+    _, folder = copied
+    best = checkpoint.load(folder / "best.pt")
+    for fold in (0, 1):
+        best["model"]["head.bias"] += 1
+        checkpoint.save({**best, "seen": torch.tensor([fold])}, tmp_path / f"a{fold}.pt")
+    mine = small_run.recipe(repo, root, tmp_path / "mine", f"model.pretrained={tmp_path}/a{{fold}}.pt")
+    for fold in (0, 1):
+        with pytest.raises(ZeroDivisionError):
+            train(mine, fold=fold)
+        assert torch.equal(begun["head.bias"], checkpoint.load(tmp_path / f"a{fold}.pt")["model"]["head.bias"])
+    data = dataset.load(mine)
+    settings = [StageFolder(mine, data, fold, 1, torch.float32)._identity["settings"] for fold in (0, 1)]
+    assert settings[0] != settings[1]
+    assert config.essential(settings[0]) == config.essential(settings[1])
+    assert config.essential(settings[0])["model.pretrained"] == "file by fold"
+
+
+def test_what_a_run_begins_with_is_said(repo, root, tmp_path, copied, begun, capsys):
+    given = tmp_path / "w.pth"
+    torch.save(timm.create_model("test_resnet", pretrained=False).state_dict(), given)
+    for number, (more, stage, said) in enumerate(
+        (
+            ((), 1, "random weights"),
+            ((f"model.pretrained={given}",), 1, f"{given} for the encoder, random ones for the decoder"),
+            ((), 2, f"the whole network of {copied[1] / 'best.pt'}"),
+        )
+    ):
+        runs = tmp_path if stage == 2 else tmp_path / str(number)
+        with pytest.raises(ZeroDivisionError):
+            train(small_run.recipe(repo, root, runs, *more), stage=stage)
+        assert f"fold 0 stage {stage} begins with {said}\n" in capsys.readouterr().out
+
+
+def test_what_decided_earlier_stages_goes_with_a_network(repo, root, tmp_path, copied, capsys):
+    """Also a file of pretrained weights that is gone by then, or another one."""
+    recipe, folder = copied
+    state = checkpoint.load(folder / "best.pt")
+    known = "file of sha256 0123456789abcdef"
+    state["settings"] |= {"model.pretrained": known, "stage.1.lr": 0.25}
+    checkpoint.save(state, folder / "best.pt")
+    gone = ("model.pretrained=/gone/w.pth", "stage.1.lr=0.25")
+    train(small_run.recipe(repo, root, tmp_path, *gone), stage=2)
+    assert "other settings" not in capsys.readouterr().err
+    before = checkpoint.load(recipe.stage_folder(0, 2) / "best.pt")["before"]
+    assert before["stage.1.lr"] == 0.25 and before["model.pretrained"] == known
+    assert not {"seed", "stage.2.lr", "train.amp"} & before.keys()
+    train(small_run.recipe(repo, root, tmp_path, *gone), stage=3)
+    last = stages.trained_under(recipe.stage_folder(0, 3), 3, checkpoint.load(recipe.stage_folder(0, 3) / "best.pt"))
+    assert (last["stage.1.lr"], last["stage.2.lr"], last["stage.3.lr"]) == (0.25, 1e-3, 1e-3)
+    shutil.rmtree(recipe.stage_folder(0, 2))
+    train(small_run.recipe(repo, root, tmp_path, "stage.1.lr=0.25"), stage=2)
+    assert f"now (model.pretrained: {known} -> False)" in capsys.readouterr().err
+
+
+def test_why_a_cosine_schedule_gets_no_more_epochs_is_said(repo, root, tmp_path):
+    settings = ("stage.1.schedule=cosine", "stage.1.epochs=1")
+    train(small_run.recipe(repo, root, tmp_path, *settings))
+    with pytest.raises(
+        UsageError, match=r"\(stage\.1\.epochs: 1 -> 2, on which a cosine schedule depends from its start\)"
+    ):
+        train(small_run.recipe(repo, root, tmp_path, *settings[:1], "stage.1.epochs=2"))
 
 
 def test_a_checkpoint_says_which_files_it_was_trained_on(copied):

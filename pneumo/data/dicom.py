@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pneumo.errors import DataError, NoImageError
+from pneumo.errors import DataError, NoRadiographError
 
 MAX_DEPTH = 16  # of nested sequences
 MAX_ELEMENTS = 100_000  # a radiograph has hundreds
@@ -54,6 +54,7 @@ NOT_IMAGES = {  # SOP classes of what lies beside images, by the start of their 
     "1.2.840.10008.5.1.4.1.1.9.": "a waveform",
     "1.2.840.10008.5.1.4.38.": "a hanging protocol",
 }
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 RADIOTHERAPY = "1.2.840.10008.5.1.4.1.1.481."  # images among them, but of no kind for which networks are here
 NOT_IMAGE_MODALITIES = {"SR": "a structured report", "SEG": "a segmentation", "PR": "a presentation state"}
 LATERAL = {"LL", "RL", "LAT", "LATERAL"}
@@ -91,7 +92,7 @@ def outline(data: bytes) -> Outline:
     gets of a truncated file, recurse, and inflate.
 
     Raises:
-        NoImageError: it is of a kind without an image.
+        NoRadiographError: it is of a kind without an image.
         DataError: truncated, damaged, nested too deeply, deflated, or without pixels.
     """
     found, start = _meta(data)
@@ -269,7 +270,7 @@ def _cut_off(data: bytes, tag: int, position: int, length: int) -> DataError:
 def _refuse_other_objects(uid: str) -> None:
     for prefix, name in NOT_IMAGES.items():
         if f"{uid}.".startswith(prefix):
-            raise NoImageError(f"{name}, not an image")
+            raise NoRadiographError(f"{name}, not an image")
     if f"{uid}.".startswith(RADIOTHERAPY):
         raise DataError("a radiotherapy object, not a radiograph")
 
@@ -287,8 +288,14 @@ def _check_header(header: Any) -> None:
     """Refuse by name what is not one grey image."""
     modality = str(header.get("Modality") or "")
     if modality in NOT_IMAGE_MODALITIES:
-        raise NoImageError(f"{NOT_IMAGE_MODALITIES[modality]}, not an image")
+        raise NoRadiographError(f"{NOT_IMAGE_MODALITIES[modality]}, not an image")
     frames, samples = int(header.get("NumberOfFrames") or 1), int(header.get("SamplesPerPixel") or 1)
+    captured = str(header.get("SOPClassUID") or "").startswith(SECONDARY_CAPTURE)
+    if captured and (frames != 1 or samples != 1):
+        what = "in colour" if samples != 1 else f"of {frames:,} frames"
+        raise NoRadiographError(
+            f"a secondary capture {what}, as of a screen, not a radiograph; if it is, save it as PNG"
+        )
     if frames != 1:
         raise DataError(f"{frames:,} frames; a radiograph has one")
     if samples != 1:

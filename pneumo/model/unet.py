@@ -389,6 +389,11 @@ def _encoder_weights(name: str, path: Path) -> dict[str, Tensor]:
     state = {names.get(_flat(key), key): tensor for key, tensor in state.items()}
     head = _head_keys(whole, features)
     body = {key: shape for key, shape in shapes.items() if key not in head}
+    if {"mean", "std", "head.weight", "blocks.0.conv1.0.weight"} <= state.keys():
+        raise DataError(
+            f"{path} holds a whole network of this program, without saying what it was trained on. Give its checkpoint "
+            f"as it is, as best.pt"
+        )
     if complaint := _mismatch(body, {key: tensor for key, tensor in state.items() if key not in head}):
         raise DataError(f"{path} does not hold the weights of {name}: {complaint}")
     if bad := checkpoint.not_finite(state):
@@ -444,8 +449,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         UsageError: no such file.
         DataError: not a file of weights.
     """
+    if os.path.isdir(path):
+        raise UsageError(f"model.pretrained: {path} is a folder; name the file in it")
     if not os.path.isfile(path):
-        raise UsageError(f"model.pretrained: no file {path}. Put the encoder's weights there, or {OTHERWISE}.")
+        raise UsageError(f"model.pretrained: no file {path}. Put the weights there, or {OTHERWISE}.")
     if path.suffix == ".safetensors":
         try:
             state: Any = safetensors.torch.load_file(path)

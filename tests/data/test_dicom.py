@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pneumo.data import dicom, images
-from pneumo.errors import DataError
+from pneumo.errors import DataError, NoRadiographError
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -552,6 +552,32 @@ def test_pydicom_says_nothing_itself(read, caplog):
 )
 def test_what_is_not_one_grey_image_is_named(refusal, pixels, options, reason):
     assert reason in refusal(make(pixels, **options))
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [
+        ("1.2.840.10008.5.1.4.1.1.7", True),  # secondary capture
+        ("1.2.840.10008.5.1.4.1.1.7.4", True),
+        ("1.2.840.10008.5.1.4.1.1.1", False),  # computed radiography: something is wrong with it
+    ],
+)
+def test_a_captured_screen_is_known_as_no_radiograph(kind, left_out):
+    colour = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "SOPClassUID": kind}
+    frames = {"NumberOfFrames": 2, "Rows": 40, "SOPClassUID": kind}
+    for data in (make(np.zeros((40, 40, 3), np.uint8), **colour), make(np.zeros((80, 40), np.uint8), **frames)):
+        with pytest.raises(DataError) as caught:
+            dicom.decode(data, dicom.outline(data))
+        assert isinstance(caught.value, NoRadiographError) is left_out
+    grey = make(ramp(), SOPClassUID=kind)
+    assert dicom.decode(grey, dicom.outline(grey))[0].shape == (48, 40)
+
+
+def test_objects_of_a_study_that_are_left_out_and_others_that_are_not():
+    for kind, left_out in (("88.67", True), ("9.1.1", True), ("104.1", True), ("66.4", True), ("481.1", False)):
+        with pytest.raises(DataError) as caught:
+            dicom.outline(make(ramp(), SOPClassUID=f"1.2.840.10008.5.1.4.1.1.{kind}"))
+        assert isinstance(caught.value, NoRadiographError) is left_out
 
 
 @pytest.mark.fault("D4", "every transfer syntax that needs a package which is not there")

@@ -393,6 +393,14 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
         UNet("resnet18", str(tmp_path / "w.pth"), NARROW)
 
 
+def test_a_network_without_its_record_is_refused(tmp_path):
+    torch.save(UNet("resnet18", decoder_channels=NARROW).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(DataError, match=r"w\.pth holds a whole network of this program, without .* as best\.pt$"):
+        UNet("resnet18", str(tmp_path / "w.pth"), NARROW)
+    with pytest.raises(UsageError, match=r" is a folder; name the file in it$"):
+        UNet("resnet18", str(tmp_path), NARROW)
+
+
 def test_a_file_of_another_network_is_refused(tmp_path):
     torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), tmp_path / "w.pth")
     with pytest.raises(DataError, match=r"does not hold the weights of resnet34: \d+ missing"):

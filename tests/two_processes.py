@@ -36,7 +36,7 @@ def made_up(count: int, side: int) -> tuple[Pack, np.ndarray]:
     masks[::3, 8:20, 4:24] = True
     images[masks] += 100
     ids, shapes = tuple(map(str, range(count))), np.full((count, 2), side)
-    return Pack(ids, images, np.packbits(masks, axis=2), shapes, "digest"), masks
+    return Pack(ids, images, np.packbits(masks, axis=2), shapes, "digest", np.arange(len(ids))), masks
 
 
 def counted_allreduce(

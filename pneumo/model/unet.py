@@ -312,15 +312,25 @@ def check_encoder(encoder: str) -> None:
         meant = f" Did you mean {' or '.join(near)}?" if near else ""
         raise UsageError(f"model.encoder: timm knows no {encoder!r}.{meant}")
     try:
-        with torch.device("meta"):  # no weights, no time
-            reduction = timm.create_model(encoder, features_only=True).feature_info.reduction()
+        features = _outline(encoder, features_only=True)
     except Exception as error:  # timm raises many types
         raise UsageError(f"model.encoder: timm cannot make features of {encoder}: {one_line(error)[:160]}") from None
+    reduction = features.feature_info.reduction()
     if reduction not in (LEVELS, LEVELS[1:]):
         raise UsageError(
             f"model.encoder: {encoder} has features at {reduction}; the decoder needs {LEVELS}, as of resnet34, or all "
             f"but the first"
         )
+
+
+def _outline(name: str, *, features_only: bool = False) -> nn.Module:
+    """A model of timm's for its shapes, in no time, as it has no weights; random ones where timm insists."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, features_only=features_only)
+    except (NotImplementedError, RuntimeError):  # in timm 1.0.15 some look into their weights
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(name, features_only=features_only)
 
 
 def _create_encoder(name: str, pretrained: bool | str) -> nn.Module:
@@ -381,8 +391,7 @@ def _no_weights(name: str, reason: str) -> str:
 def _encoder_weights(name: str, path: Path) -> dict[str, Tensor]:
     """The weights in a file that holds exactly this encoder, but for a classifier's head and what is around it."""
     features = timm.create_model(name, features_only=True, pretrained=False)
-    with torch.device("meta"):
-        whole = timm.create_model(name, pretrained=False)
+    whole = _outline(name)
     shapes = {key: tuple(tensor.shape) for key, tensor in whole.state_dict().items()}
     state = _without_prefix(_encoder_of_smp(read_weights(path)), shapes)
     names = {_flat(key): key for key in shapes}  # a feature list's weights are called otherwise

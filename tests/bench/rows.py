@@ -95,7 +95,7 @@ def _x_ray(number: int, side: int) -> phantom.Phantom:
 def pack_of(images: np.ndarray, bits: np.ndarray) -> Pack:
     """A pack of square pictures."""
     count, side = images.shape[:2]
-    return Pack(tuple(map(str, range(count))), images, bits, np.full((count, 2), side), "made up")
+    return Pack(tuple(map(str, range(count))), images, bits, np.full((count, 2), side), "made up", np.arange(count))
 
 
 def batch_of(setup: Setup, count: int, side: int) -> tuple[Tensor, Tensor]:

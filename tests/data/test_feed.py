@@ -87,7 +87,9 @@ def made_up_pack(count: int = 10, side: int = 32) -> tuple[Pack, np.ndarray]:
     images = rng.integers(0, 256, (count, side, side), dtype=np.uint8)
     masks = rng.random((count, side, side)) < 0.3
     packed = np.packbits(masks, axis=2)
-    return Pack(tuple(map(str, range(count))), images, packed, np.full((count, 2), side), "digest"), masks
+    return Pack(
+        tuple(map(str, range(count))), images, packed, np.full((count, 2), side), "digest", np.arange(count)
+    ), masks
 
 
 def check_batches(device: torch.device, reserve: int) -> None:

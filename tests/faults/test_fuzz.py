@@ -460,6 +460,7 @@ def test_out_of_fold(folder, figure, count):
     measured = [tables.measure(rng.integers(0, 256, (8, 8), dtype=np.uint8), truth, levels) for _ in range(4)]
     origin = {"format": oof.FORMAT, "checkpoints": {"best.pt": "d" * 64}, "mirror": True, "image_size": 64}
     origin |= {"annotation_size": 8, "data": "d" * 64, "split": "s" * 64, "levels": levels.tolist()}
+    origin["settings"] = {"model.encoder": "test_resnet"}
     arrays = {name: getattr(tables.join(measured), name) for name in oof.ARRAYS}
     content = io.BytesIO()
     np.savez(content, image_ids=np.array(list("abcd")), origin=np.array(json.dumps(origin)), **arrays)

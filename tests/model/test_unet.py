@@ -340,6 +340,7 @@ def test_the_encoder_of_an_smp_unet_over_timm(tmp_path):
     assert torch.equal(model.encoder.layer4[1].conv2.weight, whole.layer4[1].conv2.weight)
 
 
+@pytest.mark.slow  # which run where the library is
 @pytest.mark.parametrize("encoder", ["resnet18", "test_convnext"])
 def test_the_library_itself_gives_the_same_logits_with_encoders_of_timm(encoder, tmp_path):
     smp = pytest.importorskip("segmentation_models_pytorch")

@@ -148,6 +148,17 @@ def test_one_process_alone_is_no_launch(monkeypatch, size, launched):
     assert dist.is_launched() is launched
 
 
+def test_the_hash_of_the_code_is_of_its_source_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "__file__", str(tmp_path / "dist.py"))
+    found = []
+    for name, text in (("a.py", "x"), ("b.txt", "y"), ("c.py", "z")):
+        (tmp_path / name).write_text(text)
+        found.append(dist.code_hash.__wrapped__())
+    (tmp_path / ".#a.py").symlink_to("nobody@nowhere")  # an editor's lock
+    found.append(dist.code_hash.__wrapped__())
+    assert found[0] == found[1] != found[2] == found[3]
+
+
 def test_processes_that_would_share_a_gpu_are_refused():
     for fine in (["a", "b", "c", "d"], ["", "", "a"], []):
         dist._check_gpus(fine)

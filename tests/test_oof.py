@@ -42,6 +42,7 @@ def recipe(repo, root, tmp_path):
 def test_every_case_by_the_fold_that_did_not_see_it(recipe, capsys):
     data = small_run.pretend_trained(recipe)
     oof.write(recipe, data, CPU)
+    assert capsys.readouterr().out.count(" MB; Dice, with the mirror image, 0.") == 3
     found = oof.load(recipe, data)
     assert sorted(found.image_ids) == [case.image_id for case in data.cases]
     assert len(found.sources) == 3

@@ -1028,6 +1028,14 @@ def test_each_fold_can_start_from_a_network_of_its_own(repo, root, tmp_path, cop
         with pytest.raises(ZeroDivisionError):
             train(mine, fold=fold)
         assert torch.equal(begun["head.bias"], checkpoint.load(tmp_path / f"a{fold}.pt")["model"]["head.bias"])
+    for fold in (0, 1):
+        torch.save(timm.create_model("test_resnet", pretrained=False).state_dict(), tmp_path / f"e{fold}.pth")
+    encoders = small_run.recipe(repo, root, tmp_path / "encoders", f"model.pretrained={tmp_path}/e{{fold}}.pth")
+    for fold in (0, 1):
+        with pytest.raises(ZeroDivisionError):
+            train(encoders, fold=fold)
+        wanted = torch.load(tmp_path / f"e{fold}.pth")["layer1.0.conv1.weight"]
+        assert torch.equal(begun["encoder.layer1.0.conv1.weight"], wanted)
     data = dataset.load(mine)
     settings = [StageFolder(mine, data, fold, 1, torch.float32)._identity["settings"] for fold in (0, 1)]
     assert settings[0] != settings[1]

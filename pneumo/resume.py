@@ -219,9 +219,8 @@ class StageFolder:
         """
         state, path = (self._load_other(), self._given) if self._before is None else self._load_before()
         if state is None:
-            named = "timm's weights" if self._recipe.model.pretrained else "random weights"
-            encoder = f"{named if path is None else path} for the encoder"
-            self.begins = named if named == "random weights" else f"{encoder}, random ones for the decoder"
+            encoder = path or ("timm's weights" if self._recipe.model.pretrained else "")
+            self.begins = f"{encoder} for the encoder, random ones for the decoder" if encoder else "random weights"
             return None
         self.begins = f"the whole network of {path}"
         for key in ("model.encoder", "model.decoder_channels"):
@@ -290,11 +289,10 @@ class StageFolder:
         theirs = {**saved["settings"], **{key: saved[key] for key in self._launch}}
         self._settle_pretrained(theirs)
         mine = {**self._identity["settings"], **self._launch}
-        epochs = f"stage.{self._stage}.epochs"
-        if self._recipe.stage[self._stage].schedule == "plateau" and theirs[epochs] < mine[epochs]:
+        epochs, schedule = f"stage.{self._stage}.epochs", self._recipe.stage[self._stage].schedule
+        if schedule == "plateau" and theirs[epochs] < mine[epochs]:
             self._check_nothing_follows(mine[epochs])
             theirs[epochs] = mine[epochs]  # as if it had had them from the start
-        schedule = self._recipe.stage[self._stage].schedule
         why = {} if schedule == "plateau" else {epochs: f", on which a {schedule} schedule depends from its start"}
         changed = [
             f"{key}: {theirs.get(key)} -> {mine.get(key)}{why.get(key, '')}"
